@@ -1,0 +1,294 @@
+"""utils.py: checkpoints that cannot break or bite, pictures of every kind, seeds, options, weights, process groups."""
+import hashlib
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from conftest import ROOT, save_grey
+
+STATE = {"format": 1, "model": {"weight": torch.arange(12.0).reshape(3, 4), "n": torch.tensor(3)}, "args": {"lr": 0.1}}
+
+
+# --- Checkpoints ---
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pth", STATE)
+    for loaded in (utils.load_checkpoint(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)):
+        assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"]) and loaded["args"] == {"lr": 0.1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_every_flipped_bit_is_refused(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pth", STATE)
+    whole = (tmp_path / "a.pth").read_bytes()
+    rng = np.random.default_rng(0)
+    places = [(int(rng.integers(len(whole))), int(rng.integers(8))) for _ in range(300)]
+    places += [(byte, bit) for byte in range(len(whole) - 40, len(whole)) for bit in range(8)]  # the end, where our CRC is
+    for byte, bit in places:
+        spoilt = bytearray(whole)
+        spoilt[byte] ^= 1 << bit
+        (tmp_path / "b.pth").write_bytes(spoilt)
+        with pytest.raises(utils.InputError, match="b.pth: "):
+            utils.load_checkpoint(tmp_path / "b.pth")
+    (tmp_path / "b.pth").write_bytes(whole[:-1000])
+    with pytest.raises(utils.InputError, match="damaged"):
+        utils.load_checkpoint(tmp_path / "b.pth")
+
+
+def test_a_foreign_zip_is_checked_by_its_own_crcs(tmp_path):
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "a.pth")
+    assert utils.load_checkpoint(tmp_path / "a.pth")["weight"].shape == (1000,)
+    spoilt = bytearray((tmp_path / "a.pth").read_bytes())
+    middle = spoilt.index(bytes(400)) + 200  # amid the zeros of the tensor
+    spoilt[middle] ^= 1
+    (tmp_path / "a.pth").write_bytes(spoilt)
+    with pytest.raises(utils.InputError, match="damaged"):
+        utils.load_checkpoint(tmp_path / "a.pth")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)),
+                                  lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False)])
+def test_a_malicious_pickle_never_runs(tmp_path, save):
+    save({"model": Bomb(tmp_path / "ran")}, tmp_path / "a.pth")
+    with pytest.raises(utils.InputError, match="a.pth: (holds Python objects|not a checkpoint)"):
+        utils.load_checkpoint(tmp_path / "a.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_former_file_and_says_how_much_is_missing(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pth", STATE)
+    before = (tmp_path / "a.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may grow beyond 1 MB
+    try:
+        with pytest.raises(utils.InputError, match=r"a.pth: cannot be written .*: 8.0 MB needed, [\d.]+ MB free; the former"):
+            utils.save_checkpoint(tmp_path / "a.pth", {"weight": torch.zeros(2**21)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a.pth").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_truly_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        utils.save_checkpoint(disk / "a.pth", STATE)
+        with pytest.raises(utils.InputError, match=r"8.0 MB needed, [12].\d MB free; the former file is whole"):
+            utils.save_checkpoint(disk / "a.pth", {"weight": torch.zeros(2**21)})
+        assert utils.load_checkpoint(disk / "a.pth")["format"] == 1 and len(list(disk.iterdir())) == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_weights_load_from_every_wrapping(tmp_path):
+    source, target = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    for state in (source.state_dict(), {"model": source.state_dict()},
+                  {f"module.{key}": value for key, value in source.state_dict().items()}):
+        torch.save(state, tmp_path / "a.pth")
+        torch.nn.init.zeros_(target.weight)
+        utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
+        assert torch.equal(source.weight, target.weight)
+    for state in ({"weight": source.weight}, {**source.state_dict(), "extra": source.bias}, [1], {"weight": 3, "bias": 4}):
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(utils.InputError, match="a.pth: weights of another net"):
+            utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
+
+
+# --- Weights from the network (served from a file, the only thing ever mocked) ---
+
+def test_weights_are_fetched_once_verified_always_and_offline_says_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    source = tmp_path / "official.pth"
+    source.write_bytes(b"weights" * 1000)
+    digest, size = hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_size
+    path = utils.fetch_weights("net", source.as_uri(), digest[:8], size)
+    assert path == tmp_path / "hub/checkpoints/official.pth" and path.read_bytes() == source.read_bytes()
+    source.unlink()
+    assert utils.fetch_weights("net", source.as_uri(), digest, size) == path  # from the cache
+    assert utils.fetch_weights("net", source.as_uri(), None, size) == path
+    path.write_bytes(b"weightz" + path.read_bytes()[7:])
+    with pytest.raises(utils.InputError, match="official.pth: not the published net.*delete it"):
+        utils.fetch_weights("net", source.as_uri(), digest, size)
+    path.unlink()
+    with pytest.raises(utils.InputError) as caught:
+        utils.fetch_weights("net", source.as_uri(), digest, size)
+    assert source.as_uri() in str(caught.value) and str(path) in str(caught.value)
+    assert not list(path.parent.iterdir())
+
+
+# --- Pictures ---
+
+def test_every_mode_becomes_rgb(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    grey = Image.fromarray(rgb).convert("L")
+    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])), "l.png": grey,
+                "la.png": grey.convert("LA"), "1.png": grey.convert("1"), "p.png": Image.fromarray(rgb).quantize(8),
+                "cmyk.tif": Image.fromarray(rgb).convert("CMYK"), "p.gif": Image.fromarray(rgb).quantize(8)}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        pixels = utils.read_image(tmp_path / name)
+        assert pixels.shape == (5, 7, 3) and pixels.dtype == np.uint8, name
+        if name in ("rgb.png", "rgba.png"):
+            assert np.array_equal(pixels, rgb), name
+        if name == "l.png":
+            assert np.array_equal(pixels, np.dstack([np.asarray(grey)] * 3))
+        assert utils.image_size(tmp_path / name) == (7, 5)
+
+
+def test_sixteen_bits_are_scaled_by_their_own_range(tmp_path):
+    deep = np.array([[1000, 1500], [2000, 3000]], np.uint16)
+    expected = [[0, 64], [128, 255]]
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert utils.read_image(tmp_path / name)[..., 1].tolist() == expected, name
+    Image.fromarray(deep.astype(np.float32) / 7).save(tmp_path / "f.tif")
+    assert utils.read_image(tmp_path / "f.tif")[..., 1].tolist() == expected
+    colour = np.dstack([deep, deep // 2, deep * 0 + 1000])  # RGB; OpenCV writes BGR
+    cv2.imwrite(str(tmp_path / "c.png"), colour[..., ::-1])
+    pixels = utils.read_image(tmp_path / "c.png").astype(int)
+    assert np.abs(pixels - (colour - 500.0) / 2500 * 255).max() <= 0.5
+    Image.fromarray(np.full((2, 2), 77, np.uint16)).save(tmp_path / "flat.png")
+    assert not utils.read_image(tmp_path / "flat.png").any()
+
+
+def test_exif_rotation_is_applied_to_pixels_and_size(tmp_path):
+    picture = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert utils.read_image(tmp_path / "a.jpg").shape == (6, 4, 3) and utils.image_size(tmp_path / "a.jpg") == (4, 6)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp"])
+def test_truncated_pictures_are_refused_never_half_grey(tmp_path, name):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for part in (0.95, 0.5, 0.1, 0):
+        (tmp_path / name).write_bytes(whole[:int(len(whole) * part)])
+        with pytest.raises(utils.InputError, match=f"{name}: (truncated|not a picture)"):
+            utils.read_image(tmp_path / name)
+
+
+def test_a_stack_of_pictures_is_refused(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (1, 2, 3)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(utils.InputError, match="a.tif: holds 3 pictures"):
+        utils.read_image(tmp_path / "a.tif")
+
+
+def test_masks_keep_their_ids(tmp_path):
+    ids = np.array([[0, 1], [200, 255]], np.uint8)
+    utils.save_mask(tmp_path / "p.png", ids)
+    assert Image.open(tmp_path / "p.png").mode == "P" and np.array_equal(utils.read_mask(tmp_path / "p.png"), ids)
+    save_grey(tmp_path / "deep.png", ids.astype(np.uint16) * 200)
+    assert np.array_equal(utils.read_mask(tmp_path / "deep.png"), ids.astype(int) * 200)
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (4, 4, 3), np.uint8)).save(tmp_path / "c.png")
+    with pytest.raises(utils.InputError, match="c.png: colour-coded"):
+        utils.read_mask(tmp_path / "c.png")
+
+
+def test_the_palette_is_pascal_vocs():
+    assert utils.palette()[[0, 1, 2, 8, 15, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [64, 0, 0], [192, 128, 128], [224, 224, 192]]
+
+
+def test_an_overlay_tints_objects_and_leaves_background_and_void():
+    image, mask = np.full((9, 9, 3), 100, np.uint8), np.zeros((9, 9), np.uint8)
+    mask[:4], mask[7:] = 1, 255
+    out = utils.overlay(image, mask)
+    assert (out[4:] == 100).all() and (out[:4, :, 0] > 100).all()
+
+
+# --- Options, seeds, sampler, log ---
+
+def test_switches_take_words_and_numbers():
+    for text, value in (("True", True), ("yes", True), ("1", True), ("False", False), ("no", False), ("0", False)):
+        assert utils.switch(text) is value
+    with pytest.raises(Exception, match="neither"):
+        utils.switch("maybe")
+    assert [utils.amp_mode(text) for text in ("True", "False", "bf16", "off")] == ["auto", "off", "bf16", "off"]
+
+
+def test_the_order_depends_on_seed_and_epoch_and_ranks_share_it_out():
+    def order(epoch, skip=0, seed=1, rank=0, world_size=1):
+        sampler = utils.EpochSampler(10, seed, rank=rank, world_size=world_size)
+        sampler.set_epoch(epoch, skip)
+        assert len(sampler) == len(list(sampler))
+        return list(sampler)
+    assert order(0) == order(0) != order(1) and order(0, seed=2) != order(0)
+    assert sorted(index for _, index in order(3)) == list(range(10)) and {epoch for epoch, _ in order(3)} == {3}
+    assert order(2, skip=4) == order(2)[4:]
+    assert sorted(order(1, rank=0, world_size=3) + order(1, rank=1, world_size=3) + order(1, rank=2, world_size=3)) == sorted(order(1))
+
+
+def test_seeded_blocks_do_not_touch_the_global_generator():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with utils.seeded(1, 2, 3):
+        a = torch.rand(4)
+    assert torch.equal(torch.rand(2), expected)
+    with utils.seeded(1, 2, 3):
+        assert torch.equal(torch.rand(4), a)
+    with utils.seeded(1, 2, 4):
+        assert not torch.equal(torch.rand(4), a)
+
+
+def test_log_rows_of_a_repeated_epoch_replace_the_old_ones(tmp_path):
+    for epoch, loss in ((1, 0.5), (2, 0.4), (3, 0.3), (2, 0.25)):
+        rows = utils.log_row(tmp_path / "log.csv", {"epoch": epoch, "loss": loss})
+    assert [(row["epoch"], row["loss"]) for row in rows] == [("1", "0.5"), ("2", "0.25")]
+    assert (tmp_path / "log.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+
+
+def test_devices():
+    assert utils.pick_device("cpu").type == "cpu"
+    assert utils.pick_precision("bf16", torch.device("cpu"))[0] is torch.bfloat16
+    assert utils.pick_precision("auto", torch.device("cpu"))[0] is None
+
+
+def test_out_of_memory_is_one_line(script):
+    done = script("-c", "import sys, torch, utils\nsys.argv = ['x.py']\n"
+                  "def main(args): raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n"
+                  "utils.run(main, utils.ArgumentParser())")
+    assert done.returncode == 2 and done.stderr.startswith("x.py: error: out of memory: try a smaller --batch-size")
+    assert done.stderr.count("\n") == 1
+
+
+def test_our_own_bugs_keep_their_traceback(script):
+    done = script("-c", "import sys, utils\nsys.argv = ['x.py']\ndef main(args): 1 / 0\nutils.run(main, utils.ArgumentParser())")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+def test_two_processes_join_and_sum(tmp_path):
+    (tmp_path / "sums.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                      "import torch, utils\n"
+                                      "rank, world, device = utils.start_process_group(torch.device('cpu'))\n"
+                                      "print(f'{rank} {world} {utils.sum_over_ranks(torch.tensor([rank + 1.0])).item()}\\n', end='')\n"
+                                      "torch.distributed.destroy_process_group()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "sums.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert sorted(done.stdout.split("\n")) == ["", "0 2 3.0", "1 2 3.0"], done.stderr
+    assert utils.start_process_group(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert utils.sum_over_ranks(torch.tensor([5.0])).item() == 5.0
+    assert Path(tmp_path, "sums.py").exists()

@@ -1,0 +1,559 @@
+"""What every script needs and no article teaches: errors, seeds, devices, checkpoints, pictures, logs, processes.
+
+Data sets, transforms, losses, metrics, schedules and training steps are the lesson: they stand in the scripts.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+
+
+# --- Command line, errors, signals ---
+
+class InputError(Exception):
+    """A mistake of the user: one line that names the file or option and the remedy; `run` makes it exit status 2."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT arrived; raised by `check_stop` where it is safe to save."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Errors of one line, no abbreviations; with --demo the given demo settings are the defaults."""
+
+    def __init__(self, *args, demo=None, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.demo = demo or {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed = super().parse_known_args(args, namespace)
+        if getattr(parsed[0], "demo", False):
+            self.set_defaults(**self.demo)
+            parsed = super().parse_known_args(args, namespace)
+        return parsed
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run(main, parser):
+    """main(parsed arguments). InputError and lack of memory: one line and exit 2; SIGINT 130, SIGTERM 143."""
+    def remember(number, frame):
+        if _signals:  # the second time: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        _signals.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    try:
+        main(parser.parse_args())
+    except InputError as error:  # from a loader process it comes with that process's traceback before it
+        parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
+    except Stopped:
+        parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {signal.Signals(_signals[0]).name}\n")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller picture, or --amp bf16 "
+                     f"({' '.join(str(error).split())[:200]})")
+
+
+_signals = []
+
+
+def check_stop():
+    """Raises Stopped if SIGTERM or SIGINT has come; called between steps, so that what is saved is whole."""
+    if _signals:
+        raise Stopped
+
+
+def ignore_sigint(worker):
+    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but the loader processes must finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def switch(text):
+    """Type of on/off options: true/false, yes/no, 1/0 in any case (to Python bool("False") is True)."""
+    values = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    if str(text).lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[str(text).lower()]
+
+
+def number(kind, low=-sys.float_info.max, high=sys.float_info.max):
+    """Type of an int or float option with bounds: number(int, 1) takes 1, 2, 3 ...; never nan or inf."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}" + f" and at most {high}" * (high < 1e300))
+        return value
+    parse.__name__ = kind.__name__  # argparse says: invalid int value
+    return parse
+
+
+def amp_mode(text):
+    """Type of --amp; the articles' `--amp True` and `--amp False` mean auto and off."""
+    mode = {"true": "auto", "false": "off"}.get(text.lower(), text.lower())
+    if mode not in ("auto", "bf16", "fp16", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp16, off")
+    return mode
+
+
+# --- Seeds ---
+
+def seed_everything(seed, deterministic=False):
+    """Seeds torch; deterministic also forbids CUDA algorithms whose sums depend on timing (slower)."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Yields (epoch, index) for the data set, in an order given by (seed, epoch) alone; rank r of n takes every n-th.
+
+    set_epoch(epoch, skip) leaves out the first skip items: those that an interrupted epoch has already trained on.
+    """
+
+    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1):
+        self.num_items, self.seed, self.shuffle, self.rank, self.world_size = num_items, seed, shuffle, rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, skip=0):
+        self.epoch, self.skip = epoch, skip
+
+    def order(self):
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = torch.randperm(self.num_items, generator=generator).tolist() if self.shuffle else range(self.num_items)
+        return order[self.rank::self.world_size]
+
+    def __iter__(self):
+        return iter([(self.epoch, index) for index in self.order()[self.skip:]])
+
+    def __len__(self):
+        return len(self.order()) - self.skip
+
+
+def _mix(*numbers):
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+@contextlib.contextmanager
+def seeded(*numbers):
+    """Inside, torch's CPU generator (which torchvision's transforms use) depends on these numbers alone."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(_mix(*numbers))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def rng_state():
+    """torch's generators, for a checkpoint; the data need none: see `seeded`."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# --- Device and precision ---
+
+def pick_device(text):
+    """--device: auto takes cuda, then mps, then cpu; a number N means cuda:N. InputError if it is not there."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{text}" if text.isdigit() else text)
+    except RuntimeError:
+        raise InputError(f"--device {text}: no such device; give auto, cpu, cuda, cuda:N or mps") from None
+    there = {"cpu": True, "mps": torch.backends.mps.is_available(),
+             "cuda": (device.index or 0) < torch.cuda.device_count()}.get(device.type, False)
+    if not there:
+        raise InputError(f"--device {text}: not on this machine ({torch.cuda.device_count()} CUDA devices); give auto")
+    return device
+
+
+def pick_precision(amp, device):
+    """--amp -> (autocast dtype or None for plain float32, GradScaler); only fp16 on CUDA scales the loss."""
+    if amp == "fp16" and device.type != "cuda":
+        raise InputError(f"--amp fp16: needs CUDA, device is {device}; give bf16 or off")
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def peak_memory_mb(device):
+    """Most memory in use since the process started: of the CUDA device if it is one, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- Checkpoints and weights ---
+
+def save_checkpoint(path, state):
+    """torch.save under a temporary name, fsync, rename: at any moment path is the old file or the new one, whole.
+
+    The zip's own CRCs leave its headers unguarded, so the file ends in a zip comment with the CRC of all before it.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            torch.save(state, file)
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", len("crc32=00000000")))  # the length of the comment that follows
+            file.flush()
+            file.seek(0)
+            crc = crc32(file, os.path.getsize(temporary))
+            file.write(b"crc32=%08x" % crc)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError) and "write" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        needed, free = num_bytes(state) / 2**20, shutil.disk_usage(path.parent).free / 2**20
+        reason = getattr(error, "strerror", None) or "no space left"
+        raise InputError(f"{path}: cannot be written ({reason}): {needed:.1f} MB needed, {free:.1f} MB free; "
+                         "the former file is whole (make room, then --resume auto)") from None
+
+
+def num_bytes(value):
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(num_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
+
+
+def crc32(file, size):
+    """CRC of the next size bytes of an open file, which are left behind."""
+    crc = 0
+    for start in range(0, size, 2**20):
+        crc = zlib.crc32(file.read(min(2**20, size - start)), crc)
+    return crc
+
+
+def load_checkpoint(path):
+    """A file of save_checkpoint, or anybody's state dict, on the CPU; verified, and never a pickle that runs code."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+                ours = archive.comment.startswith(b"crc32=")
+                whole = archive.comment == b"crc32=%08x" % crc32(file, os.path.getsize(path) - len(archive.comment)) \
+                    if ours else not archive.comment and archive.testzip() is None
+            if not whole:
+                raise InputError(f"{path}: damaged (checksum differs); restore it from a copy")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except InputError:
+        raise
+    except Exception as error:  # the zip and pickle readers raise a dozen types on damaged or hostile bytes
+        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        reason = "holds Python objects that could run code (save a plain state dict)" if unsafe else \
+            "not a checkpoint, or a damaged one (restore it from a copy)"
+        raise InputError(f"{path}: {reason}") from None
+
+
+def find_checkpoint(resume, output_dir):
+    """The checkpoint that --resume means: a path, or auto for output_dir/last.pth if it is there; else None."""
+    if resume == "auto":
+        resume = Path(output_dir, "last.pth")
+        return load_checkpoint(resume) if resume.exists() else None
+    return load_checkpoint(resume) if resume else None
+
+
+def load_weights(model, path, wanted):
+    """Strictly load a checkpoint of ours, {"model": ...} or a bare state dict; wanted = what the options ask for.
+
+    InputError naming both sides if the file is of another net, with other classes or other shapes.
+    """
+    checkpoint = load_checkpoint(path)
+    check_net(checkpoint, path, wanted)
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+    own = model.state_dict()
+    differing = [f"{key} {tuple(getattr(state.get(key), 'shape', ()))} instead of {tuple(own[key].shape)}"
+                 if key in state else f"{key} missing" for key in own
+                 if not isinstance(state.get(key), torch.Tensor) or state[key].shape != own[key].shape]
+    differing += [f"{key} unknown" for key in state if key not in own]
+    if differing:
+        raise InputError(f"{path}: weights of another net than {wanted}: {len(differing)} of {len(own)} tensors differ "
+                         f"({differing[0]} ...)")
+    model.load_state_dict(state)
+
+
+def check_net(checkpoint, path, wanted):
+    """InputError unless a checkpoint of ours has the net and constructor arguments wanted; bare weights pass."""
+    if isinstance(checkpoint, dict) and "format" in checkpoint:
+        found = {"net": checkpoint["net"], **checkpoint["arch"]}
+        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if differing:
+            holds, asked = (", ".join(f"{key} {side.get(key)}" for key in differing) for side in (found, wanted))
+            raise InputError(f"{path}: holds {holds}; asked for {asked} (give the options it was trained with)")
+
+
+def check_resume(checkpoint, args, free):
+    """InputError if an option that shapes the run is not what it was; those in free may change."""
+    for key, value in json.loads(json.dumps(vars(args))).items():
+        before = checkpoint["args"].get(key)
+        if key not in free and json.loads(json.dumps(before)) != value:
+            raise InputError(f"--resume {args.resume}: trained with --{key.replace('_', '-')} {before}, now {value}; "
+                             "give the same, or start a new run from it with --weights")
+
+
+def fetch_weights(name, url, sha256, size):
+    """Path of an official file in the torch hub cache, downloaded once, verified on every call.
+
+    sha256: hex digest or the first part of it; None where none is published: then its size in bytes is all there is.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
+        except OSError as error:  # URLError is one
+            raise InputError(f"--weights {name}: cannot fetch {url} ({getattr(error, 'reason', error)}); "
+                             f"download it elsewhere and put it at {path}") from None
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.stat().st_size != size or not digest.startswith(sha256 or ""):
+        raise InputError(f"{path}: not the published {name}: {path.stat().st_size} bytes, sha256 {digest[:8]} instead "
+                         f"of {size}, {sha256 or 'any'}; delete it and run again")
+    return path
+
+
+# --- Pictures ---
+
+@contextlib.contextmanager
+def _open(path):
+    """The opened picture; whatever PIL makes of a bad file becomes one line."""
+    try:
+        with Image.open(path) as picture:
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a phone's JPEG with a preview
+                raise InputError(f"{path}: holds {picture.n_frames} pictures; save each as a file of its own")
+            yield picture
+    except InputError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture that can be read") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: truncated or unreadable ({error}); replace it") from None
+
+
+def image_size(path):
+    """(width, height) from the header alone, after EXIF rotation."""
+    with _open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return picture.size[::-1] if turned else picture.size
+
+
+def read_image(path):
+    """Picture of any mode -> RGB uint8 (H, W, 3): EXIF rotation applied, 16-bit scaled by its own range."""
+    with _open(path) as picture:
+        deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16") or ";16" in str(picture.tile[:1])
+        if deep:
+            pixels = np.asarray(ImageOps.exif_transpose(picture))
+            if pixels.dtype == np.uint8:  # PIL cut 16-bit colour down to 8 bits
+                pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)[..., 2::-1]
+            pixels = pixels.astype(np.float64)
+            low, high = pixels.min(), pixels.max()
+            if not np.isfinite(high - low):
+                raise InputError(f"{path}: has pixels that are not finite; replace them")
+            pixels = ((pixels - low) * (255 / max(high - low, 1e-12)) + 0.5).astype(np.uint8)
+            return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "P" and "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        return np.array(picture.convert("RGB"))
+
+
+def read_mask(path):
+    """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files. InputError if colour-coded."""
+    with _open(path) as picture:
+        mask = np.array(ImageOps.exif_transpose(picture))
+    if mask.ndim == 3:
+        colours = mask[..., :1] if mask.shape[2] == 2 else mask[..., :3]  # without alpha
+        if (colours != colours[..., :1]).any():
+            raise InputError(f"{path}: colour-coded mask; save one value per pixel (grey or palette PNG)")
+        mask = mask[..., 0]
+    return mask
+
+
+def palette():
+    """PASCAL VOC's colours, (256, 3) uint8: 0 black, 1 dark red, ... 255 cream."""
+    ids = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def save_mask(path, mask):
+    """Mask (H, W) of ids 0..255 -> PNG with VOC's palette; the stored values are the ids."""
+    picture = Image.fromarray(mask.astype(np.uint8))
+    picture.putpalette(palette().tobytes())
+    picture.save(path)
+
+
+def save_picture(path, pixels):
+    """uint8 (H, W) or RGB (H, W, 3) -> picture file."""
+    Image.fromarray(pixels).save(path)
+
+
+def overlay(image, mask):
+    """RGB image (H, W, 3) with mask ids (H, W) tinted and outlined; 0 and 255 stay clear."""
+    out = image.copy()
+    for value in np.unique(mask):
+        if value not in (0, 255):
+            inside = (mask == value).astype(np.uint8)
+            colour = palette()[int(value) % 256].astype(float)
+            colour *= 255 / colour.max()  # the palette's own are too dark to see on a dark picture
+            out[inside > 0] = (0.6 * image[inside > 0] + 0.4 * colour).astype(np.uint8)
+            outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(out, outlines, -1, colour.tolist(), max(1, max(mask.shape) // 400))
+    return out
+
+
+def save_panel(path, rows, titles, height=224):
+    """PNG of rows of RGB pictures, each scaled to this height, under their column titles."""
+    rows = [[cv2.resize(picture, (max(1, round(picture.shape[1] * height / picture.shape[0])), height),
+                        interpolation=cv2.INTER_AREA) for picture in row] for row in rows]
+    lefts = np.cumsum([0] + [max(row[i].shape[1] for row in rows) + 4 for i in range(len(titles))])
+    sheet = np.full((24 + len(rows) * (height + 4), lefts[-1], 3), 255, np.uint8)
+    for left, title in zip(lefts, titles):
+        cv2.putText(sheet, title, (int(left) + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    for top, row in enumerate(rows):
+        for left, picture in zip(lefts, row):
+            sheet[24 + top * (height + 4):][:height, left:left + picture.shape[1]] = picture
+    save_picture(path, sheet)
+
+
+# --- Run folder ---
+
+def draw_demo(kind, folder, count):
+    """--demo: the drawn data set of this kind; InputError where the script was copied without demo_data.py."""
+    try:
+        import demo_data
+    except ImportError:
+        raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give --data-path") from None
+    return demo_data.write(kind, folder, count)
+
+
+def start_run(args):
+    """Make --output-dir ready: remove stale temporaries, refuse a finished run's folder, write args.json."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.tmp"):
+        stale.unlink()
+    if (folder / "last.pth").exists() and not args.resume:
+        with contextlib.suppress(OSError, ValueError):
+            args.overwrite |= args.demo and json.loads((folder / "args.json").read_text())["args"]["demo"]
+        if not args.overwrite:
+            raise InputError(f"{folder}/last.pth: there is a run here; continue it with --resume auto, replace it with "
+                             "--overwrite, or give another --output-dir")
+        for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png"):
+            (folder / name).unlink(missing_ok=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git": git}
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions}, indent=1))
+
+
+def data_hash(items):
+    """Eight hex digits of names and sizes of all files in nested lists: runs with the same saw the same files."""
+    digest = hashlib.sha256()
+    for item in items:
+        if isinstance(item, (list, tuple)):
+            item = data_hash(item)
+        elif isinstance(item, Path):
+            item = f"{item.name} {item.stat().st_size}"
+        digest.update(f"{item}\n".encode())
+    return digest.hexdigest()[:8]
+
+
+def log_row(path, row):
+    """Write row, whose first item is the epoch, to a csv in place of that and later epochs; returns all rows."""
+    rows = []
+    if Path(path).exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()})
+    with open(f"{path}.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.tmp", path)
+    return rows
+
+
+def plot_curves(path, rows, *groups):
+    """curves.png: one plot for each group of column names over the epochs."""
+    import matplotlib  # late: it takes a second
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
+    for axis, names in zip(axes[0], groups):
+        for name in names:
+            axis.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], ".-", label=name)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# --- Several processes ---
+
+def start_process_group(device):
+    """Under torchrun: joins its process group (NCCL on CUDA, else Gloo). Returns (rank, world size, own device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def sum_over_ranks(tensor):
+    """The sum of this tensor over all processes, in place; alone, the tensor itself."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
