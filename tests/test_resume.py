@@ -1,0 +1,153 @@
+"""Interrupted runs end in the straight run's bits: SIGKILL, SIGTERM and Ctrl-C at random moments, real processes."""
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train_unet
+from conftest import ROOT
+
+TIMES = {"seconds", "images_per_s", "peak_mb"}  # the columns of log.csv that no two runs share
+SMALL = ["--arch", "UNet", "--image-size", "32", "-b", "2", "--epochs", "3", "--save-every", "1", "--optimizer", "Adam",
+         "--device", "cpu"]
+
+
+def command(data, output, *more):
+    return ["--data-path", str(data), "--output-dir", str(output), *SMALL, *map(str, more)]
+
+
+def run(data, output, *more):
+    return train_unet.main(train_unet.get_args_parser().parse_args(command(data, output, *more)))
+
+
+def start(data, output, *more):
+    """The script in a process group of its own, as far as the line printed before the first step."""
+    process = subprocess.Popen([sys.executable, "train_unet.py", *command(data, output, *more)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if "parameters trained" in line:
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+def assert_same(a, b):
+    """Nested dicts and lists equal to the last bit; paths and timings aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"output_dir", "resume", "workers"}:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_runs_equal(one, other):
+    for name in ("last.pth", "best.pth"):
+        assert_same(*(torch.load(folder / name, weights_only=True) for folder in (one, other)))
+    logs = []
+    for folder in (one, other):
+        with open(folder / "log.csv", newline="") as file:
+            logs.append([{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)])
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(data folder, folder of a run that nothing stopped, its seconds)."""
+    import demo_data
+    folder = tmp_path_factory.mktemp("straight")
+    data = demo_data.write("cells", folder / "data", 8)
+    started = time.time()
+    run(data, folder / "run", "-j", 0)
+    return data, folder / "run", time.time() - started
+
+
+def interrupt_and_finish(straight, output, sent, seed):
+    """Interrupts a run at moments drawn from seed until one run is through; asserts the end's bits."""
+    data, whole, seconds = straight
+    draw = random.Random(seed)
+    workers, interruptions = draw.choice([0, 2]), 0
+    while True:
+        process = start(data, output, "-j", workers, "--resume", "auto")
+        try:
+            process.wait(draw.uniform(0, seconds) if interruptions < 2 else 120)
+            break  # it was through before the signal
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+            interruptions += 1
+        code = process.wait(60)
+        if code == 0:
+            break  # the signal came after the last step
+        assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent], process.stderr.read()
+    assert process.returncode == 0, process.stderr.read()
+    assert_runs_equal(whole, output)
+
+
+@pytest.mark.parametrize("seed, sent", list(enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])))
+def test_a_run_stopped_at_random_moments_ends_in_the_straight_runs_bits(straight, tmp_path, seed, sent):
+    interrupt_and_finish(straight, tmp_path / "run", sent, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 23))
+def test_twenty_more_stopped_runs(straight, tmp_path, seed):
+    interrupt_and_finish(straight, tmp_path / "run", random.Random(seed).choice([signal.SIGKILL, signal.SIGTERM]), seed)
+
+
+def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
+    data, whole, _ = straight
+    process = start(data, tmp_path / "run", "-j", 0)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert process.stderr.read() == "train_unet.py: stopped by SIGTERM\n"
+    checkpoint = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    assert checkpoint["epoch"] == 0 and checkpoint["step"] >= 1
+    run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
+    assert_runs_equal(whole, tmp_path / "run")
+
+
+def test_two_workers_give_the_bits_of_none(straight, tmp_path):
+    data, whole, _ = straight
+    run(data, tmp_path / "run", "-j", 2)
+    assert_runs_equal(whole, tmp_path / "run")
+
+
+def test_a_stop_during_validation_resumes_there(straight, tmp_path, monkeypatch):
+    import utils
+    data, whole, _ = straight
+    with monkeypatch.context() as patch:
+        def stop(*args):
+            raise utils.Stopped
+        patch.setattr(train_unet, "evaluate", stop)
+        with pytest.raises(utils.Stopped):
+            run(data, tmp_path / "run", "-j", 0)
+    run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
+    assert_runs_equal(whole, tmp_path / "run")
+
+
+def test_another_seed_gives_other_bits(straight, tmp_path):
+    """The comparison above can fail."""
+    data, whole, _ = straight
+    run(data, tmp_path / "run", "-j", 0, "--seed", 1)
+    with pytest.raises(AssertionError):
+        assert_runs_equal(whole, tmp_path / "run")
+
+
+def test_resuming_what_is_finished_changes_nothing(straight, tmp_path, capsys):
+    data, whole, _ = straight
+    run(data, tmp_path / "run", "-j", 0)
+    before = (tmp_path / "run/log.csv").read_text()
+    figures = run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
+    assert (tmp_path / "run/log.csv").read_text() == before and figures["val_loss"] > 0

@@ -1,0 +1,460 @@
+"""train_unet.py: data, losses and metrics against numbers worked by hand and official ones; training; bad input."""
+import json
+import math
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_unet
+import utils
+from conftest import ROOT, save_grey
+
+FIXTURES = ROOT / "tests/fixtures"
+SMALL = ["--arch", "UNet", "--image-size", "32", "-b", "4", "-j", "0", "--device", "cpu", "--optimizer", "Adam"]
+
+
+def options(*texts):
+    return train_unet.get_args_parser().parse_args([str(text) for text in texts])
+
+
+def train(folder, output, *more):
+    return train_unet.main(options("--data-path", folder, "--output-dir", output, *SMALL, *more))
+
+
+def refuses(folder, *expected, more=(), output=None):
+    """main refuses the folder in one line that holds these words, and leaves no checkpoint."""
+    output = output or folder / "run"
+    with pytest.raises(utils.InputError) as caught:
+        train(folder, output, "--epochs", 1, *more)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert str(text) in message, message
+    assert not (output / "last.pth").exists()
+    return message
+
+
+# --- Losses and metrics ---
+
+@pytest.mark.parametrize("case", ["bcedice_b2c1", "bcedice_b3c2", "bcedice_empty", "bcedice_full", "bcedice_soft",
+                                  "lovasz_b2c1", "lovasz_b3c2", "lovasz_empty", "lovasz_full"])
+def test_losses_and_their_gradients_equal_the_official_ones(case):
+    with np.load(FIXTURES / "losses.npz", allow_pickle=False) as reference:
+        logits, target, loss, grad = (torch.from_numpy(np.asarray(reference[f"{case}/{key}"]))
+                                      for key in ("logits", "target", "loss", "grad"))
+    logits.requires_grad_()
+    ours = train_unet.criterion(logits, target, "BCEDiceLoss" if case.startswith("bce") else "LovaszHingeLoss")
+    ours.backward()
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    assert torch.allclose(logits.grad, grad, rtol=1e-4, atol=1e-7)
+
+
+def test_pixel_counts_give_the_official_pooled_iou_and_dice():
+    """The official iou_score pools the batch; summing our counts over pictures and classes must give the same number."""
+    with np.load(FIXTURES / "metrics.npz", allow_pickle=False) as reference:
+        cases = {key.split("/")[0] for key in reference.files if key.startswith("m_")}
+        assert "m_bothempty" in cases and len(cases) > 2
+        for case in cases:
+            logits, target = (torch.from_numpy(reference[f"{case}/{key}"]) for key in ("logits", "target"))
+            both, pred, true = train_unet.count_pixels(logits > 0, target > 0.5).sum(0).tolist()
+            iou = (both + 1e-5) / (pred + true - both + 1e-5)
+            assert iou == pytest.approx(float(reference[f"{case}/iou"]), abs=1e-6), case
+            prob = logits.sigmoid()
+            dice = (2 * (prob * target).sum() + 1e-5) / (prob.sum() + target.sum() + 1e-5)
+            assert dice == pytest.approx(float(reference[f"{case}/dice"]), abs=1e-6), case
+
+
+def test_scores_of_a_hand_worked_4x4_mask():
+    pred, mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool), torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    pred[0, 0, :2] = True     # 8 pixels predicted
+    mask[0, 0, 1:3] = True    # 8 true, 4 of them predicted: IoU 4 / 12, Dice 8 / 16; class 1 is nowhere
+    iou, dice = train_unet.scores(train_unet.count_pixels(pred, mask))
+    assert iou[0] == pytest.approx(1 / 3) and dice[0] == pytest.approx(1 / 2)
+    assert math.isnan(iou[1]) and math.isnan(dice[1])
+
+
+class Copy(torch.nn.Module):
+    """A net whose logit is what stands in the picture's first channel."""
+    def forward(self, image):
+        return image[:, :1]
+
+
+def test_evaluation_counts_over_the_set_and_over_pictures_whatever_the_batch_size():
+    # two pictures: one predicted perfectly (32 pixels), one with 32 predicted and none of the 32 true found
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    mask[0, 0, :4], mask[1, 0, 4:] = 1, 1
+    logits = torch.full((2, 3, 8, 8), -9.0)
+    logits[:, :, :4] = 9.0
+    results = []
+    for batches in ([(logits, mask, [0, 1])], [(logits[:1], mask[:1], [0]), (logits[1:], mask[1:], [1])]):
+        results.append(train_unet.evaluate(Copy(), batches, torch.device("cpu"), None, Namespace(loss="BCEDiceLoss")))
+    for figures in results:
+        assert figures["val_iou"] == pytest.approx(32 / 96)         # 32 in both, 64 predicted, 64 true
+        assert figures["val_image_iou"] == pytest.approx(0.5)       # mean of 1 and 0
+        assert figures["val_image_dice"] == pytest.approx(0.5)
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-6)
+
+
+def test_masks_are_compared_at_the_pictures_own_size():
+    mask = torch.zeros(1, 1, 64, 48, dtype=torch.uint8)
+    mask[..., :32, :] = 1
+    logits = torch.full((1, 3, 16, 16), -9.0)
+    logits[:, :, :8] = 9.0
+    figures = train_unet.evaluate(Copy(), [(logits, mask, [0])], torch.device("cpu"), None, Namespace(loss="BCEDiceLoss"))
+    assert figures["val_iou"] == 1.0
+
+
+def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
+    image = torch.randn(1, 3, 35, 50)
+    assert torch.equal(train_unet.forward(Copy(), image, None)[-1], image[:, :1])
+
+
+# --- Data ---
+
+def test_the_split_is_the_articles_train_test_split():
+    """sklearn 1.x: train_test_split(range(10), test_size=0.2, random_state=41)[1] is the first two of RandomState(41)'s order."""
+    items = [(str(i),) for i in range(10)]
+    train_items, val_items = train_unet.split_items(items, options("--data-path", "x"))
+    assert sorted(int(i) for i, in val_items) == sorted(np.random.RandomState(41).permutation(10)[:2].tolist())
+    assert sorted(train_items + val_items) == items
+
+
+def test_image_and_mask_turn_together_and_augmentation_follows_seed_epoch_index(cells):
+    items, _ = train_unet.find_items(cells, options())
+    dataset = train_unet.MaskFolders(items, options("--image-size", 48), train=True, augment=True)
+    seen = set()
+    for epoch in range(12):
+        plain = dataset[epoch, 3]
+        torch.rand(7)  # the global generator must not matter
+        again = dataset[epoch, 3]
+        assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
+        seen.add(bytes(plain[1].numpy()))
+    assert len(seen) > 4  # of the eight turns and flips
+    image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+    image[3:9, 5:20] = mask[3:9, 5:20] = 255
+    Image.fromarray(image).save(cells / "images/cell_3.png")
+    save_grey(cells / "masks/0/cell_3.png", mask)
+    dataset = train_unet.MaskFolders(items, options("--image-size", 32), train=True, augment=True)
+    for epoch in range(12):
+        image, mask, _ = dataset[epoch, 3]
+        assert torch.equal(image[0] > image[0].mean(), mask[0] > 0)
+
+
+def test_normalisation_happens_once_and_in_rgb():
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    image[0] = 255  # pure red
+    out = train_unet.normalize(image, 3)
+    assert out[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-5)
+
+
+def test_masks_of_every_honest_kind_read_alike(cells):
+    mask = np.array(Image.open(cells / "masks/0/cell_0.png"))
+    item = ("cell_0", cells / "images/cell_0.png", [cells / "mask.png"])
+    kinds = {"grey": mask, "rgb": np.stack([mask] * 3, 2), "one bit": mask > 0, "16 bit": mask.astype(np.uint16) * 257,
+             "rgba": np.dstack([mask] * 3 + [np.full_like(mask, 255)]), "soft": np.where(mask, 255, 0).astype(np.uint8)}
+    kinds["soft"][0, :3] = (30, 100, 140)
+    for kind, pixels in kinds.items():
+        Image.fromarray(pixels).save(cells / "mask.png")
+        expected = (pixels if kind == "soft" else mask) >= 128
+        assert np.array_equal(train_unet.read_item(item)[1][0], expected), kind
+
+
+def test_soft_edges_on_an_empty_or_full_mask(cells):
+    item = ("cell_0", cells / "images/cell_0.png", [cells / "mask.png"])
+    for value in (0, 255):
+        save_grey(cells / "mask.png", np.full((48, 48), value, np.uint8))
+        assert (train_unet.read_item(item)[1] == (value > 0)).all()
+
+
+def test_classes_in_folders_may_overlap(cells, tmp_path):
+    for name in ("10", "9", "edge"):
+        shutil.copytree(cells / "masks/0", cells / "masks" / name)
+    items, classes = train_unet.find_items(cells, options("--num_classes", 4))
+    assert classes == ["0", "9", "10", "edge"]
+    figures = train(cells, tmp_path / "run", "--num_classes", 4, "--epochs", 1)
+    assert len(figures["class_iou"]) == 4
+    assert torch.load(tmp_path / "run/best.pth", weights_only=True)["classes"] == classes
+
+
+def test_masks_may_lie_without_a_class_folder(cells):
+    (cells / "masks/0").rename(cells / "plain")
+    shutil.rmtree(cells / "masks")
+    (cells / "plain").rename(cells / "masks")
+    items, _ = train_unet.find_items(cells, options())
+    assert len(items) == 10 and items[0][2] == [cells / "masks/cell_0.png"]
+
+
+def test_a_split_is_written_and_read_again(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    split = json.loads((tmp_path / "a/split.json").read_text())
+    assert len(split["train"]) == 8 and len(split["val"]) == 2
+    train(cells, tmp_path / "b", "--epochs", 1, "--seed", 3, "--split", tmp_path / "a/split.json")
+    assert json.loads((tmp_path / "b/split.json").read_text()) == split
+    train(cells, tmp_path / "c", "--epochs", 1, "--seed", 3)
+    assert json.loads((tmp_path / "c/split.json").read_text()) != split
+
+
+# --- Training ---
+
+def test_eight_images_can_be_learnt_and_every_file_is_written(cells, tmp_path, capsys):
+    figures = train(cells, tmp_path / "run", "--epochs", 12, "--overfit", 8, "-b", 2, "--image-size", 48)
+    assert figures["val_iou"] > 0.7
+    for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png", "args.json", "split.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    printed = capsys.readouterr().out
+    assert "7,852,545 of 7,852,545 parameters" in printed and "best val_iou" in printed
+    tested = train(cells, tmp_path / "other", "--overfit", 8, "--image-size", 48, "--test-only", "--resume", tmp_path / "run/last.pth")
+    assert {key: tested[key] for key in tested} == {key: figures[key] for key in tested}
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("more", [
+    ["--arch", "NestedUNet", "--deep_supervision", "True"], ["--loss", "LovaszHingeLoss"], ["--loss", "BCEWithLogitsLoss"],
+    ["--optimizer", "SGD", "--nesterov", "true"], ["--input_channels", "1"], ["--input_w", "48", "--input_h", "32"],
+    ["--image-size", "50,35"], ["--accumulate", "2"], ["--amp", "bf16"], ["-b", "1"], ["-b", "64"], ["--limit", "3"]])
+def test_every_option_trains(cells, tmp_path, more):
+    figures = train(cells, tmp_path / "run", "--epochs", 1, *more)
+    assert math.isfinite(figures["val_loss"])
+    assert all(p.isfinite().all() for p in torch.load(tmp_path / "run/last.pth", weights_only=True)["model"].values())
+
+
+@pytest.mark.parametrize("scheduler, expected", [
+    ("CosineAnnealingLR", [1e-3, 1e-5 + 99e-5 * (1 + math.cos(math.pi / 4)) / 2, 1e-5 + 99e-5 / 2,
+                           1e-5 + 99e-5 * (1 + math.cos(3 * math.pi / 4)) / 2]),
+    ("MultiStepLR", [1e-3, 2e-3 / 3, 4e-3 / 9, 4e-3 / 9]), ("ConstantLR", [1e-3] * 4),
+    ("ReduceLROnPlateau", [1e-3, 1e-3, 1e-4, 1e-5])])
+def test_schedules_really_step_and_the_log_shows_the_rate_used(cells, tmp_path, monkeypatch, scheduler, expected):
+    true_evaluate = train_unet.evaluate
+    monkeypatch.setattr(train_unet, "evaluate", lambda *a: {**true_evaluate(*a), "val_loss": 1.0})  # never improves
+    train(cells, tmp_path / "run", "--scheduler", scheduler, "--epochs", 4, "--patience", 0, "--limit", 2)
+    rates = [float(line.split(",")[2]) for line in (tmp_path / "run/log.csv").read_text().splitlines()[1:]]
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_cosine_does_not_climb_again_when_resumed_with_more_epochs(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 2)
+    train(cells, tmp_path / "run", "--epochs", 4, "--resume", "auto")
+    rates = [float(line.split(",")[2]) for line in (tmp_path / "run/log.csv").read_text().splitlines()[1:]]
+    assert rates[2:] == pytest.approx([1e-5 + 99e-5 * (1 + math.cos(math.pi * e / 4)) / 2 for e in (2, 3)], rel=1e-4)
+
+
+def test_early_stopping_counts_from_the_best_epoch(cells, tmp_path, capsys):
+    train(cells, tmp_path / "run", "--epochs", 9, "--lr", 0, "--early_stopping", 2)
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 1 + 3  # lr 0: only epoch 1 improves (BN settles)
+    assert "early stopping" in capsys.readouterr().out
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(cells, tmp_path, monkeypatch):
+    """With batch norm taken out, which sees each batch by itself, 2 x 4 equals 1 x 8; the uneven end (1 + 1) too."""
+    monkeypatch.setattr(train_unet, "UNet", lambda classes, channels: torch.nn.Conv2d(channels, classes, 3, padding=1))
+    for name, more in (("a", ["-b", 8]), ("b", ["-b", 4, "--accumulate", 2]), ("c", ["-b", 3, "--accumulate", 3])):
+        train(cells, tmp_path / name, "--epochs", 2, *more)
+    a, b, c = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"]["weight"] for name in "abc")
+    assert torch.allclose(a, b, atol=1e-6) and torch.allclose(a, c, atol=1e-6)
+
+
+def test_a_nan_loss_is_skipped_and_counted_and_weights_stay_finite(cells, tmp_path, monkeypatch, capsys):
+    calls, true_criterion = [], train_unet.criterion
+
+    def criterion(outputs, mask, loss):
+        calls.append(1)
+        return true_criterion(outputs, mask, loss) * (float("nan") if len(calls) == 2 else 1)
+    monkeypatch.setattr(train_unet, "criterion", criterion)
+    figures = train(cells, tmp_path / "run", "--epochs", 1, "-b", 2)
+    state = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in state.values()) and math.isfinite(figures["val_loss"])
+    assert "1 of 4 steps skipped" in capsys.readouterr().out
+    assert state["conv0_0.bn1.num_batches_tracked"] == 3  # the running statistics of the bad step are taken back too
+
+
+def test_ten_nan_losses_in_a_row_end_the_run_naming_the_pictures(cells, tmp_path, monkeypatch):
+    true_criterion = train_unet.criterion
+    monkeypatch.setattr(train_unet, "criterion", lambda *a: true_criterion(*a) * float("nan"))
+    with pytest.raises(utils.InputError, match=r"ten times in a row, last on cell_\d"):
+        train(cells, tmp_path / "run", "--epochs", 9, "-b", 4)  # two steps an epoch: the count goes on across epochs
+
+
+def test_demo_settings_are_defaults_that_the_command_line_overrides():
+    args = options("--lr", 1e-3, "--demo")
+    assert args.arch == "UNet" and args.lr == 1e-3 and args.epochs == train_unet.DEMO["epochs"]
+    assert options().arch == "NestedUNet"
+
+
+def test_a_former_run_is_not_overwritten_unless_asked(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    before = (tmp_path / "run/last.pth").read_bytes()
+    with pytest.raises(utils.InputError, match="--resume auto.*--overwrite"):
+        train(cells, tmp_path / "run", "--epochs", 1)
+    assert (tmp_path / "run/last.pth").read_bytes() == before
+    train(cells, tmp_path / "run", "--epochs", 2, "--overwrite")
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
+
+
+def test_weights_start_a_new_run(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    for name in ("best.pth", "model.pth"):
+        train(cells, tmp_path / f"b{name}", "--epochs", 1, "--lr", 0, "--wd", 0, "--weights", tmp_path / "a" / name)
+        a, b = (torch.load(path, weights_only=True)["model"]["final.weight"]
+                for path in (tmp_path / "a/best.pth", tmp_path / f"b{name}/last.pth"))
+        assert torch.equal(a, b)
+
+
+def test_the_articles_command_line_runs_in_the_articles_folders(cells, tmp_path, monkeypatch):
+    (tmp_path / "inputs").mkdir()
+    cells.rename(tmp_path / "inputs/dsb2018_96")
+    monkeypatch.chdir(tmp_path)
+    train_unet.main(options(*"""--dataset dsb2018_96 --arch NestedUNet --deep_supervision True --name dsb2018_96_NestedUNet_wDS
+        --epochs 1 --batch_size 4 --input_channels 3 --num_classes 1 --input_w 32 --input_h 32 --loss BCEDiceLoss
+        --img_ext .png --mask_ext .png --optimizer SGD --lr 1e-3 --momentum 0.9 --weight_decay 1e-4 --nesterov False
+        --scheduler MultiStepLR --min_lr 1e-5 --factor 0.1 --patience 2 --milestones 1,2 --gamma 0.6667
+        --early_stopping -1 --num_workers 0""".split()))
+    assert (tmp_path / "models/dsb2018_96_NestedUNet_wDS/model.pth").exists()
+
+
+def test_sanity_check_prints_counts_and_draws_a_panel(cells, tmp_path, capsys):
+    save_grey(cells / "masks/0/cell_4.png", np.zeros((48, 48), np.uint8))
+    train(cells, tmp_path / "run", "--sanity-check")
+    printed = capsys.readouterr().out
+    assert "train: 8 images, 8 of 48x48" in printed and "% of all pixels" in printed
+    assert printed.count("1 images without it") == 1
+    assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
+
+
+# --- Bad input ---
+
+def test_missing_folders(cells, tmp_path):
+    refuses(tmp_path / "nowhere", tmp_path / "nowhere/images", "no such folder", "--data-path", output=tmp_path / "run")
+    shutil.rmtree(cells / "masks")
+    refuses(cells, cells / "masks", "no such folder")
+
+
+def test_no_data_path():
+    with pytest.raises(utils.InputError, match="--data-path.*--demo"):
+        train_unet.main(options(*SMALL))
+
+
+def test_empty_data_set(cells):
+    for path in (cells / "images").iterdir():
+        path.unlink()
+    refuses(cells, cells / "images", "no pictures")
+
+
+def test_missing_and_extra_masks(cells):
+    (cells / "masks/0/cell_3.png").unlink()
+    refuses(cells, "images/cell_3.png", "masks/0")
+    (cells / "images/cell_3.png").unlink()
+    (cells / "images/cell_5.png").unlink()
+    refuses(cells, "masks/0/cell_5.png", "images")
+
+
+def test_two_pictures_of_one_name(cells):
+    shutil.copy(cells / "images/cell_3.png", cells / "images/cell_3.bmp")
+    refuses(cells, "cell_3.bmp", "cell_3.png", "--img-ext")
+    train_unet.find_items(cells, options("--img_ext", ".png"))
+
+
+def test_sizes_that_differ_name_both_files_and_sizes(cells):
+    save_grey(cells / "masks/0/cell_2.png", np.zeros((48, 40), np.uint8))
+    refuses(cells, "masks/0/cell_2.png: 40x48", "images/cell_2.png has 48x48")
+
+
+@pytest.mark.parametrize("pixels, words", [
+    (np.eye(48, dtype=np.uint8), ["values 0, 1", "multiply a 0/1 mask by 255"]),
+    ((np.arange(48 * 48).reshape(48, 48) // 20).astype(np.uint8), ["0 (background) and 255 (object)"]),
+    ((np.arange(48 * 48).reshape(48, 48)).astype(np.uint16), ["0 (background) and 255 (object)"]),
+    (np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8), ["colour-coded"])])
+def test_masks_of_ids_and_of_colours_are_refused(cells, pixels, words):
+    save_grey(cells / "masks/0/cell_7.png", pixels)
+    refuses(cells, cells / "masks/0/cell_7.png", *words)
+
+
+@pytest.mark.parametrize("kind", ["images", "masks/0"])
+def test_truncated_and_foreign_files(cells, kind):
+    path = cells / kind / "cell_6.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) * 2 // 3])
+    refuses(cells, path, "truncated or unreadable")
+    path.write_bytes(b"no picture")
+    refuses(cells, path, "not a picture")
+
+
+def test_class_folders_and_num_classes_disagree(cells):
+    shutil.copytree(cells / "masks/0", cells / "masks/1")
+    refuses(cells, "2 class folders (0, 1)", "--num-classes 2")
+
+
+def test_one_picture_cannot_be_split(cells):
+    for i in range(1, 10):
+        (cells / f"images/cell_{i}.png").unlink(), (cells / f"masks/0/cell_{i}.png").unlink()
+    refuses(cells, "--val-path")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": ["cell_0"]}', '{"train": ["cell_0"], "val": ["elsewhere"]}', None])
+def test_bad_splits(cells, tmp_path, text):
+    if text is not None:
+        (tmp_path / "split.json").write_text(text)
+    refuses(cells, tmp_path / "split.json", more=["--split", tmp_path / "split.json"])
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--arch", "UNet", "--deep_supervision", "1"], ["--deep-supervision", "NestedUNet"]),
+    (["--optimizer", "SGD", "--nesterov", "--momentum", "0"], ["--nesterov", "--momentum"]),
+    (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]), (["--device", "tpu9"], ["--device tpu9"]),
+    (["--amp", "fp16"], ["--amp fp16", "CUDA"]), (["--weights", "none.pth"], ["none.pth", "no such file"]),
+    (["--resume", "none.pth"], ["none.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"])])
+def test_options_that_cannot_be(cells, more, words):
+    refuses(cells, *words, more=more)
+
+
+@pytest.mark.parametrize("more", [["--epochs", "0"], ["--lr", "nan"], ["--lr", "-1"], ["-b", "x"], ["--epoch", "3"],
+                                  ["--deep_supervision", "maybe"], ["--image-size", "8"], ["--milestones", "a,b"], ["--image-size", "1,2,3"]])
+def test_bad_numbers_are_one_line_and_exit_status_2(more, capsys):
+    with pytest.raises(SystemExit) as caught:
+        options(*more)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ": error: " in error and (more[0] in error)
+
+
+def test_a_checkpoint_of_another_net_or_other_classes_names_both(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    for option in ("--weights", "--resume"):
+        for name in ("best.pth", "model.pth")[:1 + (option == "--weights")]:
+            refuses(cells, tmp_path / "a" / name, "UNet" if name == "best.pth" else "tensors differ", "NestedUNet",
+                    more=["--arch", "NestedUNet", option, tmp_path / "a" / name])
+    shutil.copytree(cells / "masks/0", cells / "masks/1")
+    refuses(cells, "num_classes 1", "num_classes 2", more=["--num-classes", 2, "--weights", tmp_path / "a/best.pth"])
+    refuses(cells, "final.weight (1, 32, 1, 1) instead of (2, 32, 1, 1)",
+            more=["--num-classes", 2, "--weights", tmp_path / "a/model.pth"])
+
+
+def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    for more, word in ((["--lr", 0.5], "--lr 0.001, now 0.5"), (["-b", 2], "--batch-size 4, now 2"), (["--seed", 3], "--seed 41")):
+        with pytest.raises(utils.InputError, match=word):
+            train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
+    (cells / "images/cell_0.png").unlink(), (cells / "masks/0/cell_0.png").unlink()
+    with pytest.raises(utils.InputError, match="data-hash"):
+        train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto")
+
+
+def test_a_mistake_found_in_a_loader_process_is_one_line_too(cells, tmp_path, monkeypatch, script):
+    """A file that is spoilt after the check: read by a worker, named by the script, exit status 2."""
+    code = f"""
+import sys, train_unet, utils
+train_unet.check_items = lambda items, num_pixels: None
+sys.argv = ["train_unet.py", "--data-path", {str(cells)!r}, "--output-dir", {str(tmp_path / 'run')!r}, *{SMALL!r}, "-j", "2", "--epochs", "1"]
+utils.run(train_unet.main, train_unet.get_args_parser())"""
+    (cells / "images/cell_1.png").write_bytes(b"spoilt")
+    done = script("-c", code)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"train_unet.py: error: {cells}/images/cell_1.png: not a picture that can be read"
+
+
+def test_real_nuclei_pass_the_sanity_check(real_data, tmp_path, capsys):
+    train(real_data / "nuclei", tmp_path / "run", "--sanity-check")
+    assert "70 of 256x256" not in capsys.readouterr().out  # split in two parts
