@@ -1,0 +1,104 @@
+"""predict.py: masks at the picture's own size from a checkpoint alone; a bad picture does not stop the others."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import train_unet
+import utils
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of a short training, in whose folder lie its pictures too."""
+    import demo_data
+    folder = tmp_path_factory.mktemp("trained")
+    demo_data.write("cells", folder, 10)
+    train_unet.main(train_unet.get_args_parser().parse_args(
+        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--arch", "UNet", "--image-size", "64", "-b", "4",
+         "-j", "0", "--epochs", "3", "--optimizer", "Adam", "--device", "cpu"]))
+    return folder
+
+
+def run(*texts):
+    return predict.main(predict.get_args_parser().parse_args(["--device", "cpu", *map(str, texts)]))
+
+
+def test_predictions_are_what_validation_scored(trained, tmp_path):
+    split = utils.json.loads((trained / "run/split.json").read_text())["val"]
+    pictures = [trained / f"images/{name}.png" for name in split]
+    run("--weights", trained / "run/last.pth", *pictures, "--output-dir", tmp_path)
+    both = union = 0
+    for name in split:
+        pred = np.array(Image.open(tmp_path / f"{name}_mask.png")) == 1
+        true = np.array(Image.open(trained / f"masks/0/{name}.png")) > 0
+        both, union = both + (pred & true).sum(), union + (pred | true).sum()
+    log = (trained / "run/log.csv").read_text().splitlines()
+    last = dict(zip(log[0].split(","), log[-1].split(",")))
+    assert both / union == pytest.approx(float(last["val_iou"]), abs=1e-5)
+
+
+def test_folder_glob_and_picture_give_palette_masks_of_their_own_size(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "in/wide.jpg")
+    Image.fromarray(np.zeros((33, 20), np.uint16)).save(tmp_path / "in/deep.png")
+    for number, inputs in enumerate(([tmp_path / "in"], [tmp_path / "in/*.jpg", tmp_path / "in/deep.png"])):
+        out = tmp_path / f"out{number}"
+        assert run("--weights", trained / "run/best.pth", *inputs, "--output-dir", out) == {"pictures": 2}
+        assert sorted(path.name for path in out.iterdir()) == [
+            "deep_mask.png", "deep_overlay.png", "wide_mask.png", "wide_overlay.png"]
+        with Image.open(out / "wide_mask.png") as mask:
+            assert mask.mode == "P" and mask.size == (70, 50) and set(np.unique(mask)) <= {0, 1}
+        assert Image.open(out / "deep_overlay.png").size == (20, 33)
+
+
+def test_one_bad_picture_does_not_stop_a_folder(trained, tmp_path, script):
+    shutil.copytree(trained / "images", tmp_path / "in")
+    (tmp_path / "in/cell_0003.png").write_bytes(b"spoilt")
+    done = script("predict.py", "--weights", trained / "run/best.pth", tmp_path / "in", "--output-dir", tmp_path / "out")
+    assert done.returncode == 2 and len(list((tmp_path / "out").glob("*_mask.png"))) == 9
+    assert done.stderr == f"predict.py: error: {tmp_path}/in/cell_0003.png: not a picture that can be read\n"
+    assert "9 of 10 pictures predicted" in done.stdout
+
+
+def test_pictures_of_one_stem_do_not_overwrite_each_other(tmp_path):
+    for name in ("a/x.png", "a/x.jpg", "b/x.png", "b/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [name for name, _ in predict.find_inputs([str(tmp_path / "a"), str(tmp_path / "b")])]
+    assert len(set(names)) == 4 and names[-1] == "y"
+
+
+def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
+    picture = trained / "images/cell_0001.png"
+    run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path)
+    with pytest.raises(utils.InputError, match="cell_0001_mask.png: is there already; give --overwrite"):
+        run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path)
+    run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path, "--overwrite")
+
+
+def test_overlapping_classes_get_a_mask_each(tmp_path):
+    logits = torch.full((2, 1, 3), -1.0)
+    logits[0, 0, :2], logits[1, 0, 1:] = 1.0, 2.0  # pixel 0: class a, pixel 1: both, b likelier, pixel 2: b
+    predict.write_unet(logits, np.zeros((1, 3, 3), np.uint8), {"classes": ["a", "b"]}, tmp_path / "x")
+    assert np.array(Image.open(tmp_path / "x_mask.png")).tolist() == [[1, 2, 2]]
+    assert np.array(Image.open(tmp_path / "x_mask_a.png")).tolist() == [[255, 255, 0]]
+    assert np.array(Image.open(tmp_path / "x_mask_b.png")).tolist() == [[0, 255, 255]]
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path: torch.save({"w": torch.zeros(2)}, path), "does not say what net"), (lambda path: path.write_text("x"), "not a checkpoint"),
+    (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"), (lambda path: None, "no such file")])
+def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
+    make(tmp_path / "a.pth")
+    with pytest.raises(utils.InputError, match=f"a.pth: .*{words}"):
+        run("--weights", tmp_path / "a.pth", trained / "images", "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_not_there(trained, tmp_path):
+    with pytest.raises(utils.InputError, match=r"nothing\*: no such picture, folder or glob"):
+        run("--weights", trained / "run/best.pth", tmp_path / "nothing*", "--output-dir", tmp_path / "out")

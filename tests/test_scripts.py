@@ -1,0 +1,145 @@
+"""All scripts alike: one shape, one spelling of options, one body for functions of one name; each can be copied alone."""
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
+SCRIPTS = [*TRAINING, "predict"]
+NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
+        "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
+DATA_KIND = {"train_unet": "cells"}
+SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"]
+FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
+ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
+# Functions that have one name in several scripts and differ because the articles do.
+DIFFERING = {"get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"}
+SHARED = ["--data-path", "--demo", "--sanity-check", "--limit", "--overfit", "--output-dir", "--overwrite", "--weights",
+          "--resume", "--save-every", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay", "--workers",
+          "--device", "--amp", "--seed", "--deterministic", "--test-only", "--compile"]
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def definitions(name):
+    """{function or class name: its code without comments} of a script."""
+    return {node.name: ast.unparse(node) for node in tree(name).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def actions(name):
+    return {option: action for action in import_module(name).get_args_parser()._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_sections_stand_in_order(name):
+    text = (ROOT / f"{name}.py").read_text()
+    assert re.findall(r"^# --- (.*) ---$", text, re.M) == SECTIONS
+    assert [word for word in re.findall(r"^def (\w+)", text, re.M) if word in FUNCTIONS] == FUNCTIONS
+
+
+def test_predict_has_its_own_sections():
+    text = (ROOT / "predict.py").read_text()
+    assert re.findall(r"^# --- (.*) ---$", text, re.M) == ["Options", "Data", "Model", "Prediction", "Main"]
+
+
+def test_functions_of_one_name_have_one_body():
+    seen = {}
+    for name in SCRIPTS:
+        for function, code in definitions(name).items():
+            if function not in DIFFERING:
+                other, first = seen.setdefault(function, (name, code))
+                assert code == first, f"{function} differs between {other}.py and {name}.py"
+    assert "normalize" in definitions("predict") and "forward" in definitions("predict")  # there is something to compare
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_shared_options_have_one_spelling_type_and_help(name):
+    reference, ours = actions("train_unet"), actions(name)
+    for option in SHARED:
+        ours_help, reference_help = ours[option].help, reference[option].help
+        if option not in ("--data-path", "--weights"):  # whose help names the layout and the files
+            assert ours_help == reference_help, option
+        assert getattr(ours[option].type, "__name__", None) == getattr(reference[option].type, "__name__", None), option
+    assert {"-b", "-j", "--wd"} <= ours.keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_has_a_help_and_help_fits_two_screens(name):
+    parser = import_module(name).get_args_parser()
+    assert all(action.help for action in parser._actions)
+    assert len(parser.format_help().splitlines()) <= 2 * 60
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("nets/*.py")], ids=lambda path: path.name)
+def test_imports_are_the_listed_packages_and_nets_import_nothing_of_ours(path):
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules |= {name.split(".")[0] for name in names}
+    ours = {item.stem for item in ROOT.glob("*.py")} | {"nets"}
+    foreign = modules - set(sys.stdlib_module_names) - ours - ALLOWED
+    assert not foreign
+    if path.parent.name == "nets":
+        assert modules - set(sys.stdlib_module_names) <= {"torch", "torchvision"}
+    if path.name == "utils.py":
+        assert not any(name.startswith("nets") for name in modules)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("nets/*.py")], ids=lambda path: path.name)
+def test_no_habit_that_bit_the_articles(path):
+    text = path.read_text()
+    for habit in (r"type=bool", r"\.cuda\(", r"allow_pickle=True", r"weights_only=False", r"except:", r"from .* import \*"):
+        assert not re.search(habit, text), habit
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_does_nothing(name, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_script_copied_with_its_net_and_utils_runs_alone(name, tmp_path, script):
+    import demo_data
+    (tmp_path / "nets").mkdir()
+    for file in (f"{name}.py", "utils.py", f"nets/{NETS[name]}.py", "nets/__init__.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    demo_data.write(DATA_KIND[name], tmp_path / "data", 6)
+    done = script(f"{name}.py", "--data-path", "data", "--epochs", 1, "-b", 4, "-j", 0, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / name / "best.pth").exists()
+    done = script(f"{name}.py", "--demo", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "demo_data.py" in done.stderr
+
+
+def readme_commands():
+    """Every `python SCRIPT.py ...` of README's code blocks and tables, as a list of words."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for line in re.findall(r"(?:^ *|[`&]\s?)((?:venv/bin/)?python (?:train|finetune|predict|demo_data|benchmark)[^`&#\n]*)", text, re.M):
+        yield shlex.split(line)[1:]
+
+
+def test_readme_commands_parse():
+    commands = list(readme_commands())
+    assert len(commands) >= 5
+    for name, *words in commands:
+        module = import_module(Path(name).stem)
+        module.get_args_parser().parse_args(words)
+
+
+def test_readme_test_command_is_what_ci_runs():
+    command = "python -m pytest"
+    assert command in (ROOT / "README.md").read_text() and command in (ROOT / ".ci/run").read_text()
