@@ -23,14 +23,14 @@ from nets.unet import STRIDE, NestedUNet, UNet
 # --- Options ---
 
 def get_args_parser():
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = utils.ArgumentParser(__doc__.splitlines()[0], "%(prog)s --weights CHECKPOINT INPUT [INPUT ...] [options]")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="picture, folder of pictures, or glob")
     add("--weights", required=True, help="best.pth or last.pth of a training script")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add("--overwrite", nargs="?", const=True, default=False, type=utils.switch, help="replace files in --output-dir")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
-    add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode,
+    add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
     return parser
 

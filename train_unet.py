@@ -36,7 +36,7 @@ RESUME_FREE = ["resume", "weights", "data_path", "dataset", "val_path", "split",
 # --- Options ---
 
 def get_args_parser():
-    parser = utils.ArgumentParser(description=__doc__.splitlines()[0], demo=DEMO)
+    parser = utils.ArgumentParser(__doc__.splitlines()[0], demo=DEMO)
     add, flag = parser.add_argument, {"nargs": "?", "const": True, "default": False, "type": utils.switch}
     add("--data-path", help="folder with images/ and masks/")
     add("--demo", **flag, help="train on drawn data with small settings")
@@ -53,11 +53,12 @@ def get_args_parser():
     add("-b", "--batch-size", "--batch_size", type=utils.number(int, 1), default=16, help="items a batch (%(default)s)")
     add("--accumulate", type=utils.number(int, 1), default=1, help="batches per optimizer step (%(default)s)")
     add("--lr", type=utils.number(float, 0), default=1e-3, help="initial learning rate (%(default)s)")
-    add("--weight-decay", "--wd", "--weight_decay", type=utils.number(float, 0), default=1e-4, help="(%(default)s)")
+    add("--weight-decay", "--wd", "--weight_decay", type=utils.number(float, 0), default=1e-4,
+        help="weight decay (%(default)s)")
     add("-j", "--workers", "--num_workers", type=utils.number(int, 0), default=min(4, os.cpu_count()),
         help="loader processes, 0 for none (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
-    add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode,
+    add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
     add("--seed", type=utils.number(int, 0), default=41, help="of weights, order, augmentation, split (%(default)s)")
     add("--deterministic", **flag, help="same bits on CUDA too, slower")

@@ -36,11 +36,25 @@ class Stopped(Exception):
     """SIGTERM or SIGINT arrived; raised by `check_stop` where it is safe to save."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """One line an option: all its spellings, its value once."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=48, width=140)
+
+    def _format_action_invocation(self, action):
+        names = ", ".join(action.option_strings)
+        if not names:
+            return super()._format_action_invocation(action)
+        value = action.metavar or ("" if action.nargs in ("?", 0) else "N" if action.type else None)
+        return f"{names} {self._format_args(action, action.dest.upper()) if value is None else value}"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Errors of one line, no abbreviations; with --demo the given demo settings are the defaults."""
 
-    def __init__(self, *args, demo=None, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, description, usage="%(prog)s [options]", demo=None):
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
         self.demo = demo or {}
 
     def parse_known_args(self, args=None, namespace=None):

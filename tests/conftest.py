@@ -53,7 +53,7 @@ def real_data():
 
 @pytest.fixture
 def script():
-    """script("train_unet.py", "--epochs", 1) runs it as a user does, in a process of its own; returns the process's end."""
+    """script("train_unet.py", "--epochs", 1) runs it as a user does, in a process of its own."""
     def call(name, *options, cwd=ROOT, **kwargs):
         command = [sys.executable, str(name), *map(str, options)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,

@@ -22,6 +22,7 @@ def test_otsu_is_dataset_iou_and_misled_by_the_drawn_cells():
     image[:2] = 200
     mask = np.zeros((4, 4), np.uint8)
     mask[1:3] = 255
-    assert demo_data.baseline("cells", [image, image], [mask, np.zeros_like(mask)]) == 4 / 20  # 4 in both, 12 + 8 in either
+    masks = [mask, np.zeros_like(mask)]
+    assert demo_data.baseline("cells", [image, image], masks) == 4 / 20  # 4 in both, 12 + 8 in either
     drawn = [demo_data.draw_cells(index) for index in range(12)]
     assert demo_data.baseline("cells", *zip(*drawn)) < 0.5

@@ -18,8 +18,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     demo_data.write("cells", folder, 10)
     train_unet.main(train_unet.get_args_parser().parse_args(
-        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--arch", "UNet", "--image-size", "64", "-b", "4",
-         "-j", "0", "--epochs", "3", "--optimizer", "Adam", "--device", "cpu"]))
+        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--arch", "UNet", "--image-size", "64",
+         "-b", "4", "-j", "0", "--epochs", "3", "--optimizer", "Adam", "--device", "cpu"]))
     return folder
 
 
@@ -58,7 +58,8 @@ def test_folder_glob_and_picture_give_palette_masks_of_their_own_size(trained, t
 def test_one_bad_picture_does_not_stop_a_folder(trained, tmp_path, script):
     shutil.copytree(trained / "images", tmp_path / "in")
     (tmp_path / "in/cell_0003.png").write_bytes(b"spoilt")
-    done = script("predict.py", "--weights", trained / "run/best.pth", tmp_path / "in", "--output-dir", tmp_path / "out")
+    done = script("predict.py", "--weights", trained / "run/best.pth", tmp_path / "in",
+                  "--output-dir", tmp_path / "out")
     assert done.returncode == 2 and len(list((tmp_path / "out").glob("*_mask.png"))) == 9
     assert done.stderr == f"predict.py: error: {tmp_path}/in/cell_0003.png: not a picture that can be read\n"
     assert "9 of 10 pictures predicted" in done.stdout
@@ -90,8 +91,10 @@ def test_overlapping_classes_get_a_mask_each(tmp_path):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda path: torch.save({"w": torch.zeros(2)}, path), "does not say what net"), (lambda path: path.write_text("x"), "not a checkpoint"),
-    (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"), (lambda path: None, "no such file")])
+    (lambda path: torch.save({"w": torch.zeros(2)}, path), "does not say what net"),
+    (lambda path: path.write_text("x"), "not a checkpoint"),
+    (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"),
+    (lambda path: None, "no such file")])
 def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
     make(tmp_path / "a.pth")
     with pytest.raises(utils.InputError, match=f"a.pth: .*{words}"):

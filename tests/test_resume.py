@@ -59,7 +59,8 @@ def assert_runs_equal(one, other):
     logs = []
     for folder in (one, other):
         with open(folder / "log.csv", newline="") as file:
-            logs.append([{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)])
+            rows = list(csv.DictReader(file))
+        logs.append([{key: value for key, value in row.items() if key not in TIMES} for row in rows])
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 

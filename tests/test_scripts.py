@@ -1,4 +1,4 @@
-"""All scripts alike: one shape, one spelling of options, one body for functions of one name; each can be copied alone."""
+"""All scripts alike: one shape, one spelling of options, one body for functions of one name; each runs alone."""
 import ast
 import re
 import shlex
@@ -33,11 +33,13 @@ def tree(name):
 
 def definitions(name):
     """{function or class name: its code without comments} of a script."""
-    return {node.name: ast.unparse(node) for node in tree(name).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    nodes = [node for node in tree(name).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.unparse(node) for node in nodes}
 
 
 def actions(name):
-    return {option: action for action in import_module(name).get_args_parser()._actions for option in action.option_strings}
+    parser = import_module(name).get_args_parser()
+    return {option: action for action in parser._actions for option in action.option_strings}
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -59,7 +61,7 @@ def test_functions_of_one_name_have_one_body():
             if function not in DIFFERING:
                 other, first = seen.setdefault(function, (name, code))
                 assert code == first, f"{function} differs between {other}.py and {name}.py"
-    assert "normalize" in definitions("predict") and "forward" in definitions("predict")  # there is something to compare
+    assert {"normalize", "forward"} <= definitions("predict").keys()  # there is something to compare
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -99,7 +101,7 @@ def test_imports_are_the_listed_packages_and_nets_import_nothing_of_ours(path):
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("nets/*.py")], ids=lambda path: path.name)
 def test_no_habit_that_bit_the_articles(path):
     text = path.read_text()
-    for habit in (r"type=bool", r"\.cuda\(", r"allow_pickle=True", r"weights_only=False", r"except:", r"from .* import \*"):
+    for habit in (r"type=bool", r"\.cuda\(", "allow_pickle=True", "weights_only=False", "except:", r"import \*"):
         assert not re.search(habit, text), habit
     assert all(len(line) <= 120 for line in text.splitlines())
 
@@ -128,7 +130,8 @@ def test_a_script_copied_with_its_net_and_utils_runs_alone(name, tmp_path, scrip
 def readme_commands():
     """Every `python SCRIPT.py ...` of README's code blocks and tables, as a list of words."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    for line in re.findall(r"(?:^ *|[`&]\s?)((?:venv/bin/)?python (?:train|finetune|predict|demo_data|benchmark)[^`&#\n]*)", text, re.M):
+    python = r"(?:^ *|[`&]\s?)((?:venv/bin/)?python (?:train|finetune|predict|demo_data|benchmark)[^`&#\n]*)"
+    for line in re.findall(python, text, re.M):
         yield shlex.split(line)[1:]
 
 

@@ -54,7 +54,7 @@ def test_losses_and_their_gradients_equal_the_official_ones(case):
 
 
 def test_pixel_counts_give_the_official_pooled_iou_and_dice():
-    """The official iou_score pools the batch; summing our counts over pictures and classes must give the same number."""
+    """The official iou_score pools the batch: our counts, summed over pictures and classes, must give the same."""
     with np.load(FIXTURES / "metrics.npz", allow_pickle=False) as reference:
         cases = {key.split("/")[0] for key in reference.files if key.startswith("m_")}
         assert "m_bothempty" in cases and len(cases) > 2
@@ -104,7 +104,8 @@ def test_masks_are_compared_at_the_pictures_own_size():
     mask[..., :32, :] = 1
     logits = torch.full((1, 3, 16, 16), -9.0)
     logits[:, :, :8] = 9.0
-    figures = train_unet.evaluate(Copy(), [(logits, mask, [0])], torch.device("cpu"), None, Namespace(loss="BCEDiceLoss"))
+    args = Namespace(loss="BCEDiceLoss")
+    figures = train_unet.evaluate(Copy(), [(logits, mask, [0])], torch.device("cpu"), None, args)
     assert figures["val_iou"] == 1.0
 
 
@@ -116,7 +117,7 @@ def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
 # --- Data ---
 
 def test_the_split_is_the_articles_train_test_split():
-    """sklearn 1.x: train_test_split(range(10), test_size=0.2, random_state=41)[1] is the first two of RandomState(41)'s order."""
+    """sklearn's train_test_split(x, test_size=0.2, random_state=41)[1] is the first fifth of RandomState(41)'s order."""
     items = [(str(i),) for i in range(10)]
     train_items, val_items = train_unet.split_items(items, options("--data-path", "x"))
     assert sorted(int(i) for i, in val_items) == sorted(np.random.RandomState(41).permutation(10)[:2].tolist())
@@ -203,18 +204,20 @@ def test_a_split_is_written_and_read_again(cells, tmp_path):
 def test_eight_images_can_be_learnt_and_every_file_is_written(cells, tmp_path, capsys):
     figures = train(cells, tmp_path / "run", "--epochs", 12, "--overfit", 8, "-b", 2, "--image-size", 48)
     assert figures["val_iou"] > 0.7
-    for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png", "args.json", "split.json"):
+    for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png", "args.json",
+                 "split.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     printed = capsys.readouterr().out
     assert "7,852,545 of 7,852,545 parameters" in printed and "best val_iou" in printed
-    tested = train(cells, tmp_path / "other", "--overfit", 8, "--image-size", 48, "--test-only", "--resume", tmp_path / "run/last.pth")
+    tested = train(cells, tmp_path / "other", "--overfit", 8, "--image-size", 48, "--test-only",
+                   "--resume", tmp_path / "run/last.pth")
     assert {key: tested[key] for key in tested} == {key: figures[key] for key in tested}
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("more", [
-    ["--arch", "NestedUNet", "--deep_supervision", "True"], ["--loss", "LovaszHingeLoss"], ["--loss", "BCEWithLogitsLoss"],
-    ["--optimizer", "SGD", "--nesterov", "true"], ["--input_channels", "1"], ["--input_w", "48", "--input_h", "32"],
+    ["--arch", "NestedUNet", "--deep_supervision", "True"], ["--loss", "LovaszHingeLoss"],
+    ["--loss", "BCEWithLogitsLoss"], ["--optimizer", "SGD", "--nesterov", "true"], ["--input_channels", "1"], ["--input_w", "48", "--input_h", "32"],
     ["--image-size", "50,35"], ["--accumulate", "2"], ["--amp", "bf16"], ["-b", "1"], ["-b", "64"], ["--limit", "3"]])
 def test_every_option_trains(cells, tmp_path, more):
     figures = train(cells, tmp_path / "run", "--epochs", 1, *more)
@@ -307,8 +310,8 @@ def test_the_articles_command_line_runs_in_the_articles_folders(cells, tmp_path,
     (tmp_path / "inputs").mkdir()
     cells.rename(tmp_path / "inputs/dsb2018_96")
     monkeypatch.chdir(tmp_path)
-    train_unet.main(options(*"""--dataset dsb2018_96 --arch NestedUNet --deep_supervision True --name dsb2018_96_NestedUNet_wDS
-        --epochs 1 --batch_size 4 --input_channels 3 --num_classes 1 --input_w 32 --input_h 32 --loss BCEDiceLoss
+    train_unet.main(options(*"""--dataset dsb2018_96 --arch NestedUNet --deep_supervision True
+        --name dsb2018_96_NestedUNet_wDS --epochs 1 --batch_size 4 --input_channels 3 --num_classes 1 --input_w 32 --input_h 32 --loss BCEDiceLoss
         --img_ext .png --mask_ext .png --optimizer SGD --lr 1e-3 --momentum 0.9 --weight_decay 1e-4 --nesterov False
         --scheduler MultiStepLR --min_lr 1e-5 --factor 0.1 --patience 2 --milestones 1,2 --gamma 0.6667
         --early_stopping -1 --num_workers 0""".split()))
@@ -393,7 +396,8 @@ def test_one_picture_cannot_be_split(cells):
     refuses(cells, "--val-path")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"train": ["cell_0"]}', '{"train": ["cell_0"], "val": ["elsewhere"]}', None])
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"train": ["cell_0"]}', '{"train": ["cell_0"], "val": ["elsewhere"]}', None])
 def test_bad_splits(cells, tmp_path, text):
     if text is not None:
         (tmp_path / "split.json").write_text(text)
@@ -405,13 +409,15 @@ def test_bad_splits(cells, tmp_path, text):
     (["--optimizer", "SGD", "--nesterov", "--momentum", "0"], ["--nesterov", "--momentum"]),
     (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]), (["--device", "tpu9"], ["--device tpu9"]),
     (["--amp", "fp16"], ["--amp fp16", "CUDA"]), (["--weights", "none.pth"], ["none.pth", "no such file"]),
-    (["--resume", "none.pth"], ["none.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"])])
+    (["--resume", "none.pth"], ["none.pth", "no such file"]),
+    (["--test-only"], ["--test-only", "--weights or --resume"])])
 def test_options_that_cannot_be(cells, more, words):
     refuses(cells, *words, more=more)
 
 
 @pytest.mark.parametrize("more", [["--epochs", "0"], ["--lr", "nan"], ["--lr", "-1"], ["-b", "x"], ["--epoch", "3"],
-                                  ["--deep_supervision", "maybe"], ["--image-size", "8"], ["--milestones", "a,b"], ["--image-size", "1,2,3"]])
+                                  ["--deep_supervision", "maybe"], ["--image-size", "8"], ["--milestones", "a,b"],
+                                  ["--image-size", "1,2,3"]])
 def test_bad_numbers_are_one_line_and_exit_status_2(more, capsys):
     with pytest.raises(SystemExit) as caught:
         options(*more)
@@ -434,7 +440,8 @@ def test_a_checkpoint_of_another_net_or_other_classes_names_both(cells, tmp_path
 
 def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
     train(cells, tmp_path / "run", "--epochs", 1)
-    for more, word in ((["--lr", 0.5], "--lr 0.001, now 0.5"), (["-b", 2], "--batch-size 4, now 2"), (["--seed", 3], "--seed 41")):
+    for more, word in ((["--lr", 0.5], "--lr 0.001, now 0.5"), (["-b", 2], "--batch-size 4, now 2"),
+                       (["--seed", 3], "--seed 41")):
         with pytest.raises(utils.InputError, match=word):
             train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
     (cells / "images/cell_0.png").unlink(), (cells / "masks/0/cell_0.png").unlink()
@@ -447,7 +454,8 @@ def test_a_mistake_found_in_a_loader_process_is_one_line_too(cells, tmp_path, mo
     code = f"""
 import sys, train_unet, utils
 train_unet.check_items = lambda items, num_pixels: None
-sys.argv = ["train_unet.py", "--data-path", {str(cells)!r}, "--output-dir", {str(tmp_path / 'run')!r}, *{SMALL!r}, "-j", "2", "--epochs", "1"]
+sys.argv = ["train_unet.py", "--data-path", {str(cells)!r}, "--output-dir", {str(tmp_path / 'run')!r},
+            *{SMALL!r}, "-j", "2", "--epochs", "1"]
 utils.run(train_unet.main, train_unet.get_args_parser())"""
     (cells / "images/cell_1.png").write_bytes(b"spoilt")
     done = script("-c", code)

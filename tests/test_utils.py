@@ -5,7 +5,6 @@ import pickle
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -33,7 +32,7 @@ def test_every_flipped_bit_is_refused(tmp_path):
     whole = (tmp_path / "a.pth").read_bytes()
     rng = np.random.default_rng(0)
     places = [(int(rng.integers(len(whole))), int(rng.integers(8))) for _ in range(300)]
-    places += [(byte, bit) for byte in range(len(whole) - 40, len(whole)) for bit in range(8)]  # the end, where our CRC is
+    places += [(byte, bit) for byte in range(len(whole) - 40, len(whole)) for bit in range(8)]  # where our CRC stands
     for byte, bit in places:
         spoilt = bytearray(whole)
         spoilt[byte] ^= 1 << bit
@@ -79,7 +78,7 @@ def test_a_full_disk_leaves_the_former_file_and_says_how_much_is_missing(tmp_pat
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may grow beyond 1 MB
     try:
-        with pytest.raises(utils.InputError, match=r"a.pth: cannot be written .*: 8.0 MB needed, [\d.]+ MB free; the former"):
+        with pytest.raises(utils.InputError, match=r"a.pth: cannot be written .*: 8.0 MB needed, [\d.]+ MB free; the"):
             utils.save_checkpoint(tmp_path / "a.pth", {"weight": torch.zeros(2**21)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -108,7 +107,8 @@ def test_weights_load_from_every_wrapping(tmp_path):
         torch.nn.init.zeros_(target.weight)
         utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
         assert torch.equal(source.weight, target.weight)
-    for state in ({"weight": source.weight}, {**source.state_dict(), "extra": source.bias}, [1], {"weight": 3, "bias": 4}):
+    whole = source.state_dict()
+    for state in ({"weight": source.weight}, {**whole, "extra": source.bias}, [1], {"weight": 3, "bias": 4}):
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(utils.InputError, match="a.pth: weights of another net"):
             utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
@@ -141,8 +141,8 @@ def test_weights_are_fetched_once_verified_always_and_offline_says_where_to_put_
 def test_every_mode_becomes_rgb(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     grey = Image.fromarray(rgb).convert("L")
-    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])), "l.png": grey,
-                "la.png": grey.convert("LA"), "1.png": grey.convert("1"), "p.png": Image.fromarray(rgb).quantize(8),
+    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])),
+                "l.png": grey, "la.png": grey.convert("LA"), "1.png": grey.convert("1"), "p.png": Image.fromarray(rgb).quantize(8),
                 "cmyk.tif": Image.fromarray(rgb).convert("CMYK"), "p.gif": Image.fromarray(rgb).quantize(8)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
@@ -238,7 +238,7 @@ def test_the_order_depends_on_seed_and_epoch_and_ranks_share_it_out():
     assert order(0) == order(0) != order(1) and order(0, seed=2) != order(0)
     assert sorted(index for _, index in order(3)) == list(range(10)) and {epoch for epoch, _ in order(3)} == {3}
     assert order(2, skip=4) == order(2)[4:]
-    assert sorted(order(1, rank=0, world_size=3) + order(1, rank=1, world_size=3) + order(1, rank=2, world_size=3)) == sorted(order(1))
+    assert sorted(sum((order(1, rank=rank, world_size=3) for rank in range(3)), [])) == sorted(order(1))
 
 
 def test_seeded_blocks_do_not_touch_the_global_generator():
@@ -270,13 +270,14 @@ def test_devices():
 def test_out_of_memory_is_one_line(script):
     done = script("-c", "import sys, torch, utils\nsys.argv = ['x.py']\n"
                   "def main(args): raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n"
-                  "utils.run(main, utils.ArgumentParser())")
+                  "utils.run(main, utils.ArgumentParser('x'))")
     assert done.returncode == 2 and done.stderr.startswith("x.py: error: out of memory: try a smaller --batch-size")
     assert done.stderr.count("\n") == 1
 
 
 def test_our_own_bugs_keep_their_traceback(script):
-    done = script("-c", "import sys, utils\nsys.argv = ['x.py']\ndef main(args): 1 / 0\nutils.run(main, utils.ArgumentParser())")
+    done = script("-c", "import sys, utils\nsys.argv = ['x.py']\ndef main(args): 1 / 0\n"
+                  "utils.run(main, utils.ArgumentParser('x'))")
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 
 
@@ -284,11 +285,12 @@ def test_two_processes_join_and_sum(tmp_path):
     (tmp_path / "sums.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                                       "import torch, utils\n"
                                       "rank, world, device = utils.start_process_group(torch.device('cpu'))\n"
-                                      "print(f'{rank} {world} {utils.sum_over_ranks(torch.tensor([rank + 1.0])).item()}\\n', end='')\n"
+                                      "total = utils.sum_over_ranks(torch.tensor([rank + 1.0])).item()\n"
+                                      "print(f'{rank} {world} {total}\\n', end='')\n"
                                       "torch.distributed.destroy_process_group()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "sums.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "sums.py"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert sorted(done.stdout.split("\n")) == ["", "0 2 3.0", "1 2 3.0"], done.stderr
     assert utils.start_process_group(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert utils.sum_over_ranks(torch.tensor([5.0])).item() == 5.0
-    assert Path(tmp_path, "sums.py").exists()
