@@ -230,9 +230,13 @@ def split_items(items, args):
 
 def check_items(items, num_pixels):
     """Sizes of all items, pixels of the first num_pixels; InputError names the first file that is unfit."""
+    objects = len(items) > num_pixels
     for i, item in enumerate(tqdm(items, "checking", leave=False, disable=None)):
+        utils.check_stop()
         if i < num_pixels or any(utils.image_size(path) != utils.image_size(item[1]) for path in item[2]):
-            read_item(item)
+            objects |= read_item(item)[1].any()
+    if not objects:
+        raise utils.InputError(f"{items[0][2][0].parent}: none of {len(items)} masks has an object (255)")
 
 
 def create_loaders(args):
@@ -246,15 +250,17 @@ def create_loaders(args):
     train_items, val_items = [part[:args.limit] for part in split_items(items, args)]
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
-    check_items(train_items + val_items, len(items) if args.sanity_check else 2000)
+    for part in (train_items, val_items):
+        check_items(part, len(part) if args.sanity_check else 2000)
     train_set = MaskFolders(train_items, args, train=True, augment=not args.overfit)
     val_set = MaskFolders(val_items, args, train=False, augment=False)
     train_set.classes = val_set.classes = classes
     # Article: drops the last, smaller batch, and with less than one batch trains on nothing. Here: every picture.
     return [torch.utils.data.DataLoader(
         dataset, args.batch_size, sampler=utils.EpochSampler(len(dataset), args.seed, shuffle=dataset.train),
-        num_workers=args.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=utils.ignore_sigint,
-        collate_fn=collate, generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
+        num_workers=args.workers, worker_init_fn=utils.ignore_signals, collate_fn=collate,
+        pin_memory=utils.pick_device(args.device).type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
 
 def collate(batch):
@@ -516,7 +522,7 @@ def main(args):
     state = {"epoch": 0, "best": {"val_iou": -1.0, "epoch": 0}, "bad_steps": 0, **new_epoch(args)}
     checkpoint = utils.find_checkpoint(args.resume, output_dir)
     if checkpoint:
-        utils.check_net(checkpoint, args.resume, {"net": "unet", **arch})
+        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "unet", **arch})
         model.load_state_dict(checkpoint["model"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.arch}: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters trained; "

@@ -98,9 +98,10 @@ def check_stop():
         raise Stopped
 
 
-def ignore_sigint(worker):
-    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but the loader processes must finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but loader processes must outlive the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def switch(text):
@@ -133,12 +134,12 @@ def amp_mode(text):
 # --- Seeds ---
 
 def seed_everything(seed, deterministic=False):
-    """Seeds torch; deterministic also forbids CUDA algorithms whose sums depend on timing (slower)."""
+    """Seeds torch; deterministic forbids CUDA algorithms whose sums depend on timing, else cuDNN picks the fastest."""
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -302,10 +303,13 @@ def load_checkpoint(path):
 
 def find_checkpoint(resume, output_dir):
     """The checkpoint that --resume means: a path, or auto for output_dir/last.pth if it is there; else None."""
-    if resume == "auto":
-        resume = Path(output_dir, "last.pth")
-        return load_checkpoint(resume) if resume.exists() else None
-    return load_checkpoint(resume) if resume else None
+    last = Path(output_dir, "last.pth")
+    if not resume or (resume == "auto" and not last.exists()):
+        return None
+    checkpoint = load_checkpoint(last if resume == "auto" else resume)
+    if not isinstance(checkpoint, dict) or not {"format", "net", "arch", "args", "rng"} <= checkpoint.keys():
+        raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with --weights")
+    return checkpoint
 
 
 def load_weights(model, path, wanted):
@@ -494,7 +498,8 @@ def start_run(args):
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.tmp"):
         stale.unlink()
-    if (folder / "last.pth").exists() and not args.resume:
+    resumed = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    if (folder / "last.pth").exists() and not resumed:
         with contextlib.suppress(OSError, ValueError):
             args.overwrite |= args.demo and json.loads((folder / "args.json").read_text())["args"]["demo"]
         if not args.overwrite:

@@ -86,7 +86,7 @@ def interrupt_and_finish(straight, output, sent, seed):
             process.wait(draw.uniform(0, seconds) if interruptions < 2 else 120)
             break  # it was through before the signal
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+            process.kill() if sent == signal.SIGKILL else os.killpg(process.pid, sent)  # loader processes get it too
             interruptions += 1
         code = process.wait(60)
         if code == 0:

@@ -117,7 +117,7 @@ def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
 # --- Data ---
 
 def test_the_split_is_the_articles_train_test_split():
-    """sklearn's train_test_split(x, test_size=0.2, random_state=41)[1] is the first fifth of RandomState(41)'s order."""
+    """sklearn's train_test_split(x, test_size=0.2, random_state=41)[1] is the first fifth of RandomState(41)'s."""
     items = [(str(i),) for i in range(10)]
     train_items, val_items = train_unet.split_items(items, options("--data-path", "x"))
     assert sorted(int(i) for i, in val_items) == sorted(np.random.RandomState(41).permutation(10)[:2].tolist())
@@ -217,8 +217,9 @@ def test_eight_images_can_be_learnt_and_every_file_is_written(cells, tmp_path, c
 
 @pytest.mark.parametrize("more", [
     ["--arch", "NestedUNet", "--deep_supervision", "True"], ["--loss", "LovaszHingeLoss"],
-    ["--loss", "BCEWithLogitsLoss"], ["--optimizer", "SGD", "--nesterov", "true"], ["--input_channels", "1"], ["--input_w", "48", "--input_h", "32"],
-    ["--image-size", "50,35"], ["--accumulate", "2"], ["--amp", "bf16"], ["-b", "1"], ["-b", "64"], ["--limit", "3"]])
+    ["--loss", "BCEWithLogitsLoss"], ["--optimizer", "SGD", "--nesterov", "true"], ["--input_channels", "1"],
+    ["--input_w", "48", "--input_h", "32"], ["--image-size", "50,35"],
+    ["--accumulate", "2"], ["--amp", "bf16"], ["-b", "1"], ["-b", "64"], ["--limit", "3"]])
 def test_every_option_trains(cells, tmp_path, more):
     figures = train(cells, tmp_path / "run", "--epochs", 1, *more)
     assert math.isfinite(figures["val_loss"])
@@ -311,7 +312,8 @@ def test_the_articles_command_line_runs_in_the_articles_folders(cells, tmp_path,
     cells.rename(tmp_path / "inputs/dsb2018_96")
     monkeypatch.chdir(tmp_path)
     train_unet.main(options(*"""--dataset dsb2018_96 --arch NestedUNet --deep_supervision True
-        --name dsb2018_96_NestedUNet_wDS --epochs 1 --batch_size 4 --input_channels 3 --num_classes 1 --input_w 32 --input_h 32 --loss BCEDiceLoss
+        --name dsb2018_96_NestedUNet_wDS --epochs 1 --batch_size 4 --input_channels 3 --num_classes 1
+        --input_w 32 --input_h 32 --loss BCEDiceLoss
         --img_ext .png --mask_ext .png --optimizer SGD --lr 1e-3 --momentum 0.9 --weight_decay 1e-4 --nesterov False
         --scheduler MultiStepLR --min_lr 1e-5 --factor 0.1 --patience 2 --milestones 1,2 --gamma 0.6667
         --early_stopping -1 --num_workers 0""".split()))
@@ -388,6 +390,22 @@ def test_truncated_and_foreign_files(cells, kind):
 def test_class_folders_and_num_classes_disagree(cells):
     shutil.copytree(cells / "masks/0", cells / "masks/1")
     refuses(cells, "2 class folders (0, 1)", "--num-classes 2")
+
+
+def test_masks_without_any_object(cells):
+    for path in (cells / "masks/0").iterdir():
+        save_grey(path, np.zeros((48, 48), np.uint8))
+    refuses(cells, cells / "masks/0", "none of 8 masks has an object")
+
+
+def test_resuming_from_bare_weights_or_into_another_run(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    train(cells, tmp_path / "b", "--epochs", 1)
+    with pytest.raises(utils.InputError, match="model.pth: not a run's last.pth.*--weights"):
+        train(cells, tmp_path / "a", "--epochs", 2, "--resume", tmp_path / "a/model.pth")
+    with pytest.raises(utils.InputError, match="there is a run here"):
+        train(cells, tmp_path / "b", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
+    train(cells, tmp_path / "c", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
 
 
 def test_one_picture_cannot_be_split(cells):

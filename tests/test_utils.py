@@ -142,7 +142,8 @@ def test_every_mode_becomes_rgb(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     grey = Image.fromarray(rgb).convert("L")
     pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])),
-                "l.png": grey, "la.png": grey.convert("LA"), "1.png": grey.convert("1"), "p.png": Image.fromarray(rgb).quantize(8),
+                "l.png": grey, "la.png": grey.convert("LA"), "1.png": grey.convert("1"),
+                "p.png": Image.fromarray(rgb).quantize(8),
                 "cmyk.tif": Image.fromarray(rgb).convert("CMYK"), "p.gif": Image.fromarray(rgb).quantize(8)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
