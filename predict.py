@@ -17,7 +17,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.unet import STRIDE, NestedUNet, UNet
+from nets.unet import NETS as UNETS
+from nets.unet import STRIDE
 
 
 # --- Options ---
@@ -75,7 +76,7 @@ def load_model(path, device):
 
 
 def build_unet(model, **arch):
-    return {"UNet": UNet, "NestedUNet": NestedUNet}[model](**arch)
+    return UNETS[model](**arch)
 
 
 def forward(model, image, dtype):

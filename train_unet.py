@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.unet import STRIDE, NestedUNet, UNet
+from nets.unet import NETS, STRIDE
 
 DEMO = {"arch": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 9, "batch_size": 8, "workers": 0,
         "output_dir": "runs/train_unet_demo"}
@@ -67,13 +67,13 @@ def get_args_parser():
     add("--early-stopping", "--early_stopping", type=int, default=-1, metavar="N",
         help="stop after N epochs without a better val_iou, -1 never (%(default)s)")
 
-    add("--model", "-a", "--arch", dest="arch", choices=["UNet", "NestedUNet"], default="NestedUNet",
+    add("--model", "-a", "--arch", dest="arch", choices=list(NETS), default="NestedUNet",
         help="U-Net or U-Net++ (%(default)s)")
     add("--deep-supervision", "--deep_supervision", **flag, help="NestedUNet only: loss on all four heads")
     add("--input-channels", "--input_channels", type=int, choices=[1, 3], default=3, help="1 grey, 3 RGB (%(default)s)")
     add("--num-classes", "--num_classes", type=utils.number(int, 1), default=1,
         help="mask folders, background not counted (%(default)s)")
-    add("--image-size", type=parse_size, default=(96, 96), help="N or W,H in pixels that pictures are resized to (96)")
+    add("--image-size", type=pixel_size, default=(96, 96), help="N or W,H in pixels that pictures are resized to (96)")
     add("--input_w", type=utils.number(int, 16), help="width, overrides --image-size")
     add("--input_h", type=utils.number(int, 16), help="height, overrides --image-size")
     add("--dataset", help="--data-path inputs/DATASET, as in the article")
@@ -92,16 +92,16 @@ def get_args_parser():
     add("--min-lr", "--min_lr", type=utils.number(float, 0), default=1e-5, help="of cosine and plateau (%(default)s)")
     add("--factor", type=utils.number(float, 0, 1), default=0.1, help="of ReduceLROnPlateau (%(default)s)")
     add("--patience", type=utils.number(int, 0), default=2, help="of ReduceLROnPlateau, epochs (%(default)s)")
-    add("--milestones", type=parse_epochs, default=(1, 2), help="of MultiStepLR, epochs (1,2)")
+    add("--milestones", type=epoch_list, default=(1, 2), help="of MultiStepLR, epochs (1,2)")
     add("--gamma", type=utils.number(float, 0), default=2 / 3, help="of MultiStepLR (2/3)")
     return parser
 
 
-def parse_epochs(text):
+def epoch_list(text):
     return tuple(int(epoch) for epoch in text.split(","))
 
 
-def parse_size(text):
+def pixel_size(text):
     """"96" or "128,96" -> (width, height)."""
     sides = [int(side) for side in text.split(",")]
     if len(sides) > 2 or min(sides) < 16:
@@ -185,7 +185,8 @@ def list_pictures(folder, extension):
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in endings and not path.name.startswith("."):
             if path.stem in found:
-                raise utils.InputError(f"{path}: {found[path.stem].name} is there too; remove one or give --img-ext")
+                raise utils.InputError(f"{path}: {found[path.stem].name} is there too; remove one, or give --img-ext "
+                                       "or --mask-ext")
             found[path.stem] = path
     return found
 
@@ -279,31 +280,29 @@ def sanity_check(train_loader, val_loader, args):
             share = sum(int(mask[k].sum()) for mask in masks) / sum(mask[k].size for mask in masks)
             empty = sum(not mask[k].any() for mask in masks)
             print(f"  class {name}: {share:.2%} of all pixels, {empty} images without it")
-    rows = []
-    for index in range(min(8, len(train_loader.dataset))):
-        image, mask = read_item(train_loader.dataset.items[index])
-        seen, seen_mask, _ = train_loader.dataset[0, index]
+    dataset, rows = train_loader.dataset, {}
+    for index in range(min(8, len(dataset))):
+        image, mask = read_item(dataset.items[index])
+        seen, seen_mask, _ = dataset[0, index]
         seen = ((seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6) * 255).byte().expand(3, -1, -1)
         seen = np.ascontiguousarray(seen.permute(1, 2, 0))
-        rows.append([image, draw_mask(image, mask), draw_mask(seen, seen_mask.numpy())])
+        rows[dataset.items[index][0]] = [image, draw_mask(image, mask), draw_mask(seen, seen_mask.numpy())]
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     utils.save_panel(Path(args.output_dir, "sanity_check.png"), rows, ["image", "mask", "as trained"])
     print(f"wrote {args.output_dir}/sanity_check.png")
-    return {"train": len(train_loader.dataset), "val": len(val_loader.dataset)}
+    return {"train": len(dataset), "val": len(val_loader.dataset)}
 
 
 # --- Model ---
 
 def create_model(args):
-    """The net, and the arguments that make it again."""
-    if args.deep_supervision and args.arch == "UNet":
-        raise utils.InputError("--deep-supervision: only NestedUNet has the heads for it; give --arch NestedUNet")
-    arch = {"model": args.arch, "num_classes": args.num_classes, "input_channels": args.input_channels}
-    if args.arch == "UNet":
-        model = UNet(args.num_classes, args.input_channels)
-    else:
+    """The net, and the name and arguments that make it again."""
+    arch = {"num_classes": args.num_classes, "input_channels": args.input_channels}
+    if args.arch == "NestedUNet":
         arch["deep_supervision"] = args.deep_supervision
-        model = NestedUNet(args.num_classes, args.input_channels, args.deep_supervision)
+    elif args.deep_supervision:
+        raise utils.InputError("--deep-supervision: only NestedUNet has the heads for it; give --arch NestedUNet")
+    model, arch = NETS[args.arch](**arch), {"model": args.arch, **arch}
     if args.weights != "none":
         utils.load_weights(model, args.weights, {"net": "unet", **arch})
     return model, arch
@@ -393,10 +392,10 @@ def evaluate(model, loader, device, dtype, args):
             "class_iou": iou.tolist(), "class_dice": dice.tolist()}
 
 
-def print_table(figures, classes):
-    print("  ".join(f"{key} {value:.4f}" for key, value in figures.items() if not isinstance(value, list)))
+def print_table(title, figures, classes):
+    print(title + "".join(f"  {key} {value:.4f}" for key, value in figures.items() if not isinstance(value, list)))
     for name, iou, dice in zip(classes, figures["class_iou"], figures["class_dice"]):
-        print(f"  class {name}: IoU {iou:.4f}  Dice {dice:.4f}")
+        print(f"  class {name} over the set: IoU {iou:.4f}  Dice {dice:.4f}")
 
 
 def draw_mask(image, mask):
@@ -410,12 +409,12 @@ def draw_mask(image, mask):
 def draw_samples(model, dataset, device, dtype, path):
     """val_samples.png: image | truth | prediction of the first four pictures."""
     model.eval()
-    rows = []
+    rows = {}
     for index in range(min(4, len(dataset))):
         image, mask = read_item(dataset.items[index])
         logits = forward(model, dataset[0, index][0][None].to(device), dtype)[-1]
         pred = F.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)[0] > 0
-        rows.append([image, draw_mask(image, mask), draw_mask(image, pred.cpu().numpy())])
+        rows[dataset.items[index][0]] = [image, draw_mask(image, mask), draw_mask(image, pred.cpu().numpy())]
     utils.save_panel(path, rows, ["image", "truth", "prediction"])
 
 
@@ -526,13 +525,13 @@ def main(args):
         model.load_state_dict(checkpoint["model"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.arch}: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters trained; "
-          f"{len(train_set)} train and {len(val_set)} val images (hash {args.data_hash}); {device}, "
+          f"{len(train_set)} train and {len(val_set)} val images (data hash {args.data_hash}); {device}, "
           f"{dtype or torch.float32}, torch {torch.__version__}")
     if args.test_only:
         if args.weights == "none" and not checkpoint:
             raise utils.InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
         figures = evaluate(model, val_loader, device, dtype, args)
-        print_table(figures, train_set.classes)
+        print_table("test:", figures, train_set.classes)
         return figures
     if checkpoint:
         utils.check_resume(checkpoint, args, RESUME_FREE)
@@ -570,12 +569,13 @@ def main(args):
             save("last.pth")
             raise
         rows = utils.log_row(output_dir / "log.csv", {
-            "epoch": state["epoch"] + 1, "step": state["step"], "lr": optimizer.param_groups[0]["lr"],
+            "epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
+            "lr": optimizer.param_groups[0]["lr"],
             "loss": state["loss"] / max(state["images"], 1), "iou": scores(state["counts"])[0].nanmean().item(),
             **{key: value for key, value in figures.items() if not isinstance(value, list)},
             "skipped": state["skipped"], "seconds": seconds,
             "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)})
-        print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {rows[-1][key]}" for key in (
+        print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {float(rows[-1][key]):.4g}" for key in (
             "lr", "loss", "iou", "val_loss", "val_iou", "val_image_iou", "val_image_dice")) + f"  {seconds:.1f} s")
         if state["skipped"]:
             print(f"  {state['skipped']} of {state['step']} steps skipped: loss or gradient not finite")
@@ -591,7 +591,7 @@ def main(args):
         draw_samples(model, val_set, device, dtype, output_dir / "val_samples.png")
 
     figures = figures or evaluate(net, val_loader, device, dtype, args)
-    print_table(figures, train_set.classes)
+    print_table(f"after epoch {state['epoch']}:", figures, train_set.classes)
     print(f"best val_iou {state['best']['val_iou']:.4f} in epoch {state['best']['epoch']}: {output_dir}/best.pth")
     if args.demo:
         import demo_data

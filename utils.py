@@ -295,7 +295,7 @@ def load_checkpoint(path):
     except InputError:
         raise
     except Exception as error:  # the zip and pickle readers raise a dozen types on damaged or hostile bytes
-        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        unsafe = "Unsupported global" in str(error) or "Unsupported class" in str(error)
         reason = "holds Python objects that could run code (save a plain state dict)" if unsafe else \
             "not a checkpoint, or a damaged one (restore it from a copy)"
         raise InputError(f"{path}: {reason}") from None
@@ -338,14 +338,14 @@ def check_net(checkpoint, path, wanted):
         found = {"net": checkpoint["net"], **checkpoint["arch"]}
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
-            holds, asked = (", ".join(f"{key} {side.get(key)}" for key in differing) for side in (found, wanted))
+            holds, asked = (", ".join(f"{k} {side[k]}" for k in differing if k in side) for side in (found, wanted))
             raise InputError(f"{path}: holds {holds}; asked for {asked} (give the options it was trained with)")
 
 
 def check_resume(checkpoint, args, free):
     """InputError if an option that shapes the run is not what it was; those in free may change."""
     for key, value in json.loads(json.dumps(vars(args))).items():
-        before = checkpoint["args"].get(key)
+        before = checkpoint["args"].get(key, value)  # an option that is new since then
         if key not in free and json.loads(json.dumps(before)) != value:
             raise InputError(f"--resume {args.resume}: trained with --{key.replace('_', '-')} {before}, now {value}; "
                              "give the same, or start a new run from it with --weights")
@@ -468,16 +468,19 @@ def overlay(image, mask):
 
 
 def save_panel(path, rows, titles, height=224):
-    """PNG of rows of RGB pictures, each scaled to this height, under their column titles."""
-    rows = [[cv2.resize(picture, (max(1, round(picture.shape[1] * height / picture.shape[0])), height),
-                        interpolation=cv2.INTER_AREA) for picture in row] for row in rows]
-    lefts = np.cumsum([0] + [max(row[i].shape[1] for row in rows) + 4 for i in range(len(titles))])
+    """PNG of {name: RGB pictures}, a row each, scaled to this height, under their column titles."""
+    scaled = [[cv2.resize(picture, (max(1, round(picture.shape[1] * height / picture.shape[0])), height),
+                          interpolation=cv2.INTER_AREA) for picture in row] for row in rows.values()]
+    lefts = np.cumsum([0] + [max(row[i].shape[1] for row in scaled) + 4 for i in range(len(titles))]).tolist()
     sheet = np.full((24 + len(rows) * (height + 4), lefts[-1], 3), 255, np.uint8)
-    for left, title in zip(lefts, titles):
-        cv2.putText(sheet, title, (int(left) + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    for top, row in enumerate(rows):
+    for i, row in enumerate(scaled):
         for left, picture in zip(lefts, row):
-            sheet[24 + top * (height + 4):][:height, left:left + picture.shape[1]] = picture
+            sheet[24 + i * (height + 4):][:height, left:left + picture.shape[1]] = picture
+    texts = [(title, left + 4, 17) for title, left in zip(titles, lefts)]
+    texts += [(name, 4, 40 + i * (height + 4)) for i, name in enumerate(rows)]
+    for text, left, bottom in texts:
+        sheet[bottom - 13:bottom + 4, left:left + 9 * len(text)] = 255
+        cv2.putText(sheet, text, (left, bottom), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     save_picture(path, sheet)
 
 
@@ -549,8 +552,10 @@ def plot_curves(path, rows, *groups):
     figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
     for axis, names in zip(axes[0], groups):
         for name in names:
-            axis.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], ".-", label=name)
+            values = [float(row[name] or "nan") for row in rows]  # empty before a column was added
+            axis.plot([int(row["epoch"]) for row in rows], values, ".-", label=name)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()

@@ -134,3 +134,6 @@ class NestedUNet(nn.Module):
         if self.deep_supervision:
             return [self.final1(x0_1), self.final2(x0_2), self.final3(x0_3), self.final4(x0_4)]
         return self.final(x0_4)
+
+
+NETS = {"UNet": UNet, "NestedUNet": NestedUNet}
