@@ -82,6 +82,10 @@ def run(main, parser):
         main(parser.parse_args())
     except InputError as error:  # from a loader process it comes with that process's traceback before it
         parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
+    except OSError as error:  # a folder that cannot be written, a full disk: the system's words, with the file
+        if error.errno is None:
+            raise
+        parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another file or folder")
     except Stopped:
         parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {signal.Signals(_signals[0]).name}\n")
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -164,7 +168,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return iter([(self.epoch, index) for index in self.order()[self.skip:]])
 
     def __len__(self):
-        return len(self.order()) - self.skip
+        return max(len(self.order()) - self.skip, 0)  # skip counts a last, smaller batch as a full one
 
 
 def _mix(*numbers):

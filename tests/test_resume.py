@@ -69,7 +69,7 @@ def straight(tmp_path_factory):
     """(data folder, folder of a run that nothing stopped, its seconds)."""
     import demo_data
     folder = tmp_path_factory.mktemp("straight")
-    data = demo_data.write("cells", folder / "data", 8)
+    data = demo_data.write("cells", folder / "data", 9)  # 7 to train on: three batches of two and one of one
     started = time.time()
     run(data, folder / "run", "-j", 0)
     return data, folder / "run", time.time() - started

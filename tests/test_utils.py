@@ -238,7 +238,7 @@ def test_the_order_depends_on_seed_and_epoch_and_ranks_share_it_out():
         return list(sampler)
     assert order(0) == order(0) != order(1) and order(0, seed=2) != order(0)
     assert sorted(index for _, index in order(3)) == list(range(10)) and {epoch for epoch, _ in order(3)} == {3}
-    assert order(2, skip=4) == order(2)[4:]
+    assert order(2, skip=4) == order(2)[4:] and order(2, skip=12) == []
     assert sorted(sum((order(1, rank=rank, world_size=3) for rank in range(3)), [])) == sorted(order(1))
 
 
@@ -274,6 +274,16 @@ def test_out_of_memory_is_one_line(script):
                   "utils.run(main, utils.ArgumentParser('x'))")
     assert done.returncode == 2 and done.stderr.startswith("x.py: error: out of memory: try a smaller --batch-size")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, script):
+    (tmp_path / "file").touch()
+    done = script("predict.py", "--weights", tmp_path / "file/x.pth", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "x.pth" in done.stderr
+    done = script("-c", "import sys, utils\nsys.argv = ['x.py']\n"
+                  f"def main(args): utils.Path({str(tmp_path / 'file/out')!r}).mkdir()\n"
+                  "utils.run(main, utils.ArgumentParser('x'))")
+    assert done.returncode == 2 and done.stderr.startswith(f"x.py: error: {tmp_path}/file/out: Not a directory")
 
 
 def test_our_own_bugs_keep_their_traceback(script):
