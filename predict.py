@@ -43,7 +43,8 @@ def find_inputs(inputs):
     paths = []
     for text in inputs:
         if Path(text).is_dir():
-            found = sorted(path for path in Path(text).iterdir() if path.suffix.lower() in utils.PICTURES)
+            found = sorted(path for path in Path(text).iterdir() if path.suffix.lower() in utils.PICTURES
+                           and path.is_file() and not path.name.startswith("."))
         else:
             found = [Path(text)] if Path(text).exists() else [Path(path) for path in sorted(glob.glob(text))]
         if not found:
@@ -68,10 +69,13 @@ def load_model(path, device):
     checkpoint = utils.load_checkpoint(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise utils.InputError(f"{path}: does not say what net it is of; give a training script's best.pth or last.pth")
-    if checkpoint["net"] not in NETS:
-        raise utils.InputError(f"{path}: holds the net {checkpoint['net']}; this predict.py knows {', '.join(NETS)}")
-    model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
-    model.load_state_dict(checkpoint["model"])
+    if str(checkpoint.get("net")) not in NETS:
+        raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script knows {', '.join(NETS)}")
+    try:
+        model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise utils.InputError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 

@@ -144,9 +144,10 @@ class MaskFolders(torch.utils.data.Dataset):
         with utils.seeded(self.args.seed, epoch, index):
             image, mask = self.turn(image, mask)
             image = self.colour(v2.functional.resize(image, [height, width], antialias=True))
-        if self.train:
-            mask = v2.functional.resize(mask, [height, width])  # nearest
-        return normalize(image, self.args.input_channels), mask.as_subclass(torch.Tensor), index
+        mask = mask.as_subclass(torch.Tensor)
+        if self.train:  # as the image, cut at half: "nearest" would shift it by up to half a pixel of the small picture
+            mask = (v2.functional.resize(mask * 255, [height, width], antialias=True) >= 128).to(torch.uint8)
+        return normalize(image, self.args.input_channels), mask, index
 
 
 def normalize(image, channels):
@@ -183,7 +184,7 @@ def list_pictures(folder, extension):
     endings = {f".{extension.lower().lstrip('.')}"} if extension else utils.PICTURES
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in endings and not path.name.startswith("."):
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith("."):
             if path.stem in found:
                 raise utils.InputError(f"{path}: {found[path.stem].name} is there too; remove one, or give --img-ext "
                                        "or --mask-ext")

@@ -177,12 +177,17 @@ def _mix(*numbers):
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Inside, torch's CPU generator (which torchvision's transforms use) depends on these numbers alone."""
-    state = torch.get_rng_state()
+    """Inside, torch's CPU generator (which torchvision's transforms use) depends on these numbers alone.
+
+    On one thread, as in loader processes: a picture's mean, summed by two threads, can differ in its last bit.
+    """
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.default_generator.manual_seed(_mix(*numbers))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(state)
 
 
@@ -225,7 +230,7 @@ def pick_precision(amp, device):
 
 
 def peak_memory_mb(device):
-    """Most memory in use since the process started: of the CUDA device if it is one, else resident (nan if not Linux)."""
+    """Most memory in use since the process started: of a CUDA device, else resident (nan where it is not Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")  # getrusage would count what the process that started this one had in use
@@ -461,8 +466,7 @@ def overlay(image, mask):
     for value in np.unique(mask):
         if value not in (0, 255):
             inside = (mask == value).astype(np.uint8)
-            colour = palette()[int(value) % 256].astype(float)
-            colour *= 255 / colour.max()  # the palette's own are too dark to see on a dark picture
+            colour = np.minimum(palette()[int(value) % 256] * 1.33 + 40, 255)  # the palette's own are too dark to see
             out[inside > 0] = (0.6 * image[inside > 0] + 0.4 * colour).astype(np.uint8)
             outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(out, outlines, -1, colour.tolist(), max(1, max(mask.shape) // 400))
@@ -501,7 +505,7 @@ def start_run(args):
     """Make --output-dir ready: remove stale temporaries, refuse a finished run's folder, write args.json."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.tmp"):
+    for stale in [*folder.glob("*.pth.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
     resumed = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
     if (folder / "last.pth").exists() and not resumed:
@@ -526,7 +530,7 @@ def data_hash(items):
         if isinstance(item, (list, tuple)):
             item = data_hash(item)
         elif isinstance(item, Path):
-            item = f"{item.name} {item.stat().st_size}"
+            item = f"{item.parent.name}/{item.name} {item.stat().st_size}"
         digest.update(f"{item}\n".encode())
     return digest.hexdigest()[:8]
 

@@ -94,6 +94,7 @@ def test_overlapping_classes_get_a_mask_each(tmp_path):
     (lambda path: torch.save({"w": torch.zeros(2)}, path), "does not say what net"),
     (lambda path: path.write_text("x"), "not a checkpoint"),
     (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"),
+    (lambda path: torch.save({"format": 1, "net": "unet", "arch": {"model": "UNet"}}, path), "not a whole checkpoint"),
     (lambda path: None, "no such file")])
 def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
     make(tmp_path / "a.pth")
