@@ -44,7 +44,7 @@ def find_inputs(inputs):
     for text in inputs:
         if Path(text).is_dir():
             found = sorted(path for path in Path(text).iterdir() if path.suffix.lower() in utils.PICTURES
-                           and path.is_file() and not path.name.startswith("."))
+                           and not path.is_dir() and not path.name.startswith("."))
         else:
             found = [Path(text)] if Path(text).exists() else [Path(path) for path in sorted(glob.glob(text))]
         if not found:
@@ -67,11 +67,12 @@ def normalize(image, channels):
 def load_model(path, device):
     """The net in a checkpoint, ready to predict, and the checkpoint."""
     checkpoint = utils.load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
         raise utils.InputError(f"{path}: does not say what net it is of; give a training script's best.pth or last.pth")
     if str(checkpoint.get("net")) not in NETS:
         raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script knows {', '.join(NETS)}")
     try:
+        checkpoint["args"]["image_size"], checkpoint["classes"]
         model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -60,7 +60,8 @@ def get_args_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
     add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
-    add("--seed", type=utils.number(int, 0), default=41, help="of weights, order, augmentation, split (%(default)s)")
+    add("--seed", type=utils.number(int, 0, 2**32 - 1), default=41,
+        help="of weights, order, augmentation, split (%(default)s)")
     add("--deterministic", **flag, help="same bits on CUDA too, slower")
     add("--test-only", **flag, help="evaluate --weights or --resume, train nothing")
     add("--compile", **flag, help="torch.compile the net")
@@ -74,8 +75,8 @@ def get_args_parser():
     add("--num-classes", "--num_classes", type=utils.number(int, 1), default=1,
         help="mask folders, background not counted (%(default)s)")
     add("--image-size", type=pixel_size, default=(96, 96), help="N or W,H in pixels that pictures are resized to (96)")
-    add("--input_w", type=utils.number(int, 16), help="width, overrides --image-size")
-    add("--input_h", type=utils.number(int, 16), help="height, overrides --image-size")
+    add("--input_w", type=utils.number(int, 32), help="width, overrides --image-size")
+    add("--input_h", type=utils.number(int, 32), help="height, overrides --image-size")
     add("--dataset", help="--data-path inputs/DATASET, as in the article")
     add("--name", help="--output-dir models/NAME, as in the article")
     add("--val-path", help="folder of the same layout to validate on, instead of splitting")
@@ -90,7 +91,7 @@ def get_args_parser():
     add("--scheduler", choices=["CosineAnnealingLR", "ReduceLROnPlateau", "MultiStepLR", "ConstantLR"],
         default="CosineAnnealingLR", help="learning rate over the epochs (%(default)s)")
     add("--min-lr", "--min_lr", type=utils.number(float, 0), default=1e-5, help="of cosine and plateau (%(default)s)")
-    add("--factor", type=utils.number(float, 0, 1), default=0.1, help="of ReduceLROnPlateau (%(default)s)")
+    add("--factor", type=utils.number(float, 0, 0.999), default=0.1, help="of ReduceLROnPlateau (%(default)s)")
     add("--patience", type=utils.number(int, 0), default=2, help="of ReduceLROnPlateau, epochs (%(default)s)")
     add("--milestones", type=epoch_list, default=(1, 2), help="of MultiStepLR, epochs (1,2)")
     add("--gamma", type=utils.number(float, 0), default=2 / 3, help="of MultiStepLR (2/3)")
@@ -104,8 +105,8 @@ def epoch_list(text):
 def pixel_size(text):
     """"96" or "128,96" -> (width, height)."""
     sides = [int(side) for side in text.split(",")]
-    if len(sides) > 2 or min(sides) < 16:
-        raise argparse.ArgumentTypeError(f"{text} must be N or W,H, each at least 16")
+    if len(sides) > 2 or min(sides) < 32:
+        raise argparse.ArgumentTypeError(f"{text} must be N or W,H, each at least 32")
     return sides[0], sides[-1]
 
 
@@ -169,7 +170,8 @@ def read_item(item):
                                    f"{image.shape[1]}x{image.shape[0]}; save both at one size")
         mask = mask * np.uint8(255) if mask.dtype == bool else mask // 257 if mask.max() == 65535 else mask
         # Soft edges of a resized or JPEG mask are fine, cut at half; 0/1 masks and ids of classes or instances are not.
-        if mask.min() < 0 or mask.max() > 255 or ((0 < mask) & (mask < 128)).sum() > (mask >= 128).sum():
+        middle, high = ((64 <= mask) & (mask < 192)).sum(), (mask >= 192).sum()
+        if mask.min() < 0 or mask.max() > 255 or middle > high or (mask.any() and mask.max() < 64):
             found = ", ".join(map(str, np.unique(mask)[:5]))
             raise utils.InputError(f"{path}: has values {found} ...; a mask holds 0 (background) and 255 (object): "
                                    "multiply a 0/1 mask by 255, give each class a folder of its own")
@@ -184,7 +186,7 @@ def list_pictures(folder, extension):
     endings = {f".{extension.lower().lstrip('.')}"} if extension else utils.PICTURES
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith("."):
+        if path.suffix.lower() in endings and not path.is_dir() and not path.name.startswith("."):
             if path.stem in found:
                 raise utils.InputError(f"{path}: {found[path.stem].name} is there too; remove one, or give --img-ext "
                                        "or --mask-ext")
@@ -198,7 +200,7 @@ def find_items(data_path, args):
     images = list_pictures(Path(data_path, "images"), args.img_ext)
     if not images:
         raise utils.InputError(f"{data_path}/images: no pictures; give the folder that holds images/ and masks/")
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."] if root.is_dir() else []
     folders = sorted(folders, key=lambda path: (path.name.zfill(9) if path.name.isdigit() else path.name)) or [root]
     if len(folders) != args.num_classes:
         names = ", ".join(path.name for path in folders[:5])
@@ -212,10 +214,13 @@ def find_items(data_path, args):
     return items, [folder.name for folder in folders]
 
 
-def split_items(items, args):
+def split_items(items, classes, args):
     """Training and validation items: by --val-path, by --split, or 80:20 by --seed (41: the article's very split)."""
     if args.val_path:
-        return items, find_items(args.val_path, args)[0]
+        val_items, val_classes = find_items(args.val_path, args)
+        if val_classes != classes and args.num_classes > 1:
+            raise utils.InputError(f"{args.val_path}/masks: classes {val_classes}, training {classes}; name them alike")
+        return items, val_items
     if args.split:
         by_name = {item[0]: item for item in items}
         try:
@@ -249,7 +254,11 @@ def create_loaders(args):
     if not args.data_path:
         raise utils.InputError("--data-path: give the folder that holds images/ and masks/, or --demo")
     items, classes = find_items(args.data_path, args)
-    train_items, val_items = [part[:args.limit] for part in split_items(items, args)]
+    train_items, val_items = [part[:args.limit] for part in split_items(items, classes, args)]
+    both = {item[1] for item in train_items} & {item[1] for item in val_items}
+    if both or not train_items or not val_items:
+        raise utils.InputError(f"{args.split or args.val_path}: {len(train_items)} training and {len(val_items)} "
+                               f"validation pictures, {len(both)} in both; give some to each, none to both")
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
     for part in (train_items, val_items):
@@ -531,6 +540,11 @@ def main(args):
     if args.test_only:
         if args.weights == "none" and not checkpoint:
             raise utils.InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
+        trained_with = (checkpoint or utils.load_checkpoint(args.weights)).get("args", {})
+        if list(trained_with.get("image_size", args.image_size)) != list(args.image_size):
+            raise utils.InputError(f"--image-size {args.image_size}: trained with {trained_with['image_size']}")
+        if trained_with.get("data_hash", args.data_hash) != args.data_hash:
+            print("note: other pictures or another split than in training: some may have been trained on")
         figures = evaluate(model, val_loader, device, dtype, args)
         print_table("test:", figures, train_set.classes)
         return figures
@@ -561,18 +575,18 @@ def main(args):
         if args.scheduler != "ReduceLROnPlateau":
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, state["epoch"])
-        started, images_before = time.time(), state["images"]
+        started, images_before = time.perf_counter(), state["images"]
         try:
             train_one_epoch(net, train_loader, optimizer, scaler, device, dtype, args, state, save)
-            seconds = time.time() - started
+            seconds = time.perf_counter() - started
             figures = evaluate(net, val_loader, device, dtype, args)
         except utils.Stopped:
             save("last.pth")
             raise
         rows = utils.log_row(output_dir / "log.csv", {
             "epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
-            "lr": optimizer.param_groups[0]["lr"],
-            "loss": state["loss"] / max(state["images"], 1), "iou": scores(state["counts"])[0].nanmean().item(),
+            "lr": optimizer.param_groups[0]["lr"], "loss": state["loss"] / (state["images"] or math.nan),
+            "iou": scores(state["counts"])[0].nanmean().item(),
             **{key: value for key, value in figures.items() if not isinstance(value, list)},
             "skipped": state["skipped"], "seconds": seconds,
             "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)})

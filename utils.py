@@ -88,7 +88,9 @@ def run(main, parser):
         parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another file or folder")
     except Stopped:
         parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {signal.Signals(_signals[0]).name}\n")
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not any(words in f"{type(error).__name__} {error}" for words in ("Memory", "of memory", "allocate memory")):
+            raise
         parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller picture, or --amp bf16 "
                      f"({' '.join(str(error).split())[:200]})")
 
@@ -103,9 +105,11 @@ def check_stop():
 
 
 def ignore_signals(worker):
-    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but loader processes must outlive the step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but loader processes must outlive the step.
+
+    SIGTERM still ends them: Python itself sends it to those that are left when a script ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def switch(text):
@@ -224,7 +228,7 @@ def pick_precision(amp, device):
     if amp == "fp16" and device.type != "cuda":
         raise InputError(f"--amp fp16: needs CUDA, device is {device}; give bf16 or off")
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
@@ -234,7 +238,8 @@ def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")  # getrusage would count what the process that started this one had in use
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10 if status.exists() else float("nan")
+    words = status.read_text().split() if status.exists() else []
+    return int(words[words.index("VmHWM:") + 1]) / 2**10 if "VmHWM:" in words else float("nan")
 
 
 # --- Checkpoints and weights ---
@@ -314,7 +319,8 @@ def find_checkpoint(resume, output_dir):
     if not resume or (resume == "auto" and not last.exists()):
         return None
     checkpoint = load_checkpoint(last if resume == "auto" else resume)
-    if not isinstance(checkpoint, dict) or not {"format", "net", "arch", "args", "rng"} <= checkpoint.keys():
+    needed = {"format", "net", "arch", "args", "model", "optimizer", "lr_scheduler", "scaler", "rng"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with --weights")
     return checkpoint
 
@@ -327,7 +333,8 @@ def load_weights(model, path, wanted):
     checkpoint = load_checkpoint(path)
     check_net(checkpoint, path, wanted)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+    state = state if isinstance(state, dict) else {}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
     own = model.state_dict()
     differing = [f"{key} {tuple(getattr(state.get(key), 'shape', ()))} instead of {tuple(own[key].shape)}"
                  if key in state else f"{key} missing" for key in own
@@ -342,7 +349,7 @@ def load_weights(model, path, wanted):
 def check_net(checkpoint, path, wanted):
     """InputError unless a checkpoint of ours has the net and constructor arguments wanted; bare weights pass."""
     if isinstance(checkpoint, dict) and "format" in checkpoint:
-        found = {"net": checkpoint["net"], **checkpoint["arch"]}
+        found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
             holds, asked = (", ".join(f"{k} {side[k]}" for k in differing if k in side) for side in (found, wanted))
@@ -429,10 +436,13 @@ def read_image(path):
 def read_mask(path):
     """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files. InputError if colour-coded."""
     with _open(path) as picture:
-        mask = np.array(ImageOps.exif_transpose(picture))
+        mode, mask = picture.mode, np.array(ImageOps.exif_transpose(picture))
+    if mode in ("LA", "RGBA"):
+        if (mask[..., -1] != mask[0, 0, -1]).any():
+            raise InputError(f"{path}: mask with transparency; save one value per pixel (grey or palette PNG)")
+        mask = mask[..., :-1]
     if mask.ndim == 3:
-        colours = mask[..., :1] if mask.shape[2] == 2 else mask[..., :3]  # without alpha
-        if (colours != colours[..., :1]).any():
+        if mode == "CMYK" or (mask != mask[..., :1]).any():
             raise InputError(f"{path}: colour-coded mask; save one value per pixel (grey or palette PNG)")
         mask = mask[..., 0]
     return mask
@@ -483,7 +493,7 @@ def save_panel(path, rows, titles, height=224):
         for left, picture in zip(lefts, row):
             sheet[24 + i * (height + 4):][:height, left:left + picture.shape[1]] = picture
     texts = [(title, left + 4, 17) for title, left in zip(titles, lefts)]
-    texts += [(name, 4, 40 + i * (height + 4)) for i, name in enumerate(rows)]
+    texts += [(name.encode("ascii", "replace").decode(), 4, 40 + i * (height + 4)) for i, name in enumerate(rows)]
     for text, left, bottom in texts:
         sheet[bottom - 13:bottom + 4, left:left + 9 * len(text)] = 255
         cv2.putText(sheet, text, (left, bottom), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
@@ -508,17 +518,17 @@ def start_run(args):
     for stale in [*folder.glob("*.pth.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
     resumed = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    if (folder / "last.pth").exists() and not resumed:
-        with contextlib.suppress(OSError, ValueError):
+    if any((folder / name).exists() for name in ("last.pth", "best.pth")) and not resumed:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             args.overwrite |= args.demo and json.loads((folder / "args.json").read_text())["args"]["demo"]
         if not args.overwrite:
-            raise InputError(f"{folder}/last.pth: there is a run here; continue it with --resume auto, replace it with "
+            raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace it with "
                              "--overwrite, or give another --output-dir")
         for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png"):
             (folder / name).unlink(missing_ok=True)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command, git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):
-        git = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git": git}
     (folder / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions}, indent=1))
 
@@ -531,7 +541,7 @@ def data_hash(items):
             item = data_hash(item)
         elif isinstance(item, Path):
             item = f"{item.parent.name}/{item.name} {item.stat().st_size}"
-        digest.update(f"{item}\n".encode())
+        digest.update(f"{item}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:8]
 
 
@@ -539,8 +549,11 @@ def log_row(path, row):
     """Write row, whose first item is the epoch, to a csv in place of that and later epochs; returns all rows."""
     rows = []
     if Path(path).exists():
-        with open(path, newline="") as file:
-            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+        try:
+            with open(path, newline="") as file:
+                rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: not as this script left it; move it away and --resume auto") from None
     rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()})
     with open(f"{path}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, list(row))

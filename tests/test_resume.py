@@ -83,16 +83,16 @@ def interrupt_and_finish(straight, output, sent, seed):
     while True:
         process = start(data, output, "-j", workers, "--resume", "auto")
         try:
-            process.wait(draw.uniform(0, seconds) if interruptions < 2 else 120)
+            process.wait(draw.uniform(0, seconds / 3) if interruptions < 2 else 120)
             break  # it was through before the signal
         except subprocess.TimeoutExpired:
-            process.kill() if sent == signal.SIGKILL else os.killpg(process.pid, sent)  # loader processes get it too
+            os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
             interruptions += 1
         code = process.wait(60)
         if code == 0:
             break  # the signal came after the last step
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent], process.stderr.read()
-    assert process.returncode == 0, process.stderr.read()
+    assert process.returncode == 0 and interruptions, process.stderr.read()
     assert_runs_equal(whole, output)
 
 
