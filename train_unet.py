@@ -243,7 +243,7 @@ def check_items(items, num_pixels):
         if i < num_pixels or any(utils.image_size(path) != utils.image_size(item[1]) for path in item[2]):
             objects |= read_item(item)[1].any()
     if not objects:
-        raise utils.InputError(f"{items[0][2][0].parent}: none of {len(items)} masks has an object (255)")
+        raise utils.InputError(f"{items[0][2][0].parent}: none of {len(items)} masks has an object (255); look at them")
 
 
 def create_loaders(args):
@@ -269,7 +269,7 @@ def create_loaders(args):
     # Article: drops the last, smaller batch, and with less than one batch trains on nothing. Here: every picture.
     return [torch.utils.data.DataLoader(
         dataset, args.batch_size, sampler=utils.EpochSampler(len(dataset), args.seed, shuffle=dataset.train),
-        num_workers=args.workers, worker_init_fn=utils.ignore_signals, collate_fn=collate,
+        num_workers=args.workers, worker_init_fn=utils.ignore_sigint, collate_fn=collate,
         pin_memory=utils.pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
@@ -283,12 +283,12 @@ def collate(batch):
 def sanity_check(train_loader, val_loader, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_loader.dataset), ("val", val_loader.dataset)):
-        masks = [read_item(item)[1] for item in dataset.items]
-        sizes = Counter(f"{mask.shape[2]}x{mask.shape[1]}" for mask in masks).most_common(5)
-        print(f"{part}: {len(masks)} images, " + ", ".join(f"{count} of {size}" for size, count in sizes))
-        for k, name in enumerate(dataset.classes):
-            share = sum(int(mask[k].sum()) for mask in masks) / sum(mask[k].size for mask in masks)
-            empty = sum(not mask[k].any() for mask in masks)
+        masks = (read_item(item)[1] for item in dataset.items)
+        shapes, pixels = zip(*[(mask.shape[1:], mask.sum((1, 2), dtype=int)) for mask in masks])  # pixels: (K,) each
+        sizes = Counter(f"{width}x{height}" for height, width in shapes).most_common(5)
+        print(f"{part}: {len(dataset)} images, " + ", ".join(f"{count} of {size}" for size, count in sizes))
+        for name, found in zip(dataset.classes, np.transpose(pixels)):
+            share, empty = found.sum() / sum(map(math.prod, shapes)), (found == 0).sum()
             print(f"  class {name}: {share:.2%} of all pixels, {empty} images without it")
     dataset, rows = train_loader.dataset, {}
     for index in range(min(8, len(dataset))):

@@ -104,7 +104,7 @@ def check_stop():
         raise Stopped
 
 
-def ignore_signals(worker):
+def ignore_sigint(worker):
     """worker_init_fn of loaders: Ctrl-C goes to the whole group, but loader processes must outlive the step.
 
     SIGTERM still ends them: Python itself sends it to those that are left when a script ends.
@@ -534,7 +534,7 @@ def start_run(args):
 
 
 def data_hash(items):
-    """Eight hex digits of names and sizes of all files in nested lists: runs with the same saw the same files."""
+    """Eight hex digits of the names and sizes, not the contents, of all files in nested lists."""
     digest = hashlib.sha256()
     for item in items:
         if isinstance(item, (list, tuple)):

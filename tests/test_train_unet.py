@@ -117,11 +117,10 @@ def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
 # --- Data ---
 
 def test_the_split_is_the_articles_train_test_split():
-    """sklearn's train_test_split(x, test_size=0.2, random_state=41)[1] is the first fifth of RandomState(41)'s."""
-    items = [(str(i),) for i in range(10)]
+    """sklearn 1.9.1: train_test_split(range(13), test_size=0.2, random_state=41)[1] is [7, 4, 9]."""
+    items = [(i,) for i in range(13)]
     train_items, val_items = train_unet.split_items(items, ["0"], options("--data-path", "x"))
-    assert sorted(int(i) for i, in val_items) == sorted(np.random.RandomState(41).permutation(10)[:2].tolist())
-    assert sorted(train_items + val_items) == items
+    assert val_items == [(4,), (7,), (9,)] and sorted(train_items + val_items) == items
 
 
 def test_image_and_mask_turn_together_and_augmentation_follows_seed_epoch_index(cells):
@@ -195,6 +194,14 @@ def test_masks_of_every_honest_kind_read_alike(cells):
         Image.fromarray(pixels).save(cells / "mask.png")
         expected = (pixels if kind == "soft" else mask) >= 128
         assert np.array_equal(train_unet.read_item(item)[1][0], expected), kind
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_jpeg_masks_are_cut_at_half(cells, quality):
+    mask = Image.open(cells / "masks/0/cell_0.png")
+    mask.save(cells / "mask.jpg", quality=quality)
+    read = train_unet.read_item(("cell_0", cells / "images/cell_0.png", [cells / "mask.jpg"]))[1][0]
+    assert (read != (np.array(mask) > 0)).mean() < 0.01
 
 
 def test_soft_edges_on_an_empty_or_full_mask(cells):
@@ -405,7 +412,9 @@ def test_sizes_that_differ_name_both_files_and_sizes(cells):
     (np.eye(48, dtype=np.uint8), ["values 0, 1", "multiply a 0/1 mask by 255"]),
     ((np.arange(48 * 48).reshape(48, 48) // 20).astype(np.uint8), ["0 (background) and 255 (object)"]),
     ((np.arange(48 * 48).reshape(48, 48)).astype(np.uint16), ["0 (background) and 255 (object)"]),
-    (np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8), ["colour-coded"])])
+    (np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8), ["colour-coded"]),
+    (np.dstack([np.zeros((48, 48, 3)), np.eye(48) * 255]).astype(np.uint8), ["transparency"]),
+    (np.eye(48, dtype=np.uint8) * 130, ["0 (background) and 255 (object)"])])
 def test_masks_of_ids_and_of_colours_are_refused(cells, pixels, words):
     save_grey(cells / "masks/0/cell_7.png", pixels)
     refuses(cells, cells / "masks/0/cell_7.png", *words)
@@ -454,6 +463,33 @@ def test_bad_splits(cells, tmp_path, text):
     if text is not None:
         (tmp_path / "split.json").write_text(text)
     refuses(cells, tmp_path / "split.json", more=["--split", tmp_path / "split.json"])
+
+
+def test_a_picture_in_both_parts_of_a_split_is_refused(cells, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["cell_0", "cell_1"], "val": ["cell_1", "cell_2"]}))
+    refuses(cells, "2 training and 2 validation pictures, 1 in both", more=["--split", tmp_path / "split.json"])
+    (tmp_path / "split.json").write_text('{"train": ["cell_0"], "val": []}')
+    refuses(cells, "1 training and 0 validation", more=["--split", tmp_path / "split.json"])
+    refuses(cells, "10 in both", more=["--val-path", cells])
+
+
+def test_classes_of_training_and_validation_must_agree(cells, tmp_path):
+    shutil.copytree(cells, tmp_path / "val")
+    for folder, names in ((cells, ("cell", "edge")), (tmp_path / "val", ("cell", "rim"))):
+        shutil.copytree(folder / "masks/0", folder / "masks" / names[1])
+        (folder / "masks/0").rename(folder / "masks" / names[0])
+    refuses(cells, "['cell', 'rim']", "['cell', 'edge']", more=["--num-classes", 2, "--val-path", tmp_path / "val"])
+
+
+def test_testing_on_other_pictures_or_at_another_size_is_said(cells, tmp_path, capsys):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    weights = ["--test-only", "--weights", tmp_path / "run/best.pth"]
+    capsys.readouterr()
+    train(cells, tmp_path / "x", *weights)
+    assert "note:" not in capsys.readouterr().out
+    train(cells, tmp_path / "x", *weights, "--seed", 3)
+    assert "some may have been trained on" in capsys.readouterr().out
+    refuses(cells, "--image-size (48, 48): trained with (32, 32)", more=[*weights, "--image-size", 48])
 
 
 @pytest.mark.parametrize("more, words", [

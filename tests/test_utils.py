@@ -276,6 +276,23 @@ def test_out_of_memory_is_one_line(script):
     assert done.stderr.count("\n") == 1
 
 
+def test_lack_of_memory_on_a_cpu_is_one_line_too(script):
+    done = script("-c", "import sys, torch, utils\nsys.argv = ['x.py']\n"
+                  "def main(args): torch.empty(2**60)\nutils.run(main, utils.ArgumentParser('x'))")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("x.py: error: out of memory")
+
+
+def test_names_in_any_bytes_can_be_hashed_and_drawn(tmp_path):
+    path = tmp_path / os.fsdecode(b"q\xff.png")
+    save_grey(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
+    (tmp_path / "a.png").rename(path)
+    assert utils.data_hash([(path.stem, path, [path])]) != utils.data_hash([])
+    utils.save_panel(tmp_path / "panel.png", {path.stem: [np.zeros((9, 9, 3), np.uint8)], "\u7ec6": [
+        np.zeros((9, 9, 3), np.uint8)]}, ["x"])
+    assert Image.open(tmp_path / "panel.png").size[1] == 24 + 2 * 228
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, script):
     (tmp_path / "file").touch()
     done = script("predict.py", "--weights", tmp_path / "file/x.pth", tmp_path)
