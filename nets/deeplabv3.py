@@ -1,0 +1,125 @@
+"""DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) on ResNet-50, ResNet-101 or MobileNetV3-Large.
+
+Keys, shapes and outputs match torchvision.models.segmentation (read at 0.29.2), whose code the article shows, so
+the official COCO files load strictly. The backbones are torchvision's own; ASPP and the two heads are written here.
+As there, and unlike the paper: no multi-grid, and an auxiliary FCN head. Left out on purpose: nothing.
+"""
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+ATROUS_RATES = (12, 24, 36)  # the paper's for a stride of 8; torchvision keeps them at MobileNet's 16
+
+
+class Backbone(nn.ModuleDict):
+    """Image (B, 3, H, W) -> [features of each layer named in taps]; what comes after the last is cut off."""
+
+    def __init__(self, layers, taps):
+        names = [name for name, _ in layers]
+        super().__init__(layers[:max(map(names.index, taps)) + 1])
+        self.taps = taps
+
+    def forward(self, x):
+        found = {}
+        for name, layer in self.items():
+            x = layer(x)
+            found[name] = x
+        return [found[name] for name in self.taps]
+
+
+def conv_bn_relu(in_channels, out_channels, kernel_size, dilation=1):
+    """Convolution that keeps height and width, batch norm, ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return [nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+            nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+class ASPPPooling(nn.Sequential):
+    """(B, in, h, w) -> (B, out, h, w): the mean over the picture, the same at every place.
+
+    In training its batch norm sees one value a channel and picture: a batch of one picture is a ValueError.
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, out_channels, 1))
+
+    def forward(self, x):
+        return super().forward(x).expand(-1, -1, *x.shape[-2:])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: (B, in, h, w) -> (B, out, h, w), five views of each place side by side."""
+
+    def __init__(self, in_channels, out_channels=256):
+        super().__init__()
+        self.convs = nn.ModuleList([
+            nn.Sequential(*conv_bn_relu(in_channels, out_channels, 1)),
+            *[nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, rate)) for rate in ATROUS_RATES],
+            ASPPPooling(in_channels, out_channels),
+        ])
+        self.project = nn.Sequential(*conv_bn_relu(5 * out_channels, out_channels, 1), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.project(torch.cat([conv(x) for conv in self.convs], 1))
+
+
+class DeepLabHead(nn.Sequential):
+    """Features (B, in, h, w) -> logits (B, num_classes, h, w)."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__(ASPP(in_channels), *conv_bn_relu(256, 256, 3), nn.Conv2d(256, num_classes, 1))
+
+
+class FCNHead(nn.Sequential):
+    """Features (B, in, h, w) -> logits (B, num_classes, h, w), of an earlier layer, for the auxiliary loss."""
+
+    def __init__(self, in_channels, num_classes):
+        hidden = in_channels // 4
+        super().__init__(*conv_bn_relu(in_channels, hidden, 3), nn.Dropout(0.1), nn.Conv2d(hidden, num_classes, 1))
+
+
+class DeepLabV3(nn.Module):
+    """Image (B, 3, H, W) normalised by ImageNet's statistics -> {"out": logits (B, num_classes, H, W), "aux": same}.
+
+    num_classes counts the background. aux False: no auxiliary head, and no "aux" in the result.
+    """
+
+    def __init__(self, backbone, classifier, aux_classifier=None):
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+
+    def forward(self, image):
+        size = image.shape[-2:]
+        deep, early = self.backbone(image)  # ResNet: (B, 2048, H/8, W/8), (B, 1024, H/8, W/8)
+        logits = {"out": self.classifier(deep)}
+        if self.aux_classifier is not None:
+            logits["aux"] = self.aux_classifier(early)
+        return {name: F.interpolate(x, size, mode="bilinear", align_corners=False) for name, x in logits.items()}
+
+
+def _resnet(build):
+    net = build(weights=None, replace_stride_with_dilation=[False, True, True])
+    return Backbone(list(net.named_children()), ("layer4", "layer3")), 2048, 1024
+
+
+def _mobilenet_v3_large():
+    net = torchvision.models.mobilenet_v3_large(weights=None, dilated=True)  # batch norm: eps 1e-3, momentum 0.01
+    return Backbone(list(net.features.named_children()), ("16", "4")), 960, 40
+
+
+BACKBONES = {  # name: function -> features, channels of the deep and of the early ones
+    "resnet50": lambda: _resnet(torchvision.models.resnet50),
+    "resnet101": lambda: _resnet(torchvision.models.resnet101),
+    "mobilenet_v3_large": _mobilenet_v3_large,
+}
+
+
+def deeplabv3(backbone="resnet50", num_classes=21, aux=True):
+    """DeepLabV3 with fresh weights; backbone one of BACKBONES, else ValueError."""
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+    features, deep, early = BACKBONES[backbone]()
+    return DeepLabV3(features, DeepLabHead(deep, num_classes), FCNHead(early, num_classes) if aux else None)
