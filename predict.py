@@ -1,10 +1,15 @@
-"""Masks and overlays of pictures, from a checkpoint that one of the training scripts has written.
+"""Masks and overlays of pictures, from a checkpoint of one of the training scripts or an official one.
 
     python predict.py --weights runs/train_unet/best.pth pictures/ --output-dir out
+    python predict.py --weights runs/train_deeplabv3/best.pth pictures/ --flip --scales 0.75,1,1.25
+    python predict.py --weights coco --model deeplabv3_resnet50 picture.jpg
 
-Inputs: pictures, folders, globs. Writes for each picture, at its own size: NAME_mask.png (palette PNG: 0 background,
-class k of the checkpoint as k + 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png (0 and 255).
+Inputs: pictures, folders, globs. Writes for each picture, at its own size: NAME_mask.png (palette PNG of class ids, 0
+background; the classes of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap,
+NAME_mask_CLASS.png (0 and 255); and areas.csv, the pixels of each class in each picture.
 """
+import argparse
+import csv
 import glob
 from collections import Counter
 from pathlib import Path
@@ -17,8 +22,18 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
+from nets.deeplabv3 import deeplabv3
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+COCO_WEIGHTS = {  # of torchvision, 21 outputs, with the auxiliary head; a name ends in the start of its sha256
+    "resnet50": "https://download.pytorch.org/models/deeplabv3_resnet50_coco-cd0a2569.pth",
+    "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
+    "mobilenet_v3_large": "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+}
+OFFICIAL = [f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS]
 
 
 # --- Options ---
@@ -27,13 +42,25 @@ def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0], "%(prog)s --weights CHECKPOINT INPUT [INPUT ...] [options]")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="picture, folder of pictures, or glob")
-    add("--weights", required=True, help="best.pth or last.pth of a training script")
+    add("--weights", required=True, help="best.pth or last.pth of a training script; with --model an official file, or "
+        "coco (DeepLab's, fetched once)")
+    add("--model", choices=OFFICIAL, help="the net that an official file is of; our checkpoints know theirs")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add("--overwrite", nargs="?", const=True, default=False, type=utils.switch, help="replace files in --output-dir")
+    add("--flip", nargs="?", const=True, default=False, type=utils.switch, help="average with the mirrored picture")
+    add("--scales", type=scale_list, default=(1.0,), help="average over these sizes, times that of training (1)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
     add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
     return parser
+
+
+def scale_list(text):
+    """"0.75,1,1.25" -> floats."""
+    scales = tuple(float(scale) for scale in text.split(","))
+    if not all(0.1 <= scale <= 10 for scale in scales):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0.1 to 10 with commas between")
+    return scales
 
 
 # --- Data ---
@@ -55,8 +82,8 @@ def find_inputs(inputs):
              "_".join([*path.absolute().parts[1:-1], path.name.replace(".", "_")]), path) for path in paths]
 
 
-def normalize(image, channels):
-    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics. Article: /255 once more; BGR."""
+def normalize(image, channels=3):
+    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics."""
     image = image.as_subclass(torch.Tensor) / 255
     image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return image if channels == 3 else image.mean(0, keepdim=True)
@@ -64,20 +91,41 @@ def normalize(image, channels):
 
 # --- Model ---
 
-def load_model(path, device):
-    """The net in a checkpoint, ready to predict, and the checkpoint."""
-    checkpoint = utils.load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
-        raise utils.InputError(f"{path}: does not say what net it is of; give a training script's best.pth or last.pth")
+def load_model(args, device):
+    """The net that --weights holds, ready to predict, and its checkpoint."""
+    path = args.weights
+    if args.model:
+        checkpoint = official_checkpoint(path, args.model)
+    else:
+        checkpoint = utils.load_checkpoint(path)
+        if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
+            raise utils.InputError(f"{path}: does not say what net it is of; give a training script's best.pth or "
+                                   f"last.pth, or --model ({', '.join(OFFICIAL)})")
     if str(checkpoint.get("net")) not in NETS:
         raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script knows {', '.join(NETS)}")
     try:
-        checkpoint["args"]["image_size"], checkpoint["classes"]
+        checkpoint["args"]["image_size" if checkpoint["net"] == "unet" else "base_size"], checkpoint["classes"]
         model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise utils.InputError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise utils.InputError(f"{path}: not a whole checkpoint ({' '.join(str(error).split())[:200]})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def official_checkpoint(path, name):
+    """A file of torchvision, or any bare weights of this net, as a checkpoint of ours."""
+    backbone = name.removeprefix("deeplabv3_")
+    if path == "coco":
+        url = COCO_WEIGHTS[backbone]
+        path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
+    state = utils.read_weights(path, {})
+    try:
+        num_classes = len(state["classifier.4.bias"])
+    except (KeyError, TypeError):
+        raise utils.InputError(f"{path}: not weights of {name}: has no classifier.4.bias") from None
+    return {"net": "deeplabv3", "model": state, "args": {"base_size": 520},
+            "classes": VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)],
+            "arch": {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}}
 
 
 def build_unet(model, **arch):
@@ -99,14 +147,48 @@ def forward(model, image, dtype):
 
 # --- Prediction ---
 
-@torch.no_grad()
-def predict_unet(model, checkpoint, image, device, dtype):
+def predict_unet(model, checkpoint, image, scale, device, dtype):
     """RGB (H, W, 3) uint8 -> logits (K, H, W) as train_unet.py validates: resized to --image-size, and back."""
-    width, height = checkpoint["args"]["image_size"]
+    width, height = [max(32, round(scale * side)) for side in checkpoint["args"]["image_size"]]
     resized = v2.functional.resize(tv_tensors.Image(image.transpose(2, 0, 1)), [height, width], antialias=True)
     batch = normalize(resized, checkpoint["arch"]["input_channels"])[None].to(device)
     logits = forward(model, batch, dtype)[-1]
     return F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)[0]
+
+
+def predict_deeplabv3(model, checkpoint, image, scale, device, dtype):
+    """RGB (H, W, 3) uint8 -> logits (K, H, W) as train_deeplabv3.py validates: shorter side --base-size, and back."""
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    batch = normalize(resize(image, max(32, round(scale * checkpoint["args"]["base_size"]))))[None].to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        logits = model(batch.contiguous(memory_format=torch.channels_last))["out"]
+    return F.interpolate(logits.float(), image.shape[-2:], mode="bilinear", align_corners=False)[0]
+
+
+def resize(image, side):
+    """Image (3, H, W) uint8 with its shorter side made `side` pixels."""
+    return v2.functional.resize(image, scaled_size(image, side), antialias=True)
+
+
+def scaled_size(image, side):
+    """[height, width] of image (..., H, W) once its shorter side is `side`."""
+    height, width = image.shape[-2:]
+    return [max(side, round(length * side / min(height, width))) for length in (height, width)]
+
+
+@torch.no_grad()
+def predict_averaged(model, checkpoint, image, device, dtype, args):
+    """Logits (K, H, W) of the probabilities' mean over --scales and --flip; of one view just its logits."""
+    predict, views = NETS[checkpoint["net"]][1], []
+    for scale in args.scales:
+        views.append(predict(model, checkpoint, image, scale, device, dtype))
+        if args.flip:
+            views.append(predict(model, checkpoint, image[:, ::-1].copy(), scale, device, dtype).flip(-1))
+    if len(views) == 1:
+        return views[0]
+    if checkpoint["net"] == "unet":
+        return torch.logit(sum(view.sigmoid() for view in views) / len(views))
+    return (sum(view.softmax(0) for view in views) / len(views)).log()
 
 
 def write_unet(logits, image, checkpoint, prefix):
@@ -117,9 +199,19 @@ def write_unet(logits, image, checkpoint, prefix):
     for name, one in zip(checkpoint["classes"], logits if len(logits) > 1 else []):
         utils.save_picture(f"{prefix}_mask_{name}.png", (one > 0) * np.uint8(255))
     utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
+    return (logits > 0).sum((1, 2))
 
 
-NETS = {"unet": (build_unet, predict_unet, write_unet)}
+def write_deeplabv3(logits, image, checkpoint, prefix):
+    """Mask of the likeliest class; overlay. Returns the pixels of each class."""
+    mask = logits.argmax(0).cpu().numpy()
+    utils.save_mask(f"{prefix}_mask.png", mask)
+    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
+    return np.bincount(mask.ravel(), minlength=len(logits))
+
+
+NETS = {"unet": (build_unet, predict_unet, write_unet),
+        "deeplabv3": (deeplabv3, predict_deeplabv3, write_deeplabv3)}
 
 
 # --- Main ---
@@ -128,15 +220,15 @@ def main(args):
     """Predicts every input; returns how many masks were written. A bad file is reported, the others are still done."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
-    model, checkpoint = load_model(args.weights, device)
-    _, predict, write = NETS[checkpoint["net"]]
+    model, checkpoint = load_model(args, device)
     inputs = find_inputs(args.inputs)
     output_dir = Path(args.output_dir)
-    taken = [name for name, _ in inputs if (output_dir / f"{name}_mask.png").exists()]
+    names = [*(f"{name}_mask.png" for name, _ in inputs), "areas.csv"]
+    taken = [name for name in names if (output_dir / name).exists()]
     if taken and not args.overwrite:
-        raise utils.InputError(f"{output_dir}/{taken[0]}_mask.png: is there already; give --overwrite or --output-dir")
+        raise utils.InputError(f"{output_dir}/{taken[0]}: is there already; give --overwrite or --output-dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    bad = []
+    areas, bad = [], []
     for name, path in tqdm(inputs, leave=False, disable=None):
         utils.check_stop()
         try:
@@ -144,8 +236,15 @@ def main(args):
         except utils.InputError as error:
             bad.append(str(error))
             continue
-        write(predict(model, checkpoint, image, device, dtype), image, checkpoint, output_dir / name)
-    print(f"{len(inputs) - len(bad)} of {len(inputs)} pictures predicted: {output_dir}/*_mask.png, *_overlay.png")
+        logits = predict_averaged(model, checkpoint, image, device, dtype, args)
+        pixels = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name)
+        areas += [[name, *pair, pair[1] / image[..., 0].size] for pair in zip(checkpoint["classes"], pixels.tolist())]
+    with open(output_dir / "areas.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["picture", "class", "pixels", "share"], *areas])
+    for _, name, pixels, share in areas if len(inputs) == 1 else []:
+        print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}")
+    print(f"{len(inputs) - len(bad)} of {len(inputs)} pictures predicted: {output_dir}/*_mask.png, *_overlay.png, "
+          "areas.csv")
     if bad:
         raise utils.InputError("; ".join(bad))
     return {"pictures": len(inputs)}

@@ -50,7 +50,8 @@ def get_args_parser():
     add("--save-every", type=utils.number(int, 0), default=0, metavar="N",
         help="save last.pth every N steps too, 0 at the end of epochs only (%(default)s)")
     add("--epochs", type=utils.number(int, 1), default=100, help="passes over the training data (%(default)s)")
-    add("-b", "--batch-size", "--batch_size", type=utils.number(int, 1), default=16, help="items a batch (%(default)s)")
+    add("-b", "--batch-size", "--batch_size", type=utils.number(int, 1), default=16,
+        help="items a batch and process (%(default)s)")
     add("--accumulate", type=utils.number(int, 1), default=1, help="batches per optimizer step (%(default)s)")
     add("--lr", type=utils.number(float, 0), default=1e-3, help="initial learning rate (%(default)s)")
     add("--weight-decay", "--wd", "--weight_decay", type=utils.number(float, 0), default=1e-4,
@@ -61,7 +62,7 @@ def get_args_parser():
     add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=41,
-        help="of weights, order, augmentation, split (%(default)s)")
+        help="of all that is random: weights, order, augmentation (%(default)s)")
     add("--deterministic", **flag, help="same bits on CUDA too, slower")
     add("--test-only", **flag, help="evaluate --weights or --resume, train nothing")
     add("--compile", **flag, help="torch.compile the net")
@@ -151,8 +152,8 @@ class MaskFolders(torch.utils.data.Dataset):
         return normalize(image, self.args.input_channels), mask, index
 
 
-def normalize(image, channels):
-    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics. Article: /255 once more; BGR."""
+def normalize(image, channels=3):
+    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics."""
     image = image.as_subclass(torch.Tensor) / 255
     image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return image if channels == 3 else image.mean(0, keepdim=True)
@@ -314,7 +315,7 @@ def create_model(args):
         raise utils.InputError("--deep-supervision: only NestedUNet has the heads for it; give --arch NestedUNet")
     model, arch = NETS[args.arch](**arch), {"model": args.arch, **arch}
     if args.weights != "none":
-        utils.load_weights(model, args.weights, {"net": "unet", **arch})
+        utils.load_weights(model, utils.read_weights(args.weights, {"net": "unet", **arch}), args.weights)
     return model, arch
 
 
@@ -461,7 +462,8 @@ def train_one_epoch(model, loader, optimizer, scaler, device, dtype, args, state
     images_a_step = args.batch_size * args.accumulate
     loader.sampler.set_epoch(state["epoch"], skip=state["step"] * images_a_step)
     left = len(loader.sampler)
-    bar = tqdm(total=math.ceil(left / images_a_step), desc=f"epoch {state['epoch'] + 1}", leave=False, disable=None)
+    bar = tqdm(total=state["step"] + math.ceil(left / images_a_step), initial=state["step"],
+               desc=f"epoch {state['epoch'] + 1}", leave=False, disable=None)
     names = []  # of the pictures in the gradient so far
     for images, masks, indices in loader:
         if not names:
@@ -477,12 +479,11 @@ def train_one_epoch(model, loader, optimizer, scaler, device, dtype, args, state
         if len(names) < pending:  # --accumulate
             continue
 
-        # One NaN would spoil the weights for good: such a step is undone (fp16's scaler skips bad gradients by itself)
-        norm = 0.0 if scaler.is_enabled() else torch.nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None])
+        # One NaN would spoil the weights for good: such a step is undone
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if torch.isfinite(loss_sum + norm):
             scaler.step(optimizer)
-            scaler.update()
             state["bad_steps"] = 0
             state["images"] += pending
             state["loss"] += loss_sum.item()
@@ -495,11 +496,13 @@ def train_one_epoch(model, loader, optimizer, scaler, device, dtype, args, state
             if state["bad_steps"] == 10:
                 raise utils.InputError(f"loss or gradient not finite ten times in a row, last on {', '.join(names)}; "
                                        "lower --lr, or look at these files")
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state["step"] += 1
         left -= pending
         names = []
-        bar.set_postfix(loss=f"{state['loss'] / max(state['images'], 1):.4f}", refresh=False)
+        bar.set_postfix(loss=f"{state['loss'] / max(state['images'], 1):.4f}", refresh=False,
+                        lr=f"{optimizer.param_groups[0]['lr']:.2g}", mem=f"{utils.peak_memory_mb(device):.0f}M")
         bar.update()
         utils.check_stop()
         if args.save_every and state["step"] % args.save_every == 0:
@@ -559,7 +562,8 @@ def main(args):
     utils.start_run(args)
     split = {"train": [item[0] for item in train_set.items], "val": [item[0] for item in val_set.items]}
     Path(output_dir, "split.json").write_text(json.dumps(split, indent=1))
-    net = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile()
 
     def save(name):
         utils.save_checkpoint(output_dir / name, {
@@ -577,9 +581,9 @@ def main(args):
                 group["lr"] = learning_rate(args, state["epoch"])
         started, images_before = time.perf_counter(), state["images"]
         try:
-            train_one_epoch(net, train_loader, optimizer, scaler, device, dtype, args, state, save)
+            train_one_epoch(model, train_loader, optimizer, scaler, device, dtype, args, state, save)
             seconds = time.perf_counter() - started
-            figures = evaluate(net, val_loader, device, dtype, args)
+            figures = evaluate(model, val_loader, device, dtype, args)
         except utils.Stopped:
             save("last.pth")
             raise
@@ -605,13 +609,13 @@ def main(args):
         utils.plot_curves(output_dir / "curves.png", rows, ["loss", "val_loss"], ["iou", "val_iou", "val_image_iou"])
         draw_samples(model, val_set, device, dtype, output_dir / "val_samples.png")
 
-    figures = figures or evaluate(net, val_loader, device, dtype, args)
+    figures = figures or evaluate(model, val_loader, device, dtype, args)
     print_table(f"after epoch {state['epoch']}:", figures, train_set.classes)
     print(f"best val_iou {state['best']['val_iou']:.4f} in epoch {state['best']['epoch']}: {output_dir}/best.pth")
     if args.demo:
         import demo_data
         images, masks = zip(*[read_item(item) for item in val_set.items])
-        figures["baseline_iou"] = demo_data.baseline("cells", images, [mask[0] for mask in masks])
+        figures["baseline_iou"] = demo_data.baseline_cells(images, [mask[0] for mask in masks])
         print(f"Otsu's threshold on the same images: IoU {figures['baseline_iou']:.4f}")
         print("wrote " + " ".join(map(str, sorted(output_dir.glob("*.*")))))
     return {**figures, "best_val_iou": state["best"]["val_iou"]}

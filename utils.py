@@ -50,6 +50,14 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{names} {self._format_args(action, action.dest.upper()) if value is None else value}"
 
 
+class Obsolete(argparse.Action):
+    """An option of an article that has no meaning left: accepted, and its help, which says what to use, is printed."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {option_string}: {self.help}")
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Errors of one line, no abbreviations; with --demo the given demo settings are the defaults."""
 
@@ -89,6 +97,8 @@ def run(main, parser):
     except Stopped:
         parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {signal.Signals(_signals[0]).name}\n")
     except (RuntimeError, MemoryError) as error:
+        if "RANK" in os.environ and "peer" in str(error):  # Gloo's word when another process is gone
+            parser.exit(1, f"{parser.prog}: rank {os.environ['RANK']}: lost another process, see its message\n")
         if not any(words in f"{type(error).__name__} {error}" for words in ("Memory", "of memory", "allocate memory")):
             raise
         parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller picture, or --amp bf16 "
@@ -98,9 +108,17 @@ def run(main, parser):
 _signals = []
 
 
-def check_stop():
-    """Raises Stopped if SIGTERM or SIGINT has come; called between steps, so that what is saved is whole."""
-    if _signals:
+def stop_asked():
+    """Whether SIGTERM or SIGINT has come to this process."""
+    return bool(_signals)
+
+
+def check_stop(device=None):
+    """Raises Stopped if SIGTERM or SIGINT has come; called between steps, so that what is saved is whole.
+
+    With a device: if it has come to any of the processes, and then in all of them; each must call it equally often.
+    """
+    if stop_asked() if device is None else sum_over_ranks(torch.tensor(float(stop_asked()), device=device)):
         raise Stopped
 
 
@@ -154,10 +172,12 @@ class EpochSampler(torch.utils.data.Sampler):
     """Yields (epoch, index) for the data set, in an order given by (seed, epoch) alone; rank r of n takes every n-th.
 
     set_epoch(epoch, skip) leaves out the first skip items: those that an interrupted epoch has already trained on.
+    keep: only so many items of each epoch's order, so that every rank has as many.
     """
 
-    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1):
+    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None):
         self.num_items, self.seed, self.shuffle, self.rank, self.world_size = num_items, seed, shuffle, rank, world_size
+        self.keep = keep
         self.set_epoch(0)
 
     def set_epoch(self, epoch, skip=0):
@@ -166,7 +186,7 @@ class EpochSampler(torch.utils.data.Sampler):
     def order(self):
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         order = torch.randperm(self.num_items, generator=generator).tolist() if self.shuffle else range(self.num_items)
-        return order[self.rank::self.world_size]
+        return order[:self.keep][self.rank::self.world_size]
 
     def __iter__(self):
         return iter([(self.epoch, index) for index in self.order()[self.skip:]])
@@ -183,7 +203,7 @@ def _mix(*numbers):
 def seeded(*numbers):
     """Inside, torch's CPU generator (which torchvision's transforms use) depends on these numbers alone.
 
-    On one thread, as in loader processes: a picture's mean, summed by two threads, can differ in its last bit.
+    On one thread, as in loader processes: a mean over the pixels, summed by two threads, can differ in its last bit.
     """
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.default_generator.manual_seed(_mix(*numbers))
@@ -196,11 +216,18 @@ def seeded(*numbers):
 
 
 def rng_state():
-    """torch's generators, for a checkpoint; the data need none: see `seeded`."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+    """torch's generators in each process, for a checkpoint, to be called by all; the data need none: see `seeded`."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    if not torch.distributed.is_initialized():
+        return [state]
+    states = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
 
 
-def set_rng_state(state):
+def set_rng_state(states, rank=0):
+    state = states[rank]
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -325,24 +352,25 @@ def find_checkpoint(resume, output_dir):
     return checkpoint
 
 
-def load_weights(model, path, wanted):
-    """Strictly load a checkpoint of ours, {"model": ...} or a bare state dict; wanted = what the options ask for.
-
-    InputError naming both sides if the file is of another net, with other classes or other shapes.
-    """
+def read_weights(path, wanted):
+    """Tensors by name: from a checkpoint of ours (which must be as wanted), {"model": ...} or a bare state dict."""
     checkpoint = load_checkpoint(path)
     check_net(checkpoint, path, wanted)
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
     state = state if isinstance(state, dict) else {}
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+    return {str(key).removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
+
+
+def load_weights(model, state, path):
+    """Strictly load the tensors that were read from path; InputError if they are another net's or of other shapes."""
     own = model.state_dict()
     differing = [f"{key} {tuple(getattr(state.get(key), 'shape', ()))} instead of {tuple(own[key].shape)}"
                  if key in state else f"{key} missing" for key in own
                  if not isinstance(state.get(key), torch.Tensor) or state[key].shape != own[key].shape]
     differing += [f"{key} unknown" for key in state if key not in own]
     if differing:
-        raise InputError(f"{path}: weights of another net than {wanted}: {len(differing)} of {len(own)} tensors differ "
-                         f"({differing[0]} ...)")
+        raise InputError(f"{path}: weights of another net than {type(model).__name__}: {len(differing)} of {len(own)} tensors differ "
+                         f"({', '.join(differing[:3])} ...)")
     model.load_state_dict(state)
 
 
@@ -365,10 +393,10 @@ def check_resume(checkpoint, args, free):
                              "give the same, or start a new run from it with --weights")
 
 
-def fetch_weights(name, url, sha256, size):
+def fetch_weights(name, url, sha256=None, size=None):
     """Path of an official file in the torch hub cache, downloaded once, verified on every call.
 
-    sha256: hex digest or the first part of it; None where none is published: then its size in bytes is all there is.
+    sha256: hex digest or the first part of it; size in bytes; each None where it is not published.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not path.is_file():
@@ -380,9 +408,9 @@ def fetch_weights(name, url, sha256, size):
                              f"download it elsewhere and put it at {path}") from None
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.stat().st_size != size or not digest.startswith(sha256 or ""):
+    if path.stat().st_size != (size or path.stat().st_size) or not digest.startswith(sha256 or ""):
         raise InputError(f"{path}: not the published {name}: {path.stat().st_size} bytes, sha256 {digest[:8]} instead "
-                         f"of {size}, {sha256 or 'any'}; delete it and run again")
+                         f"of {size or 'any'}, {sha256 or 'any'}; delete it and run again")
     return path
 
 
@@ -508,7 +536,11 @@ def draw_demo(kind, folder, count):
         import demo_data
     except ImportError:
         raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give --data-path") from None
-    return demo_data.write(kind, folder, count)
+    if os.environ.get("RANK", "0") == "0":
+        demo_data.write(kind, folder, count)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return folder
 
 
 def start_run(args):
@@ -585,14 +617,21 @@ def plot_curves(path, rows, *groups):
 # --- Several processes ---
 
 def start_process_group(device):
-    """Under torchrun: joins its process group (NCCL on CUDA, else Gloo). Returns (rank, world size, own device)."""
+    """Under torchrun: joins its process group (NCCL on CUDA, else Gloo). Returns (rank, world size, own device).
+
+    All ranks but the first are silent on stdout from here on.
+    """
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank = torch.distributed.get_rank()
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, torch.distributed.get_world_size(), device
 
 
 def sum_over_ranks(tensor):
@@ -600,3 +639,8 @@ def sum_over_ranks(tensor):
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def quiet():
+    """What tqdm's `disable` wants: no bar on ranks but the first, nor where standard error is no terminal."""
+    return True if os.environ.get("RANK", "0") != "0" else None

@@ -44,6 +44,23 @@ def cells(tmp_path):
 
 
 @pytest.fixture
+def scenes(tmp_path):
+    """Folder with a VOCdevkit of ten 64x64 drawn scenes of three classes, eight to train on."""
+    import demo_data
+    folder = tmp_path / "scenes"
+    root = folder / "VOCdevkit/VOC2012"
+    for sub in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / sub).mkdir(parents=True)
+    for index in range(10):
+        image, mask = demo_data.draw_scene(index, size=64)
+        Image.fromarray(image).save(root / f"JPEGImages/s{index}.jpg")
+        Image.fromarray(mask).save(root / f"SegmentationClass/s{index}.png")
+    for name, part in (("train", range(8)), ("val", range(8, 10))):
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("".join(f"s{i}\n" for i in part))
+    return folder
+
+
+@pytest.fixture
 def real_data():
     """The folder of real pictures that FLATSEG_DATA names; the test is skipped without it."""
     if not os.environ.get("FLATSEG_DATA"):

@@ -49,7 +49,7 @@ def test_folder_glob_and_picture_give_palette_masks_of_their_own_size(trained, t
         out = tmp_path / f"out{number}"
         assert run("--weights", trained / "run/best.pth", *inputs, "--output-dir", out) == {"pictures": 2}
         assert sorted(path.name for path in out.iterdir()) == [
-            "deep_mask.png", "deep_overlay.png", "wide_mask.png", "wide_overlay.png"]
+            "areas.csv", "deep_mask.png", "deep_overlay.png", "wide_mask.png", "wide_overlay.png"]
         with Image.open(out / "wide_mask.png") as mask:
             assert mask.mode == "P" and mask.size == (70, 50) and set(np.unique(mask)) <= {0, 1}
         assert Image.open(out / "deep_overlay.png").size == (20, 33)

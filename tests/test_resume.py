@@ -6,35 +6,47 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-import train_unet
 from conftest import ROOT
 
 TIMES = {"seconds", "images_per_s", "peak_mb"}  # the columns of log.csv that no two runs share
-SMALL = ["--arch", "UNet", "--image-size", "32", "-b", "2", "--epochs", "3", "--save-every", "1", "--optimizer", "Adam",
-         "--device", "cpu"]
+SMALL = {  # script: kind of drawn data, how many, options
+    "train_unet": ("cells", 9, "--arch UNet --image-size 32 --optimizer Adam"),
+    "train_deeplabv3": ("scenes", 9, "--backbone mobilenet_v3_large --weights none --num-classes 3 --base-size 48 "
+                                     "--crop-size 48 --lr 0.01"),
+}
 
 
-def command(data, output, *more):
-    return ["--data-path", str(data), "--output-dir", str(output), *SMALL, *map(str, more)]
+class Case(NamedTuple):
+    """A script, its drawn data, the folder of a run that nothing stopped, that run's seconds."""
+    name: str
+    data: Path
+    whole: Path
+    seconds: float
 
+    def command(self, output, *more):
+        return ["--data-path", str(self.data), "--output-dir", str(output), "-b", "2", "--epochs", "3", "--save-every",
+                "1", "--device", "cpu", *SMALL[self.name][2].split(), *map(str, more)]
 
-def run(data, output, *more):
-    return train_unet.main(train_unet.get_args_parser().parse_args(command(data, output, *more)))
+    def run(self, output, *more):
+        script = import_module(self.name)
+        return script.main(script.get_args_parser().parse_args(self.command(output, *more)))
 
-
-def start(data, output, *more):
-    """The script in a process group of its own, as far as the line printed before the first step."""
-    process = subprocess.Popen([sys.executable, "train_unet.py", *command(data, output, *more)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if "parameters trained" in line:
-            return process
-    raise AssertionError(process.stderr.read())
+    def start(self, output, *more):
+        """The script in a process group of its own, as far as the line printed before the first step."""
+        process = subprocess.Popen([sys.executable, f"{self.name}.py", *self.command(output, *more)], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+        for line in process.stdout:
+            if "parameters trained" in line:
+                return process
+        raise AssertionError(process.stderr.read())
 
 
 def assert_same(a, b):
@@ -64,26 +76,26 @@ def assert_runs_equal(one, other):
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """(data folder, folder of a run that nothing stopped, its seconds)."""
+@pytest.fixture(scope="module", params=SMALL)
+def straight(request, tmp_path_factory):
     import demo_data
     folder = tmp_path_factory.mktemp("straight")
-    data = demo_data.write("cells", folder / "data", 9)  # 7 to train on: three batches of two and one of one
+    kind, count, _ = SMALL[request.param]
+    data = demo_data.write(kind, folder / "data", count)  # 7 to train on: U-Net has three batches of two and one of one
+    case = Case(request.param, data, folder / "run", 0)
     started = time.time()
-    run(data, folder / "run", "-j", 0)
-    return data, folder / "run", time.time() - started
+    case.run(folder / "run", "-j", 0)
+    return case._replace(seconds=time.time() - started)
 
 
 def interrupt_and_finish(straight, output, sent, seed):
     """Interrupts a run at moments drawn from seed until one run is through; asserts the end's bits."""
-    data, whole, seconds = straight
     draw = random.Random(seed)
     workers, interruptions = draw.choice([0, 2]), 0
     while True:
-        process = start(data, output, "-j", workers, "--resume", "auto")
+        process = straight.start(output, "-j", workers, "--resume", "auto")
         try:
-            process.wait(draw.uniform(0, seconds / 3) if interruptions < 2 else 120)
+            process.wait(draw.uniform(0, straight.seconds / 3) if interruptions < 2 else 120)
             break  # it was through before the signal
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
@@ -93,7 +105,7 @@ def interrupt_and_finish(straight, output, sent, seed):
             break  # the signal came after the last step
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent], process.stderr.read()
     assert process.returncode == 0 and interruptions, process.stderr.read()
-    assert_runs_equal(whole, output)
+    assert_runs_equal(straight.whole, output)
 
 
 @pytest.mark.parametrize("seed, sent", list(enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])))
@@ -108,47 +120,42 @@ def test_twenty_more_stopped_runs(straight, tmp_path, seed):
 
 
 def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
-    data, whole, _ = straight
-    process = start(data, tmp_path / "run", "-j", 0)
+    process = straight.start(tmp_path / "run", "-j", 0)
     process.terminate()
     assert process.wait(60) == 143
-    assert process.stderr.read() == "train_unet.py: stopped by SIGTERM\n"
+    assert process.stderr.read() == f"{straight.name}.py: stopped by SIGTERM\n"
     checkpoint = torch.load(tmp_path / "run/last.pth", weights_only=True)
     assert checkpoint["epoch"] == 0 and checkpoint["step"] >= 1
-    run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
-    assert_runs_equal(whole, tmp_path / "run")
+    straight.run(tmp_path / "run", "-j", 0, "--resume", "auto")
+    assert_runs_equal(straight.whole, tmp_path / "run")
 
 
 def test_two_workers_give_the_bits_of_none(straight, tmp_path):
-    data, whole, _ = straight
-    run(data, tmp_path / "run", "-j", 2)
-    assert_runs_equal(whole, tmp_path / "run")
+    straight.run(tmp_path / "run", "-j", 2)
+    assert_runs_equal(straight.whole, tmp_path / "run")
 
 
 def test_a_stop_during_validation_resumes_there(straight, tmp_path, monkeypatch):
     import utils
-    data, whole, _ = straight
     with monkeypatch.context() as patch:
         def stop(*args):
             raise utils.Stopped
-        patch.setattr(train_unet, "evaluate", stop)
+        patch.setattr(import_module(straight.name), "evaluate", stop)
         with pytest.raises(utils.Stopped):
-            run(data, tmp_path / "run", "-j", 0)
-    run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
-    assert_runs_equal(whole, tmp_path / "run")
+            straight.run(tmp_path / "run", "-j", 0)
+    straight.run(tmp_path / "run", "-j", 0, "--resume", "auto")
+    assert_runs_equal(straight.whole, tmp_path / "run")
 
 
 def test_another_seed_gives_other_bits(straight, tmp_path):
     """The comparison above can fail."""
-    data, whole, _ = straight
-    run(data, tmp_path / "run", "-j", 0, "--seed", 1)
+    straight.run(tmp_path / "run", "-j", 0, "--seed", 1)
     with pytest.raises(AssertionError):
-        assert_runs_equal(whole, tmp_path / "run")
+        assert_runs_equal(straight.whole, tmp_path / "run")
 
 
 def test_resuming_what_is_finished_changes_nothing(straight, tmp_path, capsys):
-    data, whole, _ = straight
-    run(data, tmp_path / "run", "-j", 0)
+    straight.run(tmp_path / "run", "-j", 0)
     before = (tmp_path / "run/log.csv").read_text()
-    figures = run(data, tmp_path / "run", "-j", 0, "--resume", "auto")
+    figures = straight.run(tmp_path / "run", "-j", 0, "--resume", "auto")
     assert (tmp_path / "run/log.csv").read_text() == before and figures["val_loss"] > 0

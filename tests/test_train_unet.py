@@ -161,22 +161,6 @@ def test_masks_shrink_without_a_shift_against_the_image(cells):
     assert torch.equal(small[0], small[1].flip(-1))
 
 
-def test_an_item_does_not_depend_on_the_number_of_threads(cells):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (700, 700, 3), np.uint8)).save(cells / "images/cell_0.png")
-    save_grey(cells / "masks/0/cell_0.png", np.full((700, 700), 255, np.uint8))
-    items, _ = train_unet.find_items(cells, options())
-    dataset = train_unet.MaskFolders(items, options("--image-size", 640), train=True, augment=True)
-    try:
-        for epoch in range(12):
-            torch.set_num_threads(1)
-            one = dataset[epoch, 0][0]
-            torch.set_num_threads(2)
-            assert torch.equal(one, dataset[epoch, 0][0]) and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_normalisation_happens_once_and_in_rgb():
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     image[0] = 255  # pure red

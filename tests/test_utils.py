@@ -105,13 +105,13 @@ def test_weights_load_from_every_wrapping(tmp_path):
                   {f"module.{key}": value for key, value in source.state_dict().items()}):
         torch.save(state, tmp_path / "a.pth")
         torch.nn.init.zeros_(target.weight)
-        utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
+        utils.load_weights(target, utils.read_weights(tmp_path / "a.pth", {"net": "linear"}), tmp_path / "a.pth")
         assert torch.equal(source.weight, target.weight)
     whole = source.state_dict()
     for state in ({"weight": source.weight}, {**whole, "extra": source.bias}, [1], {"weight": 3, "bias": 4}):
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(utils.InputError, match="a.pth: weights of another net"):
-            utils.load_weights(target, tmp_path / "a.pth", {"net": "linear"})
+            utils.load_weights(target, utils.read_weights(tmp_path / "a.pth", {"net": "linear"}), tmp_path / "a.pth")
 
 
 # --- Weights from the network (served from a file, the only thing ever mocked) ---
@@ -314,11 +314,47 @@ def test_two_processes_join_and_sum(tmp_path):
                                       "import torch, utils\n"
                                       "rank, world, device = utils.start_process_group(torch.device('cpu'))\n"
                                       "total = utils.sum_over_ranks(torch.tensor([rank + 1.0])).item()\n"
-                                      "print(f'{rank} {world} {total}\\n', end='')\n"
+                                      "print('silent but on the first')\n"
+                                          "sys.stderr.write(f'{rank} {world} {total}\\n')\n"
                                       "torch.distributed.destroy_process_group()\n")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "sums.py"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert sorted(done.stdout.split("\n")) == ["", "0 2 3.0", "1 2 3.0"], done.stderr
+    assert done.stdout == "silent but on the first\n" and "0 2 3.0\n" in done.stderr and "1 2 3.0\n" in done.stderr
     assert utils.start_process_group(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert utils.sum_over_ranks(torch.tensor([5.0])).item() == 5.0
+
+
+def test_seeded_runs_on_one_thread_and_puts_generator_and_threads_back():
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(3)
+        with utils.seeded(1, 2, 3):
+            assert torch.get_num_threads() == 1
+            first = torch.rand(2)
+        with pytest.raises(KeyError), utils.seeded(1, 2, 3):
+            assert torch.equal(torch.rand(2), first)
+            raise KeyError
+        after = torch.rand(2)
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(2), after) and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_kept_part_of_the_order_is_shared_evenly_by_the_ranks():
+    samplers = [utils.EpochSampler(11, 5, rank=rank, world_size=3, keep=9) for rank in range(3)]
+    whole = utils.EpochSampler(11, 5)
+    for epoch in (0, 1):
+        for sampler in (*samplers, whole):
+            sampler.set_epoch(epoch)
+        parts = [[index for _, index in sampler] for sampler in samplers]
+        assert [len(part) for part in parts] == [3, 3, 3]
+        assert [index for step in zip(*parts) for index in step] == [index for _, index in whole][:9]
+
+
+def test_an_obsolete_option_says_what_to_use_instead(capsys):
+    parser = utils.ArgumentParser("x")
+    parser.add_argument("--print-freq", action=utils.Obsolete, help="no effect: look at the bar")
+    assert vars(parser.parse_args(["--print-freq", "10"])) == {"print_freq": None}
+    assert capsys.readouterr().out == "note: --print-freq: no effect: look at the bar\n"

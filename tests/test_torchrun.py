@@ -1,0 +1,131 @@
+"""Under torchrun: two processes validate to one's counts; after a killed rank the same line ends in the straight bits."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_deeplabv3
+from conftest import ROOT
+from test_resume import assert_runs_equal
+
+OPTIONS = ("--backbone mobilenet_v3_large --weights none --num-classes 3 --base-size 48 --crop-size 48 --lr 0.01 -b 2 -j 0 "
+           "--epochs 3 --save-every 1 --device cpu").split()
+
+
+def torchrun(script, *options, processes=2):
+    """torchrun in a process group of its own, as a user on one machine starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    return subprocess.Popen([*command, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def workers(process):
+    """Process ids of the script's own processes, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = [int(one[5:]) for one in variables if one.startswith(b"RANK=")]
+        if parent == process.pid and rank:
+            found[rank[0]] = int(path.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Drawn data, and the folder and seconds of a two-process run that nothing stopped."""
+    import demo_data
+    folder = tmp_path_factory.mktemp("torchrun")
+    data = demo_data.write("scenes", folder / "data", 11)  # eight to train on: two steps of two processes x two
+    started = time.time()
+    output = finish(torchrun("train_deeplabv3.py", "--data-path", data, "--output-dir", folder / "run", *OPTIONS))
+    assert output.count("parameters trained") == 1 and "cpu x 2" in output  # the first rank alone prints
+    return data, folder / "run", time.time() - started
+
+
+def test_two_processes_validate_to_exactly_the_counts_of_one(straight, tmp_path):
+    data, whole, _ = straight
+    code = ("import json, os, sys\nimport train_deeplabv3 as t\n"
+            "figures = t.main(t.get_args_parser().parse_args())\n"
+            f"open(f'{tmp_path}/' + os.environ['RANK'], 'w').write(json.dumps(figures))\n")
+    (tmp_path / "test.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    options = ["--data-path", data, "--output-dir", tmp_path / "out", *OPTIONS, "--test-only", "--weights",
+               whole / "last.pth"]
+    finish(torchrun(tmp_path / "test.py", *options))
+    alone = train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(list(map(str, options))))
+    for rank in "01":
+        figures = json.loads((tmp_path / rank).read_text())
+        assert figures.pop("val_loss") == pytest.approx(alone["val_loss"], rel=1e-12)
+        assert str(figures) == str({key: value for key, value in alone.items() if key != "val_loss"})
+    assert sum(map(sum, alone["counts"])) > 0
+
+
+def kill_and_finish(straight, output, seed):
+    data, whole, seconds = straight
+    draw, kills = random.Random(seed), 0
+    line = ["train_deeplabv3.py", "--data-path", data, "--output-dir", output, *OPTIONS, "--resume", "auto"]
+    for _ in range(2):
+        process = torchrun(*line)
+        time.sleep(draw.uniform(seconds / 3, seconds * 0.9))
+        found = workers(process)
+        if len(found) == 2 and process.poll() is None:
+            os.kill(found[draw.randrange(2)], signal.SIGKILL)
+            kills += 1
+        process.communicate(timeout=240)
+    finish(torchrun(*line))
+    assert_runs_equal(whole, output)
+    return kills
+
+
+def test_the_same_line_after_a_killed_rank_ends_in_the_straight_runs_bits(straight, tmp_path):
+    assert kill_and_finish(straight, tmp_path / "run", seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_ten_more_killed_ranks(straight, tmp_path, seed):
+    kill_and_finish(straight, tmp_path / "run", seed)
+
+
+def test_sigterm_to_torchrun_saves_in_all_processes_and_resumes(straight, tmp_path):
+    data, whole, _ = straight
+    line = ["train_deeplabv3.py", "--data-path", data, "--output-dir", tmp_path / "run", *OPTIONS, "--resume", "auto"]
+    process = torchrun(*line)
+    for text in process.stdout:
+        if "parameters trained" in text:
+            break
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    finish(torchrun(*line))
+    assert_runs_equal(whole, tmp_path / "run")
+
+
+def test_a_mistake_is_one_line_with_its_remedy_and_no_traceback(straight, tmp_path):
+    data, whole, _ = straight
+    output = finish(torchrun("train_deeplabv3.py", "--data-path", data, "--output-dir", whole, *OPTIONS), code=1)
+    assert "train_deeplabv3.py: error: " in output and "there is a run here" in output
+    assert 'train_deeplabv3.py", line' not in output  # the traceback is torchrun's own
+
+
+def test_another_number_of_processes_is_refused_on_resuming(straight):
+    data, whole, _ = straight
+    args = ["--data-path", data, "--output-dir", whole, *OPTIONS, "--resume", "auto"]
+    with pytest.raises(train_deeplabv3.utils.InputError, match="--world-size 2, now 1"):
+        train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(list(map(str, args))))
