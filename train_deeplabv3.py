@@ -201,7 +201,7 @@ def find_items(root, name):
         found.append({Path(file).stem: folder / file for file in names if Path(file).suffix.lower() in utils.PICTURES})
         for one in ids:
             if one not in found[-1]:
-                raise utils.InputError(f"{folder}/{one}: no such picture, but {path} lists it; add it or strike the line")
+                raise utils.InputError(f"{folder}/{one}: no such picture, but {path} lists it; add it or drop the line")
     twice = [one for one, count in Counter(ids).items() if count > 1]
     if twice:
         raise utils.InputError(f"{path}: lists {twice[0]} twice; take one out")
@@ -275,6 +275,27 @@ def create_loaders(args, rank=0, world_size=1):
         generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
 
+def naive_scores(train_items, val_items, num_classes):
+    """mIoU in [0, 1] of two answers that look at no picture: the commonest class, and that of each place in training.
+
+    Places are the cells of a 64x64 grid laid over every picture. What a net must beat before its mIoU means anything.
+    """
+    votes = torch.zeros(num_classes, 64 * 64, dtype=torch.int64)
+    for item in train_items:
+        label = torch.from_numpy(read_item(item, num_classes - 1)[1])[None]
+        label = v2.functional.resize(label, [64, 64], InterpolationMode.NEAREST_EXACT).flatten().long()
+        places = (label != VOID).nonzero()[:, 0]
+        votes[label[places], places] += 1
+    answers = [votes.sum(1).argmax().expand(64, 64), votes.argmax(0).reshape(64, 64)]
+    counts = torch.zeros(2, num_classes, num_classes, dtype=torch.int64)
+    for item in val_items:
+        label = torch.from_numpy(read_item(item, num_classes - 1)[1])
+        for i, answer in enumerate(answers):
+            pred = v2.functional.resize(answer[None], label.shape, InterpolationMode.NEAREST_EXACT)[0]
+            counts[i] += count_pixels(pred, label, num_classes)
+    return [scores(one)["miou"] for one in counts]
+
+
 def sanity_check(train_loader, val_loader, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_loader.dataset), ("val", val_loader.dataset)):
@@ -288,6 +309,8 @@ def sanity_check(train_loader, val_loader, args):
                                                              sizes.most_common(5)))
         for k, name in [*enumerate(dataset.classes), (VOID, "void")]:
             print(f"  {k:3} {name}: {pixels[k] / pixels.sum():.2%} of all pixels, in {pictures[k]} images")
+    naive = naive_scores(train_loader.dataset.items, val_loader.dataset.items, args.num_classes + 1)
+    print("to beat: val_miou {:.4f} by the commonest class everywhere, {:.4f} by that of each place".format(*naive))
     dataset, rows = train_loader.dataset, {}
     for index in range(min(8, len(dataset))):
         image, label = read_item(dataset.items[index], args.num_classes)

@@ -369,8 +369,8 @@ def load_weights(model, state, path):
                  if not isinstance(state.get(key), torch.Tensor) or state[key].shape != own[key].shape]
     differing += [f"{key} unknown" for key in state if key not in own]
     if differing:
-        raise InputError(f"{path}: weights of another net than {type(model).__name__}: {len(differing)} of {len(own)} tensors differ "
-                         f"({', '.join(differing[:3])} ...)")
+        raise InputError(f"{path}: weights of another net than {type(model).__name__}: {len(differing)} of {len(own)} "
+                         f"tensors differ ({', '.join(differing[:3])} ...)")
     model.load_state_dict(state)
 
 

@@ -40,8 +40,8 @@ class Case(NamedTuple):
 
     def start(self, output, *more):
         """The script in a process group of its own, as far as the line printed before the first step."""
-        process = subprocess.Popen([sys.executable, f"{self.name}.py", *self.command(output, *more)], cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        process = subprocess.Popen([sys.executable, f"{self.name}.py", *self.command(output, *more)], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True,
                                    env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
         for line in process.stdout:
             if "parameters trained" in line:

@@ -1,4 +1,4 @@
-"""Under torchrun: two processes validate to one's counts; after a killed rank the same line ends in the straight bits."""
+"""Under torchrun: two processes count as one; after a killed rank the same line ends in the straight run's bits."""
 import json
 import os
 import random
@@ -14,14 +14,14 @@ import train_deeplabv3
 from conftest import ROOT
 from test_resume import assert_runs_equal
 
-OPTIONS = ("--backbone mobilenet_v3_large --weights none --num-classes 3 --base-size 48 --crop-size 48 --lr 0.01 -b 2 -j 0 "
-           "--epochs 3 --save-every 1 --device cpu").split()
+OPTIONS = ("--backbone mobilenet_v3_large --weights none --num-classes 3 --base-size 48 --crop-size 48 --lr 0.01 -b 2 "
+           "-j 0 --epochs 3 --save-every 1 --device cpu").split()
 
 
 def torchrun(script, *options, processes=2):
     """torchrun in a process group of its own, as a user on one machine starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
-    return subprocess.Popen([*command, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*command, str(script), *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 

@@ -139,7 +139,8 @@ def test_image_and_label_are_scaled_flipped_and_cropped_together(scenes):
     Image.fromarray(np.stack([label * 80] * 3, 2)).save(voc(scenes, "JPEGImages/s1.png"))
     voc(scenes, "JPEGImages/s1.jpg").unlink()
     items = script_.find_items(voc(scenes), "train")
-    dataset = script_.VOCSegmentation(items, options("--num-classes", 3, "--base-size", 64, "--crop-size", 80), True, True)
+    args = options("--num-classes", 3, "--base-size", 64, "--crop-size", 80)
+    dataset = script_.VOCSegmentation(items, args, train=True, augment=True)
     agree, seen = [], set()
     for epoch in range(20):
         image, mask, index = dataset[epoch, 1]
@@ -243,7 +244,8 @@ def test_results_txt_is_the_articles_an_entry_an_epoch_even_when_resumed(scenes,
 
 @pytest.mark.parametrize("more", [
     ["--aux", "False"], ["--accumulate", "2", "-b", "2"], ["--amp", "bf16"], ["--freeze", "backbone"],
-    ["--sync_bn", "True"], ["--limit", "3"], ["-b", "3"], ["-b", "64"], ["--backbone", "resnet50", "-b", "2", "--limit", "2"]])
+    ["--sync_bn", "True"], ["--limit", "3"], ["-b", "3"], ["-b", "64"],
+    ["--backbone", "resnet50", "-b", "2", "--limit", "2"]])
 def test_every_option_trains(scenes, tmp_path, more):
     figures = train(scenes, tmp_path / "run", "--epochs", 1, *more)
     assert math.isfinite(figures["val_loss"])
@@ -254,7 +256,8 @@ def test_every_option_trains(scenes, tmp_path, more):
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(scenes, tmp_path):
     train(scenes, tmp_path / "a", "--epochs", 1)
-    train(scenes, tmp_path / "b", "--epochs", 1, "--lr", 0.1, "--freeze", "backbone", "--weights", tmp_path / "a/last.pth")
+    train(scenes, tmp_path / "b", "--epochs", 1, "--lr", 0.1, "--freeze", "backbone",
+          "--weights", tmp_path / "a/last.pth")
     a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab")
     same = {key for key in a if torch.equal(a[key], b[key])}
     assert {key for key in a if key.startswith("backbone.")} <= same and "classifier.4.weight" not in same
@@ -323,7 +326,7 @@ def test_early_stopping_counts_from_the_best_epoch(scenes, tmp_path, monkeypatch
 
 def test_the_articles_command_lines_run(scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["--backbone", "mobilenet_v3_large", "--weights", "none", "--base-size", "48", "--crop-size", "48", "-j", "0"]
+    small = "--backbone mobilenet_v3_large --weights none --base-size 48 --crop-size 48 -j 0".split()
     script_.main(options(*small, *f"""--data-path {scenes} --num-classes 3 --aux False --device cpu -b 4 --epochs 1
         --lr 0.0001 --momentum 0.9 --wd 1e-4 --print-freq 10 --start-epoch 0 --amp False""".split(), "--resume", ""))
     script_.main(options(*small, *f"""--data-path {scenes} --num-classes 3 --aux True --device cpu -b 4 --epochs 1
@@ -393,7 +396,8 @@ def test_anything_else_missing_or_unexpected_is_an_error(tmp_path, spoil):
 
 def test_fresh_layers_are_never_tested(scenes, tmp_path):
     official(tmp_path / "coco.pth")
-    refuses(scenes, "coco.pth: has no trained classifier.4.weight", more=["--test-only", "--weights", tmp_path / "coco.pth"])
+    refuses(scenes, "coco.pth: has no trained classifier.4.weight",
+            more=["--test-only", "--weights", tmp_path / "coco.pth"])
 
 
 def test_coco_weights_are_fetched_once_by_hash_or_the_url_is_told(tmp_path, monkeypatch):
@@ -470,10 +474,12 @@ def test_truncated_and_foreign_files(scenes, kind):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["-b", "1"], ["--batch-size 1", "variance", "give 2"]), (["--limit", "1"], ["1 training pictures for 1 processes"]),
+    (["-b", "1"], ["--batch-size 1", "variance", "give 2"]),
+    (["--limit", "1"], ["1 training pictures for 1 processes"]),
     (["--overfit", "1"], ["1 training pictures"]), (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]),
     (["--amp", "fp16"], ["--amp fp16", "CUDA"]), (["--weights", "none.pth"], ["none.pth", "no such file"]),
-    (["--resume", "none.pth"], ["none.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"])])
+    (["--resume", "none.pth"], ["none.pth", "no such file"]),
+    (["--test-only"], ["--test-only", "--weights or --resume"])])
 def test_options_that_cannot_be(scenes, more, words):
     refuses(scenes, *words, more=more)
 
@@ -481,7 +487,8 @@ def test_options_that_cannot_be(scenes, more, words):
 def test_a_checkpoint_of_another_net_or_other_classes_names_both(scenes, tmp_path):
     train(scenes, tmp_path / "a", "--epochs", 1)
     for option in ("--weights", "--resume"):
-        refuses(scenes, "num_classes 4; asked for num_classes 5", more=["--num-classes", 4, option, tmp_path / "a/best.pth"])
+        refuses(scenes, "num_classes 4; asked for num_classes 5",
+                more=["--num-classes", 4, option, tmp_path / "a/best.pth"])
         refuses(scenes, "backbone mobilenet_v3_large; asked for backbone resnet50",
                 more=["--backbone", "resnet50", option, tmp_path / "a/best.pth"])
 
