@@ -106,3 +106,92 @@ def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
 def test_inputs_that_are_not_there(trained, tmp_path):
     with pytest.raises(utils.InputError, match=r"nothing\*: no such picture, folder or glob"):
         run("--weights", trained / "run/best.pth", tmp_path / "nothing*", "--output-dir", tmp_path / "out")
+
+
+# --- DeepLab ---
+
+@pytest.fixture(scope="module")
+def scenes_run(tmp_path_factory):
+    """A DeepLab checkpoint of a short training, in whose folder lie its pictures too."""
+    import demo_data
+    import train_deeplabv3
+    folder = tmp_path_factory.mktemp("scenes_run")
+    demo_data.write("scenes", folder, 10)
+    figures = train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(
+        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--backbone", "mobilenet_v3_large",
+         "--weights", "none", "--num-classes", "3", "--base-size", "64", "--crop-size", "64", "-b", "4", "-j", "0", "--epochs", "2",
+         "--lr", "0.02", "--device", "cpu"]))
+    return folder, figures
+
+
+def voc(folder, *parts):
+    return folder.joinpath("VOCdevkit/VOC2012", *parts)
+
+
+def test_deeplab_predictions_are_what_validation_scored(scenes_run, tmp_path):
+    folder, figures = scenes_run
+    names = voc(folder, "ImageSets/Segmentation/val.txt").read_text().split()
+    run("--weights", folder / "run/last.pth", *[voc(folder, f"JPEGImages/{name}.jpg") for name in names],
+        "--output-dir", tmp_path)
+    counts = np.zeros((4, 4), int)
+    for name in names:
+        mask = Image.open(tmp_path / f"{name}_mask.png")
+        true = np.array(Image.open(voc(folder, f"SegmentationClass/{name}.png")))
+        assert mask.mode == "P" and mask.getpalette()[3:6] == [128, 0, 0]
+        np.add.at(counts, (true[true < 255], np.array(mask)[true < 255]), 1)
+    assert counts.tolist() == figures["counts"]
+
+
+def test_areas_csv_counts_the_pixels_of_the_masks(scenes_run, tmp_path, capsys):
+    folder, _ = scenes_run
+    run("--weights", folder / "run/last.pth", voc(folder, "JPEGImages/scene_0000.jpg"), "--output-dir", tmp_path)
+    rows = [line.split(",") for line in (tmp_path / "areas.csv").read_text().splitlines()]
+    mask = np.array(Image.open(tmp_path / "scene_0000_mask.png"))
+    assert rows[0] == ["picture", "class", "pixels", "share"]
+    assert [row[1] for row in rows[1:]] == ["background", "disc", "square", "triangle"]
+    assert [int(row[2]) for row in rows[1:]] == np.bincount(mask.ravel(), minlength=4).tolist()
+    assert sum(float(row[3]) for row in rows[1:]) == pytest.approx(1)
+    assert "disc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
+def test_flip_makes_a_mirrored_picture_give_the_mirrored_mask_and_scales_change_it(trained, scenes_run, kind):
+    weights = trained / "run/best.pth" if kind == "unet" else scenes_run[0] / "run/last.pth"
+    args = predict.get_args_parser().parse_args(["x", "--weights", str(weights), "--flip", "--scales", "0.75,1.25"])
+    model, checkpoint = predict.load_model(args, torch.device("cpu"))
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+
+    def logits(image):
+        return predict.predict_averaged(model, checkpoint, image, torch.device("cpu"), None, args)
+    both = logits(image)
+    assert torch.allclose(both, logits(image[:, ::-1].copy()).flip(-1), atol=1e-4)
+    args.flip, args.scales = False, (1.0,)
+    one = logits(image)
+    assert one.shape == both.shape == (1 if kind == "unet" else 4, 60, 90) and not torch.allclose(one, both, atol=1e-3)
+
+
+def test_official_files_need_the_nets_name(tmp_path):
+    import torchvision
+    build = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large
+    theirs = build(weights=None, weights_backbone=None, num_classes=21, aux_loss=True).eval()
+    torch.save(theirs.state_dict(), tmp_path / "official.pth")
+    image = np.random.default_rng(0).integers(0, 256, (520, 640, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "x.png")
+    with pytest.raises(utils.InputError, match="does not say what net.*--model"):
+        run("--weights", tmp_path / "official.pth", tmp_path / "x.png", "--output-dir", tmp_path / "out")
+    with pytest.raises(utils.InputError, match="not a whole checkpoint"):
+        run("--weights", tmp_path / "official.pth", "--model", "deeplabv3_resnet50", tmp_path / "x.png")
+    run("--weights", tmp_path / "official.pth", "--model", "deeplabv3_mobilenet_v3_large", tmp_path / "x.png",
+        "--output-dir", tmp_path / "out")
+    tensor = torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255))[None]  # 520 is the size the preset asks for
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = theirs((tensor - mean) / std)["out"][0].argmax(0).numpy()
+    assert (np.array(Image.open(tmp_path / "out/x_mask.png")) == expected).mean() > 0.999
+    assert "aeroplane" in (tmp_path / "out/areas.csv").read_text()
+
+
+def test_what_two_scripts_know_of_the_official_files_agrees():
+    import train_deeplabv3
+    assert predict.COCO_WEIGHTS == train_deeplabv3.COCO_WEIGHTS and predict.VOC_CLASSES == train_deeplabv3.VOC_CLASSES
+    assert len(predict.VOC_CLASSES) == 21
