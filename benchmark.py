@@ -228,7 +228,7 @@ def main(args):
     context = multiprocessing.get_context("spawn")
     torch.backends.cudnn.benchmark = True  # as the article's script and ours
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-            1, context, utils.ignore_sigint, (0,), max_tasks_per_child=1) as fresh_process:
+            1, context, utils.outlive_signals, (0,), max_tasks_per_child=1) as fresh_process:
         for name in args.cases:
             create_step, create_loader, net, size, batch = CASES[name]
             batch = args.batch_size or (batch // 4 if args.quick else batch)

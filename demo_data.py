@@ -6,7 +6,7 @@
 cells   images/NAME.png (RGB) and masks/0/NAME.png (0 ground, 255 cell), the layout of train_unet.py: touching cells of
         varied brightness on uneven ground, with bright unlabelled specks, so that brightness alone misleads.
 scenes  PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt: discs with rings, squares with stripes, triangles
-        with dots, and unlabelled things that have the colour of one, the pattern of another; hues overlap. 255 border.
+        with dots, their hues overlapping each other's and the ground's, so that colour alone misleads. 255 border.
 
 Numpy and OpenCV only. Picture i of a kind is the same on every machine and for every count.
 """
@@ -56,11 +56,10 @@ SCENE_CLASSES = ("background", "disc", "square", "triangle")
 
 
 def outline(kind, centre, radius, angle):
-    """Polygon (N, 2) of a disc, square or triangle (1, 2, 3) or of a cross (0) about as large as a disc of radius."""
-    sides = {0: 12, 1: 40, 2: 4, 3: 3}[kind]
+    """Polygon (N, 2) of a disc, square or triangle (1, 2, 3), each about as large as a disc of this radius."""
+    sides, reach = {1: (40, 1.0), 2: (4, 1.25), 3: (3, 1.5)}[kind]
     turns = angle + 2 * np.pi * np.arange(sides) / sides
-    reach = np.tile([1.25, 1.25, 0.45], 4) if kind == 0 else np.full(sides, {1: 1.0, 2: 1.25, 3: 1.5}[kind])
-    return centre + radius * reach[:, None] * np.stack([np.cos(turns), np.sin(turns)], 1)
+    return centre + radius * reach * np.stack([np.cos(turns), np.sin(turns)], 1)
 
 
 def pattern(kind, size, centre, angle, rng):
@@ -80,16 +79,15 @@ def draw_scene(index, size=96):
     value = 130 + 35 * smooth_noise(rng, size, 5)
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(2, 5)):
-        kind = int(rng.integers(0, 4))
+        kind = int(rng.integers(1, 4))
         centre, radius = rng.uniform(0.12, 0.88, 2) * size, rng.uniform(0.19, 0.30) * size
         angle = rng.uniform(0, 2 * np.pi)
         polygon = outline(kind, centre, radius, angle).round().astype(np.int32)
         inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon], 1) > 0
-        look = kind or int(rng.integers(1, 4))  # a cross, which is background, looks like any of the three
-        hue[inside] = (rng.normal(30 + 60 * look, 25) + 6 * smooth_noise(rng, size, 8))[inside]
-        value[inside] = (rng.uniform(100, 170) + 35 * pattern(look, size, centre, angle, rng))[inside]
+        hue[inside] = (rng.normal(30 + 60 * kind, 25) + 6 * smooth_noise(rng, size, 8))[inside]
+        value[inside] = (rng.uniform(100, 170) + 35 * pattern(kind, size, centre, angle, rng))[inside]
         mask[inside] = kind
-        cv2.polylines(mask, [polygon], True, 255 if kind else 0, 2)
+        cv2.polylines(mask, [polygon], True, 255, 2)
     colours = np.stack([hue % 180, np.full_like(hue, 110), value.clip(0, 255)], -1).astype(np.uint8)
     image = cv2.cvtColor(colours, cv2.COLOR_HSV2RGB) + rng.normal(0, 8, (size, size, 3))
     return image.clip(0, 255).astype(np.uint8), mask

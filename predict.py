@@ -94,6 +94,8 @@ def normalize(image, channels=3):
 def load_model(args, device):
     """The net that --weights holds, ready to predict, and its checkpoint."""
     path = args.weights
+    if path == "coco" and not args.model:
+        raise utils.InputError(f"--weights coco: of which net? give --model ({', '.join(OFFICIAL)})")
     if args.model:
         checkpoint = official_checkpoint(path, args.model)
     else:
@@ -118,6 +120,9 @@ def official_checkpoint(path, name):
     if path == "coco":
         url = COCO_WEIGHTS[backbone]
         path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
+    checkpoint = utils.load_checkpoint(path)
+    if isinstance(checkpoint, dict) and "format" in checkpoint:
+        raise utils.InputError(f"{path}: knows what net it is of; leave --model out")
     state = utils.read_weights(path, {})
     try:
         num_classes = len(state["classifier.4.bias"])
@@ -179,16 +184,17 @@ def scaled_size(image, side):
 @torch.no_grad()
 def predict_averaged(model, checkpoint, image, device, dtype, args):
     """Logits (K, H, W) of the probabilities' mean over --scales and --flip; of one view just its logits."""
-    predict, views = NETS[checkpoint["net"]][1], []
+    predict, prob = NETS[checkpoint["net"]][1], 0
+    if args.scales == (1.0,) and not args.flip:
+        return predict(model, checkpoint, image, 1.0, device, dtype)
     for scale in args.scales:
-        views.append(predict(model, checkpoint, image, scale, device, dtype))
-        if args.flip:
-            views.append(predict(model, checkpoint, image[:, ::-1].copy(), scale, device, dtype).flip(-1))
-    if len(views) == 1:
-        return views[0]
-    if checkpoint["net"] == "unet":
-        return torch.logit(sum(view.sigmoid() for view in views) / len(views))
-    return (sum(view.softmax(0) for view in views) / len(views)).log()
+        for flip in [False, True][:1 + args.flip]:
+            view = image[:, ::-1].copy() if flip else image
+            logits = predict(model, checkpoint, view, scale, device, dtype)
+            view = logits.sigmoid() if checkpoint["net"] == "unet" else logits.softmax(0)
+            prob = prob + (view.flip(-1) if flip else view)
+    prob = prob / (len(args.scales) * (1 + args.flip))
+    return torch.logit(prob) if checkpoint["net"] == "unet" else prob.log()
 
 
 def write_unet(logits, image, checkpoint, prefix):

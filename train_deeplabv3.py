@@ -37,8 +37,8 @@ COCO_WEIGHTS = {  # of torchvision, 21 outputs, with the auxiliary head; a name 
     "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
     "mobilenet_v3_large": "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
 }
-DEMO = {"backbone": "mobilenet_v3_large", "weights": "none", "num_classes": 3, "lr": 0.02, "epochs": 24,
-        "batch_size": 4, "base_size": 96, "crop_size": 96, "workers": 0, "output_dir": "runs/train_deeplabv3_demo"}
+DEMO = {"backbone": "mobilenet_v3_large", "weights": "none", "num_classes": 3, "lr": 0.04, "epochs": 16,
+        "batch_size": 8, "base_size": 96, "crop_size": 96, "workers": 0, "output_dir": "runs/train_deeplabv3_demo"}
 RESUME_FREE = ["resume", "weights", "data_path", "output_dir", "overwrite", "epochs", "early_stopping", "save_every",
                "workers", "device"]  # may differ when a run is continued
 
@@ -195,13 +195,18 @@ def find_items(root, name):
     ids = [line.split()[0] for line in lines if line.strip()]  # VOC's lists of one class have a second column
     if not ids:
         raise utils.InputError(f"{path}: lists nothing; write an ID a line")
-    found = []
+    found, set_of_ids = [], set(ids)
     for folder in (root / "JPEGImages", root / "SegmentationClass"):
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        found.append({Path(file).stem: folder / file for file in names if Path(file).suffix.lower() in utils.PICTURES})
+        files = [folder / name for name in names if Path(name).suffix.lower() in utils.PICTURES and name[0] != "."]
+        found.append({file.stem: file for file in files})
         for one in ids:
             if one not in found[-1]:
-                raise utils.InputError(f"{folder}/{one}: no such picture, but {path} lists it; add it or drop the line")
+                raise utils.InputError(f"{folder}/{one}: no such picture, but {path} lists it; add it or drop the line "
+                                       "(IDs have no extension)")
+        twice = [file for file in files if file.stem in set_of_ids and found[-1][file.stem] != file]
+        if twice:
+            raise utils.InputError(f"{twice[0]}: {found[-1][twice[0].stem].name} is there too; remove one")
     twice = [one for one, count in Counter(ids).items() if count > 1]
     if twice:
         raise utils.InputError(f"{path}: lists {twice[0]} twice; take one out")
@@ -250,17 +255,18 @@ def create_loaders(args, rank=0, world_size=1):
         print(f"note: {len(both)} of {len(val_items)} validation pictures are trained on too")
     # Every process has as many batches, each of two pictures or more; which ones are left over differs from epoch to
     # epoch. Article: a last batch of one picture is an error, and validation pictures count twice if ranks are uneven.
-    if args.batch_size == 1 and not (args.test_only or args.sanity_check):
+    training = not (args.test_only or args.sanity_check)
+    if args.batch_size == 1 and training:
         raise utils.InputError("--batch-size 1: batch norm behind ASPP's pooling sees one value a picture, and one "
                                "value has no variance; give 2 or more")
     each = len(train_items) // world_size
     each -= each % args.batch_size == 1
-    if not each:
-        raise utils.InputError(f"{root}: {len(train_items)} training pictures for {world_size} processes; two each are "
-                               "the least")
-    if each * world_size < len(train_items):
+    if not each and training:
+        raise utils.InputError(f"{root}: {len(train_items)} training pictures for {world_size} processes; each needs "
+                               "two: add some, or raise --limit or --overfit")
+    if each * world_size < len(train_items) and training:
         print(f"note: {len(train_items) - each * world_size} of {len(train_items)} training pictures sit out each "
-              "epoch, others each time: batches of one cannot be trained on")
+              "epoch, others each time: no process may have a batch of one, nor more pictures than another")
     if rank == 0:
         for part in (train_items, val_items):
             check_items(part, len(part) if args.sanity_check else 2000, args.num_classes)
@@ -270,7 +276,7 @@ def create_loaders(args, rank=0, world_size=1):
     return [torch.utils.data.DataLoader(
         dataset, args.batch_size if dataset.train else 1, sampler=utils.EpochSampler(
             len(dataset), args.seed, dataset.train, rank, world_size, each * world_size if dataset.train else None),
-        num_workers=args.workers, worker_init_fn=utils.ignore_sigint,
+        num_workers=args.workers, worker_init_fn=utils.outlive_signals,
         pin_memory=utils.pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
@@ -299,16 +305,17 @@ def naive_scores(train_items, val_items, num_classes):
 def sanity_check(train_loader, val_loader, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_loader.dataset), ("val", val_loader.dataset)):
-        sizes, pixels, pictures = Counter(), np.zeros(256, np.int64), np.zeros(256, np.int64)
+        sizes, empty, pixels, pictures = Counter(), 0, np.zeros(256, np.int64), np.zeros(256, np.int64)
         for item in dataset.items:
             label = read_item(item, args.num_classes)[1]
             sizes[f"{label.shape[1]}x{label.shape[0]}"] += 1
             counts = np.bincount(label.ravel(), minlength=256)
-            pixels, pictures = pixels + counts, pictures + (counts > 0)
+            pixels, pictures, empty = pixels + counts, pictures + (counts > 0), empty + (not counts[1:VOID].any())
         print(f"{part}: {len(dataset)} images, " + ", ".join(f"{count} of {size}" for size, count in
                                                              sizes.most_common(5)))
         for k, name in [*enumerate(dataset.classes), (VOID, "void")]:
             print(f"  {k:3} {name}: {pixels[k] / pixels.sum():.2%} of all pixels, in {pictures[k]} images")
+        print(f"  {empty} images have no class but 0")
     naive = naive_scores(train_loader.dataset.items, val_loader.dataset.items, args.num_classes + 1)
     print("to beat: val_miou {:.4f} by the commonest class everywhere, {:.4f} by that of each place".format(*naive))
     dataset, rows = train_loader.dataset, {}
@@ -345,11 +352,14 @@ def create_model(args, checkpoint=None):
 
 
 def load_pretrained(model, args, wanted):
-    """--weights into model. For another number of classes just the last layer of each head stays fresh, said aloud.
+    """--weights into model. Of bare weights with other classes all but the last layer of each head is used, said aloud.
 
-    So does an auxiliary head that the file lacks; one that --aux False does not want is left out.
+    An auxiliary head that they lack starts fresh too; one that --aux False does not want is left out. A checkpoint of
+    ours must be of this very net: InputError.
     """
     path = args.weights
+    if path == "coco" and args.backbone not in COCO_WEIGHTS:
+        raise utils.InputError(f"--weights coco: there are none for {args.backbone}; give a path or none")
     if path == "coco":
         url = COCO_WEIGHTS[args.backbone]
         path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
@@ -393,15 +403,15 @@ def count_pixels(pred, label, num_classes):
 def scores(counts):
     """(K, K) of count_pixels -> dict of figures in [0, 1]; NaN for a class that is neither there nor predicted.
 
-    accuracy: pixels that are right. class_accuracy: of each class's pixels. class_iou; miou: their mean without NaN.
-    fw_iou: IoU weighed by how much of the truth a class is.
+    accuracy: pixels that are right. class_accuracy: of each class's pixels. class_iou, class_dice; miou, dice: their
+    mean without NaN. fw_iou: IoU weighed by how much of the truth a class is.
     """
     counts = counts.double()
     right, true, pred = counts.diag(), counts.sum(1), counts.sum(0)
-    iou = right / (true + pred - right)
-    return {"miou": iou.nanmean().item(), "accuracy": (right.sum() / true.sum()).item(),
-            "fw_iou": ((true / true.sum()) * iou).nansum().item(),
-            "class_iou": iou.tolist(), "class_accuracy": (right / true).tolist()}
+    iou, dice = right / (true + pred - right), 2 * right / (true + pred)
+    return {"miou": iou.nanmean().item(), "dice": dice.nanmean().item(),
+            "accuracy": (right.sum() / true.sum()).item(), "fw_iou": ((true / true.sum()) * iou).nansum().item(),
+            "class_iou": iou.tolist(), "class_dice": dice.tolist(), "class_accuracy": (right / true).tolist()}
 
 
 @torch.no_grad()
@@ -415,7 +425,7 @@ def evaluate(model, loader, device, dtype, args):
             break
         logits = predict(model, image.to(device, non_blocking=True), dtype, label.shape[-2:])
         label = label.to(device, non_blocking=True)
-        loss += F.cross_entropy(logits[0].flatten(1).T, label.flatten().long(), ignore_index=VOID, reduction="sum")
+        loss += criterion({"out": logits}, label) * (label != VOID).sum()
         counts += count_pixels(logits.argmax(1), label, args.num_classes + 1)
     utils.check_stop(device)
     counts = utils.sum_over_ranks(counts).cpu()
@@ -433,12 +443,19 @@ def predict(model, image, dtype, size):
 
 
 def table(title, figures, classes):
-    """The text that is printed and written to record_mAP.txt, in percent."""
+    """The text that is printed and written to record_mAP.txt: figures in [0, 1], of each class in percent."""
     lines = [title + "".join(f"  {key} {value:.4f}" for key, value in figures.items() if isinstance(value, float)),
-             f"  {'class':>15}  {'IoU':>6}  {'accuracy':>8}  {'pixels':>12}"]
-    for name, iou, accuracy, row in zip(classes, figures["class_iou"], figures["class_accuracy"], figures["counts"]):
-        lines.append(f"  {name:>15}  {100 * iou:6.2f}  {100 * accuracy:8.2f}  {sum(row):12,}")
+             f"  {'class, %':>15}  {'IoU':>6}  {'Dice':>6}  {'accuracy':>8}  {'pixels':>12}"]
+    columns = [figures[key] for key in ("class_iou", "class_dice", "class_accuracy", "counts")]
+    for name, iou, dice, accuracy, row in zip(classes, *columns):
+        lines.append(f"  {name:>15}  {100 * iou:6.2f}  {100 * dice:6.2f}  {100 * accuracy:8.2f}  {sum(row):12,}")
     return "\n".join(lines)
+
+
+def write_record(path, text, figures):
+    """The file of figures of each class that the article only promises, and the confusion matrix."""
+    matrix = "\n".join(" ".join(f"{count:10}" for count in row) for row in figures["counts"])
+    path.write_text(f"{text}\n\npixels of each class (rows: truth) predicted as each (columns)\n{matrix}\n", "utf-8")
 
 
 def write_results(path, epoch, loss, lr, figures):
@@ -497,7 +514,6 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
     if args.freeze == "backbone":
         model.backbone.eval()
     images_a_step = args.batch_size * args.accumulate
-    loader.sampler.set_epoch(state["epoch"])
     loader.sampler.set_epoch(state["epoch"], skip=state["step"] * images_a_step)
     left = len(loader.sampler)
     steps = state["step"] + math.ceil(left / images_a_step)
@@ -524,21 +540,20 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
         # One NaN would spoil the weights for good: such a step is undone, in all processes
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        loss_sum, pixels, images_seen, norm = utils.sum_over_ranks(
-            torch.stack([loss_sum, pixels, torch.tensor(pending, device=device), norm])).tolist()
+        loss_sum, pixels, norm = utils.sum_over_ranks(torch.stack([loss_sum, pixels, norm])).tolist()
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(args, state["epoch"] * steps + state["step"], steps)
         if math.isfinite(loss_sum + norm):
             scaler.step(optimizer)
             state["bad_steps"] = 0
-            state["images"] += int(images_seen)
+            state["images"] += pending * args.world_size
             state["loss"] += loss_sum
             state["pixels"] += int(pixels)
         else:
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             state["skipped"] += 1
-            state["bad_steps"] += 1
+            state["bad_steps"] += not (scaler.is_enabled() and math.isfinite(loss_sum))  # fp16 has to find its scale
             if state["bad_steps"] == 10:
                 raise utils.InputError(f"loss or gradient not finite ten times in a row, last on {', '.join(names)}; "
                                        "lower --lr, or look at these files")
@@ -569,7 +584,7 @@ def main(args):
     dtype, scaler = utils.pick_precision(args.amp, device)
     train_loader, val_loader = create_loaders(args, rank, args.world_size)
     if args.sanity_check:
-        return sanity_check(train_loader, val_loader, args)
+        return {} if rank else sanity_check(train_loader, val_loader, args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     args.data_hash = utils.data_hash(train_set.items + val_set.items)
 
@@ -591,11 +606,18 @@ def main(args):
     if args.test_only:
         if args.weights == "none" and not checkpoint:
             raise utils.InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
+        trained_with = checkpoint or ({} if args.weights == "coco" else utils.load_checkpoint(args.weights))
+        trained_with = trained_with.get("args", {})
+        if trained_with.get("base_size", args.base_size) != args.base_size:
+            raise utils.InputError(f"--base-size {args.base_size}: trained with {trained_with['base_size']}")
+        if trained_with.get("data_hash", args.data_hash) != args.data_hash:
+            print("note: other pictures than in training: some may have been trained on")
         figures = evaluate(model, val_loader, device, dtype, args)
-        print(table("test:", figures, train_set.classes))
+        text = table("test:", figures, train_set.classes)
+        print(text)
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
-            Path(output_dir, "record_mAP.txt").write_text(table("test:", figures, train_set.classes) + "\n")
+            write_record(output_dir / "record_mAP.txt", text, figures)
         return figures
     if checkpoint:
         utils.check_resume(checkpoint, args, RESUME_FREE)
@@ -607,7 +629,7 @@ def main(args):
     if args.compile:
         model.compile()
     net = model if args.world_size == 1 else nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None)
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     if rank == 0:
         utils.start_run(args)
     results = next(iter(sorted(output_dir.glob("results*.txt"), reverse=True)), None) if checkpoint else None
@@ -640,7 +662,7 @@ def main(args):
                "skipped": state["skipped"], "seconds": seconds,
                "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)}
         print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {row[key]:.4g}" for key in (
-            "lr", "loss", "val_loss", "val_miou", "val_accuracy", "val_fw_iou")) + f"  {seconds:.1f} s")
+            "lr", "loss", "val_loss", "val_miou", "val_dice", "val_accuracy", "val_fw_iou")) + f"  {seconds:.1f} s")
         if state["skipped"]:
             print(f"  {state['skipped']} of {state['step']} steps skipped: loss or gradient not finite")
         state.update(epoch=state["epoch"] + 1, **new_epoch(args))
@@ -661,11 +683,11 @@ def main(args):
     print(text)
     print(f"best val_miou {state['best']['val_miou']:.4f} in epoch {state['best']['epoch']}: {output_dir}/best.pth")
     if rank == 0:
-        Path(output_dir, "record_mAP.txt").write_text(text + "\n")
+        write_record(output_dir / "record_mAP.txt", text, figures)
     if args.demo and rank == 0:
         import demo_data
         parts = [zip(*[read_item(item, args.num_classes) for item in part.items]) for part in (train_set, val_set)]
-        figures["baseline_miou"] = demo_data.baseline_scenes(*parts[0], *parts[1])
+        figures["baseline_miou"] = demo_data.baseline_scenes(*parts[0], *parts[1], args.num_classes + 1)
         print(f"colour of each pixel alone, on the same images: mIoU {figures['baseline_miou']:.4f}")
         print("wrote " + " ".join(map(str, sorted(output_dir.glob("*.*")))))
     return {**figures, "best_val_miou": state["best"]["val_miou"]}

@@ -270,7 +270,7 @@ def create_loaders(args):
     # Article: drops the last, smaller batch, and with less than one batch trains on nothing. Here: every picture.
     return [torch.utils.data.DataLoader(
         dataset, args.batch_size, sampler=utils.EpochSampler(len(dataset), args.seed, shuffle=dataset.train),
-        num_workers=args.workers, worker_init_fn=utils.ignore_sigint, collate_fn=collate,
+        num_workers=args.workers, worker_init_fn=utils.outlive_signals, collate_fn=collate,
         pin_memory=utils.pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
@@ -492,7 +492,7 @@ def train_one_epoch(model, loader, optimizer, scaler, device, dtype, args, state
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             state["skipped"] += 1
-            state["bad_steps"] += 1
+            state["bad_steps"] += not (scaler.is_enabled() and torch.isfinite(loss_sum))  # fp16 has to find its scale
             if state["bad_steps"] == 10:
                 raise utils.InputError(f"loss or gradient not finite ten times in a row, last on {', '.join(names)}; "
                                        "lower --lr, or look at these files")

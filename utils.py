@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -122,12 +123,21 @@ def check_stop(device=None):
         raise Stopped
 
 
-def ignore_sigint(worker):
-    """worker_init_fn of loaders: Ctrl-C goes to the whole group, but loader processes must outlive the step.
+def outlive_signals(worker):
+    """worker_init_fn of loaders: a signal to the whole group must not end them before the step that needs them.
 
-    SIGTERM still ends them: Python itself sends it to those that are left when a script ends.
+    SIGTERM of the script itself still does: Python sends it to the processes that are left when a script ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def switch(text):
@@ -389,8 +399,10 @@ def check_resume(checkpoint, args, free):
     for key, value in json.loads(json.dumps(vars(args))).items():
         before = checkpoint["args"].get(key, value)  # an option that is new since then
         if key not in free and json.loads(json.dumps(before)) != value:
-            raise InputError(f"--resume {args.resume}: trained with --{key.replace('_', '-')} {before}, now {value}; "
-                             "give the same, or start a new run from it with --weights")
+            option = {"data_hash": "pictures of data hash", "world_size": "torchrun --nproc_per_node"}.get(
+                key, "--" + key.replace("_", "-"))
+            raise InputError(f"--resume {args.resume}: trained with {option} {before}, now {value}; give the same, or "
+                             "start a new run from it with --weights")
 
 
 def fetch_weights(name, url, sha256=None, size=None):
@@ -399,13 +411,14 @@ def fetch_weights(name, url, sha256=None, size=None):
     sha256: hex digest or the first part of it; size in bytes; each None where it is not published.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-        except OSError as error:  # URLError is one
-            raise InputError(f"--weights {name}: cannot fetch {url} ({getattr(error, 'reason', error)}); "
-                             f"download it elsewhere and put it at {path}") from None
+    with first_rank_first():
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
+            except OSError as error:  # URLError is one
+                raise InputError(f"--weights {name}: cannot fetch {url} ({getattr(error, 'reason', error)}); "
+                                 f"download it elsewhere and put it at {path}") from None
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if path.stat().st_size != (size or path.stat().st_size) or not digest.startswith(sha256 or ""):
@@ -536,10 +549,9 @@ def draw_demo(kind, folder, count):
         import demo_data
     except ImportError:
         raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give --data-path") from None
-    if os.environ.get("RANK", "0") == "0":
-        demo_data.write(kind, folder, count)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    with first_rank_first():
+        if os.environ.get("RANK", "0") == "0":
+            demo_data.write(kind, folder, count)
     return folder
 
 
@@ -556,8 +568,9 @@ def start_run(args):
         if not args.overwrite:
             raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace it with "
                              "--overwrite, or give another --output-dir")
-        for name in ("last.pth", "best.pth", "model.pth", "log.csv", "curves.png", "val_samples.png"):
-            (folder / name).unlink(missing_ok=True)
+        for pattern in ("last.pth", "best.pth", "model.pth", "log.csv", "*.png", "results*.txt", "record_mAP.txt"):
+            for path in folder.glob(pattern):
+                path.unlink()
     command, git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -625,13 +638,29 @@ def start_process_group(device):
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} CUDA "
+                             "devices here; give as many, or --device cpu")
         torch.cuda.set_device(device)
+    elif device.type == "mps":  # which no backend can sum over
+        device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = torch.distributed.get_rank()
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, torch.distributed.get_world_size(), device
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The body runs in the first process, then in the others, which find its files."""
+    several, rank = torch.distributed.is_initialized(), os.environ.get("RANK", "0")
+    if several and rank != "0":
+        torch.distributed.barrier()
+    yield
+    if several and rank == "0":
+        torch.distributed.barrier()
 
 
 def sum_over_ranks(tensor):

@@ -119,8 +119,8 @@ def scenes_run(tmp_path_factory):
     demo_data.write("scenes", folder, 10)
     figures = train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(
         ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--backbone", "mobilenet_v3_large",
-         "--weights", "none", "--num-classes", "3", "--base-size", "64", "--crop-size", "64", "-b", "4", "-j", "0", "--epochs", "2",
-         "--lr", "0.02", "--device", "cpu"]))
+         "--weights", "none", "--num-classes", "3", "--base-size", "64", "--crop-size", "64", "-b", "4", "-j", "0",
+         "--epochs", "2", "--lr", "0.02", "--device", "cpu"]))
     return folder, figures
 
 

@@ -98,7 +98,7 @@ def interrupt_and_finish(straight, output, sent, seed):
             process.wait(draw.uniform(0, straight.seconds / 3) if interruptions < 2 else 120)
             break  # it was through before the signal
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+            os.killpg(process.pid, sent)  # to the loader processes too, as a terminal or a cluster does
             interruptions += 1
         code = process.wait(60)
         if code == 0:
@@ -128,6 +128,16 @@ def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
     assert checkpoint["epoch"] == 0 and checkpoint["step"] >= 1
     straight.run(tmp_path / "run", "-j", 0, "--resume", "auto")
     assert_runs_equal(straight.whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(straight, tmp_path, sent, code):
+    process = straight.start(tmp_path / "run", "-j", 2, "--save-every", 0)
+    time.sleep(0.5)
+    os.killpg(process.pid, sent)
+    assert process.wait(60) == code, process.stderr.read()
+    assert process.stderr.read() == f"{straight.name}.py: stopped by {sent.name}\n"
+    straight.run(tmp_path / "run", "-j", 0, "--save-every", 0, "--resume", "auto")
 
 
 def test_two_workers_give_the_bits_of_none(straight, tmp_path):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_deeplabv3
 from conftest import ROOT
@@ -105,15 +106,17 @@ def test_ten_more_killed_ranks(straight, tmp_path, seed):
 
 def test_sigterm_to_torchrun_saves_in_all_processes_and_resumes(straight, tmp_path):
     data, whole, _ = straight
-    line = ["train_deeplabv3.py", "--data-path", data, "--output-dir", tmp_path / "run", *OPTIONS, "--resume", "auto"]
+    line = ["train_deeplabv3.py", "--data-path", data, "--output-dir", tmp_path / "run", *OPTIONS, "--save-every", 0,
+            "-j", 2, "--resume", "auto"]  # what is saved is saved on the signal
     process = torchrun(*line)
     for text in process.stdout:
         if "parameters trained" in text:
             break
     process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    finish(torchrun(*line))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "stopped by SIGTERM" in output
+    assert torch.load(tmp_path / "run/last.pth", weights_only=True)["epoch"] < 3
+    finish(torchrun(*line, "--save-every", 1))
     assert_runs_equal(whole, tmp_path / "run")
 
 
@@ -127,5 +130,5 @@ def test_a_mistake_is_one_line_with_its_remedy_and_no_traceback(straight, tmp_pa
 def test_another_number_of_processes_is_refused_on_resuming(straight):
     data, whole, _ = straight
     args = ["--data-path", data, "--output-dir", whole, *OPTIONS, "--resume", "auto"]
-    with pytest.raises(train_deeplabv3.utils.InputError, match="--world-size 2, now 1"):
+    with pytest.raises(train_deeplabv3.utils.InputError, match="torchrun --nproc_per_node 2, now 1"):
         train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(list(map(str, args))))

@@ -87,6 +87,8 @@ def test_figures_of_a_hand_worked_4x4_picture():
     assert figures["class_accuracy"] == pytest.approx([1, 0.5, math.nan, 0.5], nan_ok=True)
     assert figures["miou"] == pytest.approx((0.6 + 0.5 + 0.5) / 3) and figures["accuracy"] == pytest.approx(10 / 14)
     assert figures["fw_iou"] == pytest.approx((6 * 0.6 + 4 * 0.5 + 4 * 0.5) / 14)
+    assert figures["class_dice"] == pytest.approx([12 / 16, 4 / 6, math.nan, 4 / 6], nan_ok=True)
+    assert figures["dice"] == pytest.approx((12 / 16 + 4 / 6 + 4 / 6) / 3)
 
 
 def test_more_than_2_to_the_24_pixels_are_counted_to_the_last():
@@ -222,7 +224,9 @@ def test_the_loss_falls_and_every_file_is_written(scenes, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "parameters trained" in printed and "best val_miou" in printed
     record = (tmp_path / "run/record_mAP.txt").read_text()
-    assert record in printed
+    assert record.partition("\n\n")[0] in printed and "rows: truth" in record
+    matrix = [list(map(int, line.split())) for line in record.splitlines()[-4:]]
+    assert matrix == figures["counts"]
     tested = train(scenes, tmp_path / "other", "--overfit", 8, "--test-only", "--resume", tmp_path / "run/last.pth")
     assert str(tested) == str({key: figures[key] for key in tested})
     assert (tmp_path / "other/record_mAP.txt").read_text().splitlines()[1:] == record.splitlines()[1:]
@@ -339,6 +343,7 @@ def test_the_articles_command_lines_run(scenes, tmp_path, monkeypatch, capsys):
 def test_sanity_check_prints_counts_and_draws_a_panel(scenes, tmp_path, capsys):
     train(scenes, tmp_path / "run", "--sanity-check", "-b", 1)
     printed = capsys.readouterr().out
+    assert "to beat: val_miou" in printed and "images have no class but 0" in printed
     assert "train: 8 images, 8 of 64x64" in printed and "255 void:" in printed and "in 8 images" in printed
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
@@ -439,6 +444,11 @@ def test_lists_that_are_missing_empty_or_name_what_is_not_there(scenes):
     refuses(scenes, "SegmentationClass/ghost: no such picture", "val.txt")
 
 
+def test_two_pictures_of_one_name(scenes):
+    Image.new("RGB", (64, 64)).save(voc(scenes, "JPEGImages/s3.png"))
+    refuses(scenes, "JPEGImages/s3.jpg: s3.png is there too")
+
+
 def test_a_label_outside_the_classes_names_file_and_value(scenes):
     label = np.zeros((64, 64), np.uint8)
     label[5, 5] = 7
@@ -499,6 +509,30 @@ def test_resuming_with_other_settings_is_refused_by_name(scenes, tmp_path):
                        (["--crop-size", 32], "--crop-size 48, now 32")):
         with pytest.raises(utils.InputError, match=word):
             train(scenes, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
+
+
+def test_testing_at_another_size_is_refused_and_on_other_pictures_said(scenes, tmp_path, capsys):
+    train(scenes, tmp_path / "run", "--epochs", 1)
+    weights = ["--test-only", "--weights", tmp_path / "run/best.pth"]
+    capsys.readouterr()
+    train(scenes, tmp_path / "x", *weights)
+    assert "some may have been trained on" not in capsys.readouterr().out
+    train(scenes, tmp_path / "x", *weights, "--limit", 1)
+    assert "some may have been trained on" in capsys.readouterr().out
+    refuses(scenes, "--base-size 64: trained with 48", more=[*weights, "--base-size", 64])
+
+
+def test_answers_that_look_at_no_picture(scenes):
+    for number, name in enumerate("abc"):  # the left half of every picture is 0, the right 1; in one of three all is 0
+        label = np.zeros((40, 40), np.uint8)
+        label[:, 20:] = number > 0
+        save_grey(voc(scenes, f"SegmentationClass/{name}.png"), label)
+        Image.new("RGB", (40, 40)).save(voc(scenes, f"JPEGImages/{name}.png"))
+    voc(scenes, "ImageSets/Segmentation/three.txt").write_text("a\nb\nc\n")
+    items = script_.find_items(voc(scenes), "three")
+    commonest, by_place = script_.naive_scores(items, items, 3)
+    assert commonest == pytest.approx(((4 / 6) + 0) / 2)                 # 4 of 6 halves are 0
+    assert by_place == pytest.approx((3 / 4 + 2 / 3) / 2)                # the right half of a is wrong
 
 
 def test_pictures_in_both_lists_are_said(scenes, capsys):
