@@ -1,0 +1,357 @@
+"""EfficientSAM (Xiong et al. 2023, arXiv:2312.00863): a small image encoder distilled from SAM's, and SAM's decoder.
+
+Keys, shapes and outputs match github.com/yformer/EfficientSAM (commit d525f622), whose files {"model": ...} load
+strictly. Attention is fused (F.scaled_dot_product_attention), the position code is made in float32 under autocast too.
+Left out on purpose: activations, norms and paddings that the two published builds do not use.
+
+Frames of coordinates: points come in pixels (x, y) of the picture given, whatever its size; inside everything is in
+pixels of the square of image_size that the picture is stretched to. Letters: B pictures, Q queries a picture (the prompt
+of one object each), N points a query, C width of the ViT, D width of the decoder, E image_size / patch_size.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
+PRETRAINED_GRID = 14                                                  # position codes are of 224 / 16 x 224 / 16
+
+
+# --- Small blocks ---
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class MLP(nn.Module):
+    """Linear and GELU for each hidden width, then Linear: (..., in) -> (..., out)."""
+
+    def __init__(self, in_dim, hidden_dims, out_dim):
+        super().__init__()
+        dims = [in_dim, *hidden_dims]
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(dims, dims[1:]))
+        self.fc = nn.Linear(dims[-1], out_dim)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.fc(x)
+
+
+# --- Image encoder ---
+
+class Attention(nn.Module):
+    """Self-attention over all tokens: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+
+
+class TransformerMLP(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = TransformerMLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class ImageEncoder(nn.Module):
+    """Normalised image (B, 3, image_size, image_size) -> embedding (B, neck_dim, E, E); other sizes: ValueError.
+
+    gradient_checkpointing = True makes each block again in the backward pass: less memory, a third more time.
+    """
+
+    def __init__(self, image_size, patch_size, dim, depth, num_heads, mlp_ratio, neck_dim):
+        super().__init__()
+        self.image_size, self.grid = image_size, image_size // patch_size
+        self.gradient_checkpointing = False
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, PRETRAINED_GRID**2 + 1, dim))  # the first is never used
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.neck = nn.Sequential(
+            nn.Conv2d(dim, neck_dim, 1, bias=False), LayerNorm2d(neck_dim),
+            nn.Conv2d(neck_dim, neck_dim, 3, padding=1, bias=False), LayerNorm2d(neck_dim))
+
+    def position(self):
+        """Position codes (1, C, E, E), resized from those of the pretraining."""
+        codes = self.pos_embed[:, 1:].unflatten(1, (PRETRAINED_GRID, PRETRAINED_GRID)).permute(0, 3, 1, 2)
+        if self.grid == PRETRAINED_GRID:
+            return codes
+        return F.interpolate(codes, (self.grid, self.grid), mode="bicubic", align_corners=False)
+
+    def forward(self, image):
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"image must be {self.image_size} pixels square, got {tuple(image.shape[-2:])}")
+        x = (self.patch_embed(image) + self.position()).flatten(2).transpose(1, 2)  # (B, C, E, E) -> (B, E*E, C)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
+        return self.neck(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))    # (B, neck_dim, E, E)
+
+
+# --- Prompt encoder ---
+
+class PositionEmbeddingRandom(nn.Module):
+    """Random Fourier features: coordinates (..., 2) in 0..1, x first -> (..., D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
+
+    def forward(self, coords):
+        # written out, because autocast would do the matrix product in bfloat16, which cannot tell pixels apart
+        matrix, coords = self.positional_encoding_gaussian_matrix, 2 * coords - 1
+        angle = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class PromptEncoder(nn.Module):
+    """Points (B*Q, N, 2) in pixels of image_size, labels (B*Q, N) -> tokens (B*Q, N, D).
+
+    Labels: 1 object, 0 background, 2 and 3 top left and bottom right of a box, -1 padding. As published, background
+    adds nothing to its position (the authors did not train it), and padding keeps its position.
+    """
+
+    def __init__(self, dim, grid, image_size):
+        super().__init__()
+        self.grid, self.image_size = grid, image_size
+        self.pe_layer = PositionEmbeddingRandom(dim)
+        self.invalid_points = nn.Embedding(1, dim)
+        self.point_embeddings = nn.Embedding(1, dim)
+        self.bbox_top_left_embeddings = nn.Embedding(1, dim)
+        self.bbox_bottom_right_embeddings = nn.Embedding(1, dim)
+
+    def get_dense_pe(self):
+        """Position codes of the cells of the image embedding, (1, D, E, E)."""
+        centres = (torch.arange(self.grid, device=self.invalid_points.weight.device) + 0.5) / self.grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self.pe_layer(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
+
+    def forward(self, coords, labels):
+        tokens = self.pe_layer((coords + 0.5) / self.image_size)
+        for label, embedding in ((-1, self.invalid_points), (1, self.point_embeddings),
+                                 (2, self.bbox_top_left_embeddings), (3, self.bbox_bottom_right_embeddings)):
+            tokens = tokens + (labels == label)[..., None] * embedding.weight
+        return tokens
+
+
+# --- Mask decoder ---
+
+class DecoderAttention(nn.Module):
+    """Attention of q (B, N, D) over k, v (B, M, D), inside in D / downsample channels -> (B, N, D)."""
+
+    def __init__(self, dim, num_heads, downsample=1):
+        super().__init__()
+        inner = dim // downsample
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(dim, inner)
+        self.v_proj = nn.Linear(dim, inner)
+        self.out_proj = nn.Linear(inner, dim)
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            bound = math.sqrt(6 / (dim + 3 * inner))
+            nn.init.uniform_(layer.weight, -bound, bound)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, q, k, v):
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # each (B, heads, N or M, inner / heads)
+                   for layer, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Tokens (B, N, D) look at themselves and at the image (B, E*E, D), and the image at the tokens.
+
+    Not SAM's block: the position stays in the tokens from the second layer on, and the first layer has a residual too.
+    """
+
+    def __init__(self, dim, num_heads, mlp_dim, first):
+        super().__init__()
+        self.first = first
+        self.self_attn = DecoderAttention(dim, num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, [mlp_dim], dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.norm4 = nn.LayerNorm(dim)
+        self.cross_attn_image_to_token = DecoderAttention(dim, num_heads, downsample=2)
+
+    def forward(self, queries, keys, query_pe, key_pe):
+        if not self.first:
+            queries = queries + query_pe
+        queries = self.norm1(queries + self.self_attn(queries, queries, queries))
+        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys))
+        queries = self.norm3(queries + self.mlp(queries))
+        keys = self.norm4(keys + self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries))
+        return queries, keys
+
+
+class TwoWayTransformer(nn.Module):
+    """Image (B, D, E, E), its position code (1, D, E, E), tokens (B, N, D) -> tokens, image (B, E*E, D)."""
+
+    def __init__(self, depth, dim, num_heads, mlp_dim):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayAttentionBlock(dim, num_heads, mlp_dim, i == 0) for i in range(depth))
+        self.final_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
+        self.norm_final_attn = nn.LayerNorm(dim)
+
+    def forward(self, image, image_pe, tokens):
+        keys, key_pe = image.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2)
+        queries = tokens
+        for layer in self.layers:
+            queries, keys = layer(queries, keys, tokens, key_pe)
+        attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys)
+        return self.norm_final_attn(queries + attended), keys
+
+
+class MaskDecoder(nn.Module):
+    """Embedding (B*Q, D, E, E), its position code, prompt tokens (B*Q, N, D) -> masks (B*Q, M, 4E, 4E), IoU (B*Q, M).
+
+    multimask_output: M is the three masks of different extent, else the one made to stand alone.
+    """
+
+    def __init__(self, dim, num_multimask, depth, num_heads, mlp_dim, upscaling_dims, iou_hidden, iou_layers):
+        super().__init__()
+        num_masks = num_multimask + 1
+        self.transformer = TwoWayTransformer(depth, dim, num_heads, mlp_dim)
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(num_masks, dim)
+        first, second = upscaling_dims
+        self.final_output_upscaling_layers = nn.ModuleList([
+            nn.Sequential(nn.ConvTranspose2d(dim, first, 2, stride=2), nn.GroupNorm(1, first), nn.GELU()),
+            nn.Sequential(nn.ConvTranspose2d(first, second, 2, stride=2), nn.Identity(), nn.GELU())])
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, [dim, dim], second) for _ in range(num_masks))
+        self.iou_prediction_head = MLP(dim, [iou_hidden] * iou_layers, num_masks)
+
+    def forward(self, image_embeddings, image_pe, prompt_tokens, multimask_output):
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(prompt_tokens), -1, -1), prompt_tokens], 1)
+        tokens, image = self.transformer(image_embeddings, image_pe, tokens)
+        upscaled = image.transpose(1, 2).unflatten(2, image_embeddings.shape[-2:])
+        for layer in self.final_output_upscaling_layers:
+            upscaled = layer(upscaled)                                                 # (B*Q, D/8, 4E, 4E)
+        weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return masks[:, chosen], self.iou_prediction_head(tokens[:, 0])[:, chosen]
+
+
+# --- The model ---
+
+class EfficientSam(nn.Module):
+    """Pictures (B, 3, H, W) RGB in 0..1 of any size, points (B, Q, N, 2), labels (B, Q, N) -> masks, IoU.
+
+    Masks (B, Q, 3, H, W) are logits (0 is the threshold), or (B, Q, 3, 4E, 4E) with scale_to_original_image_size False;
+    IoU (B, Q, 3) is the decoder's own guess of each, not bounded. Points in pixels (x, y) of the picture; at most
+    max_points a query are used; pad shorter queries with (-1, -1) and label -1 (see PromptEncoder for the others).
+    """
+
+    def __init__(self, image_size=1024, patch_size=16, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0,
+                 neck_dim=256, max_points=6, decoder_depth=2, decoder_mlp_dim=2048, decoder_num_heads=8,
+                 upscaling_dims=(64, 32), num_multimask=3, iou_hidden=256, iou_layers=2):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}")
+        self.image_size, self.max_points = image_size, max_points
+        self.image_encoder = ImageEncoder(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, neck_dim)
+        self.prompt_encoder = PromptEncoder(neck_dim, image_size // patch_size, image_size)
+        self.mask_decoder = MaskDecoder(neck_dim, num_multimask, decoder_depth, decoder_num_heads, decoder_mlp_dim,
+                                        upscaling_dims, iou_hidden, iou_layers)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, images):
+        """(B, 3, H, W) in 0..1 -> stretched to the square of image_size, then normalised."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def get_image_embeddings(self, batched_images):
+        """(B, 3, H, W) in 0..1 -> (B, D, E, E)."""
+        return self.image_encoder(self.preprocess(batched_images))
+
+    def get_rescaled_pts(self, batched_points, input_h, input_w):
+        """Pixels of the picture -> pixels of image_size; what is below 0 stays out, as -1."""
+        scale = batched_points.new_tensor([self.image_size / input_w, self.image_size / input_h], dtype=torch.float32)
+        return torch.where(batched_points >= 0, batched_points * scale, -1.0)
+
+    def predict_masks(self, image_embeddings, batched_points, batched_point_labels, multimask_output, input_h, input_w,
+                      output_h=-1, output_w=-1):
+        """Masks and IoU of embeddings at hand; points in pixels of (input_h, input_w); output -1: low resolution."""
+        b, q, n, _ = batched_points.shape
+        points = self.get_rescaled_pts(batched_points, input_h, input_w)[:, :, :self.max_points]
+        labels = batched_point_labels[:, :, :self.max_points]
+        points = F.pad(points, (0, 0, 0, self.max_points - points.shape[2]), value=-1.0).flatten(0, 1)
+        labels = F.pad(labels, (0, self.max_points - labels.shape[2]), value=-1).flatten(0, 1)
+        image = image_embeddings[:, None].expand(-1, q, -1, -1, -1).flatten(0, 1)  # (B*Q, D, E, E)
+        masks, iou = self.mask_decoder(image, self.prompt_encoder.get_dense_pe(), self.prompt_encoder(points, labels),
+                                       multimask_output)
+        if output_h > 0 and output_w > 0:
+            masks = F.interpolate(masks, (output_h, output_w), mode="bicubic", align_corners=False)
+        return masks.unflatten(0, (b, q)), iou.unflatten(0, (b, q))
+
+    def forward(self, batched_images, batched_points, batched_point_labels, scale_to_original_image_size=True):
+        height, width = batched_images.shape[-2:]
+        output = (height, width) if scale_to_original_image_size else (-1, -1)
+        return self.predict_masks(self.get_image_embeddings(batched_images), batched_points, batched_point_labels, True,
+                                  height, width, *output)
+
+
+def efficient_sam_vitt(image_size=1024):
+    """EfficientSAM-Ti, 10.2 M parameters."""
+    return EfficientSam(image_size, embed_dim=192, num_heads=3)
+
+
+def efficient_sam_vits(image_size=1024):
+    """EfficientSAM-S, 26.4 M parameters."""
+    return EfficientSam(image_size, embed_dim=384, num_heads=6)
