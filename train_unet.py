@@ -587,20 +587,20 @@ def main(args):
         except utils.Stopped:
             save("last.pth")
             raise
-        rows = utils.log_row(output_dir / "log.csv", {
-            "epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
-            "lr": optimizer.param_groups[0]["lr"], "loss": state["loss"] / (state["images"] or math.nan),
-            "iou": scores(state["counts"])[0].nanmean().item(),
-            **{key: value for key, value in figures.items() if not isinstance(value, list)},
-            "skipped": state["skipped"], "seconds": seconds,
-            "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)})
-        print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {float(rows[-1][key]):.4g}" for key in (
+        row = {"epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
+               "lr": optimizer.param_groups[0]["lr"], "loss": state["loss"] / (state["images"] or math.nan),
+               "iou": scores(state["counts"])[0].nanmean().item(),
+               **{key: value for key, value in figures.items() if isinstance(value, float)},
+               "skipped": state["skipped"], "seconds": seconds,
+               "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)}
+        print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {row[key]:.4g}" for key in (
             "lr", "loss", "iou", "val_loss", "val_iou", "val_image_iou", "val_image_dice")) + f"  {seconds:.1f} s")
         if state["skipped"]:
             print(f"  {state['skipped']} of {state['step']} steps skipped: loss or gradient not finite")
+        state.update(epoch=state["epoch"] + 1, **new_epoch(args))
         if args.scheduler == "ReduceLROnPlateau":
             plateau.step(figures["val_loss"])
-        state.update(epoch=state["epoch"] + 1, **new_epoch(args))
+        rows = utils.log_row(output_dir / "log.csv", row)
         if figures["val_iou"] > state["best"]["val_iou"]:
             state["best"] = {"val_iou": figures["val_iou"], "epoch": state["epoch"]}
             save("best.pth")

@@ -5,8 +5,8 @@ strictly. Attention is fused (F.scaled_dot_product_attention), the position code
 Left out on purpose: activations, norms and paddings that the two published builds do not use.
 
 Frames of coordinates: points come in pixels (x, y) of the picture given, whatever its size; inside everything is in
-pixels of the square of image_size that the picture is stretched to. Letters: B pictures, Q queries a picture (the prompt
-of one object each), N points a query, C width of the ViT, D width of the decoder, E image_size / patch_size.
+pixels of the square of image_size that the picture is stretched to. Letters: B pictures, Q queries a picture (each the
+prompts of one object), N points a query, C width of the ViT, D width of the decoder, E image_size / patch_size.
 """
 import math
 

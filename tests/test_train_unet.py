@@ -517,7 +517,7 @@ def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
         with pytest.raises(utils.InputError, match=word):
             train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
     (cells / "images/cell_0.png").unlink(), (cells / "masks/0/cell_0.png").unlink()
-    with pytest.raises(utils.InputError, match="data-hash"):
+    with pytest.raises(utils.InputError, match="pictures of data hash"):
         train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto")
 
 
