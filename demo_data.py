@@ -121,6 +121,34 @@ def write_scenes(folder, count):
     (root / "class_names.json").write_text(json.dumps({name: i for i, name in enumerate(SCENE_CLASSES)}))
 
 
+def draw_object_ids(index, size=128):
+    """Picture `index`: image (size, size, 3) uint8 RGB, ids (size, size) uint16: blobs, a colour and texture each."""
+    rng = np.random.default_rng([3, index])
+    image = 120 + 50 * np.stack([smooth_noise(rng, size, 4) for _ in range(3)], -1)
+    ids = np.zeros((size, size), np.uint16)
+    for number in range(1, int(rng.integers(3, 7)) + 1):
+        turns = 2 * np.pi * np.arange(60) / 60
+        waves = sum(rng.uniform(0, 0.35) * np.cos(k * turns + rng.uniform(0, 6)) for k in (2, 3, 4))
+        reach, tilt = rng.uniform(0.12, 0.26) * size * (1 + waves).clip(0.35)[:, None], rng.uniform(0, np.pi)
+        along, across = np.array([np.cos(tilt), np.sin(tilt)]), np.array([-np.sin(tilt), np.cos(tilt)])
+        shape = reach * (np.cos(turns)[:, None] * along + rng.uniform(0.3, 0.6) * np.sin(turns)[:, None] * across)
+        shape = rng.uniform(0.15, 0.85, 2) * size + shape
+        inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [shape.round().astype(np.int32)], 1) > 0
+        colour, grain = rng.uniform(40, 220, 3), rng.uniform(8, 30) * smooth_noise(rng, size, int(rng.integers(16, 40)))
+        image[inside] = (colour + grain[..., None])[inside]
+        ids[inside] = number
+    image = image + rng.normal(0, 6, image.shape)
+    return image.clip(0, 255).astype(np.uint8), ids
+
+
+def write_objects(folder, count):
+    for sub in ("imgs", "gts"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        for sub, pixels in zip(("imgs", "gts"), draw_object_ids(index)):
+            np.save(folder / sub / f"object_{index:04d}.npy", pixels)
+
+
 def save(path, pixels):
     """uint8 (H, W) or RGB (H, W, 3) -> file; OpenCV wants BGR, and its imwrite no letters but ASCII in a path."""
     path.write_bytes(cv2.imencode(path.suffix, pixels[..., ::-1] if pixels.ndim == 3 else pixels)[1].tobytes())
@@ -158,7 +186,7 @@ def baseline_scenes(train_images, train_masks, images, masks, num_classes=len(SC
     return (counts.diagonal()[union > 0] / union[union > 0]).mean()
 
 
-WRITE = {"cells": write_cells, "scenes": write_scenes}
+WRITE = {"cells": write_cells, "scenes": write_scenes, "objects": write_objects}
 
 
 def get_args_parser():

@@ -16,17 +16,17 @@ TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|fi
 SCRIPTS = [*TRAINING, "predict"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
         "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
-DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes"}
+DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects"}
 SMALL = {"train_unet": [], "train_deeplabv3": ["--backbone", "mobilenet_v3_large", "--weights", "none",
-                                               "--base-size", "64", "--crop-size", "64"]}
+                                               "--base-size", "64", "--crop-size", "64"],
+         "train_efficientsam": ["--model", "demo", "--image-size", "64"]}
 SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"]
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
 ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
 # Functions that have one name in several scripts and differ because the articles do.
 DIFFERING = {"get_args_parser", "find_items", "read_item", "check_items", "create_loaders", "sanity_check",
              "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "create_optimizer",
-             "learning_rate",
-             "new_epoch", "train_one_epoch", "main"}
+             "learning_rate", "new_epoch", "train_one_epoch", "main", "split_items", "print_table", "collate"}
 SHARED = ["--data-path", "--demo", "--sanity-check", "--limit", "--overfit", "--output-dir", "--overwrite", "--weights",
           "--resume", "--save-every", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay", "--workers",
           "--device", "--amp", "--seed", "--deterministic", "--test-only", "--compile"]

@@ -1,0 +1,344 @@
+"""train_efficientsam.py: losses and IoU on hand-worked masks, prompts, .npy files honest and spoilt, training."""
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_efficientsam as script_
+import utils
+
+SMALL = ["--model", "demo", "--image-size", "64", "-b", "2", "-j", "0", "--device", "cpu", "--lr", "0.001"]
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Folder of six 48x48 arrays with two or more objects each."""
+    folder = tmp_path / "npy"
+    for sub in ("imgs", "gts"):
+        (folder / sub).mkdir(parents=True)
+    import demo_data
+    for index in range(6):
+        for sub, pixels in zip(("imgs", "gts"), demo_data.draw_object_ids(index, 48)):
+            np.save(folder / sub / f"o{index}.npy", pixels)
+    return folder
+
+
+def options(*texts):
+    return script_.get_args_parser().parse_args([str(text) for text in texts])
+
+
+def train(folder, output, *more):
+    return script_.main(options("--data-path", folder, "--output-dir", output, *SMALL, *more))
+
+
+def refuses(folder, *expected, more=()):
+    output = folder.parent / "refused"
+    with pytest.raises(utils.InputError) as caught:
+        train(folder, output, "--epochs", 1, *more)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert str(text) in message, message
+    assert not (output / "last.pth").exists()
+
+
+# --- Losses and figures ---
+
+def hand_worked():
+    """One object, the upper half of 4x4; masks: exact, its upper half, everything. Returns logits, truth, IoU."""
+    truth = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    truth[..., :2, :] = True
+    logits = torch.full((1, 1, 3, 4, 4), -20.0)
+    logits[0, 0, 0, :2] = logits[0, 0, 1, :1] = 20.0
+    logits[0, 0, 2] = 20.0
+    return logits, truth, torch.tensor([[[1.0, 0.5, 0.5]]])
+
+
+def test_each_mask_has_its_own_iou():
+    logits, truth, iou = hand_worked()
+    assert torch.equal(script_.mask_iou(logits > 0, truth[:, :, None].expand_as(logits)), iou)
+    assert script_.mask_iou(torch.zeros(4, 4).bool(), torch.zeros(4, 4).bool()) == 0
+
+
+def test_loss_of_hand_worked_masks():
+    """Dice with squared predictions: 1 - 2 * both / (pred + true), with MONAI's 1e-5; a wrong pixel's entropy is 20."""
+    logits, truth, iou = hand_worked()
+    valid = torch.tensor([[True]])
+    dice = [0, 1 - (2 * 4 + 1e-5) / (4 + 8 + 1e-5), 1 - (2 * 8 + 1e-5) / (16 + 8 + 1e-5)]
+    entropy = [0, 20 * 4 / 16, 20 * 8 / 16]
+    losses = [a + b for a, b in zip(dice, entropy)]
+    args = options("--multimask", "all")
+    assert script_.criterion(logits, iou, truth, valid, args).item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    wrong = torch.tensor([[[0.0, 0.5, 0.5]]])  # the net's own IoU of the first mask is off by 1
+    assert script_.criterion(logits, wrong, truth, valid, args).item() == pytest.approx((sum(losses) + 1) / 3, rel=1e-5)
+    args = options("--multimask", "min", "-iou_loss_weight", 3)
+    assert script_.criterion(logits, iou, truth, valid, args).item() == pytest.approx(losses[0], abs=1e-5)
+    assert script_.criterion(logits, wrong, truth, valid, args).item() == pytest.approx(1, rel=1e-5)
+    args = options("--multimask", "all", "-seg_loss_weight", 2, "-ce_loss_weight", 0, "-iou_loss_weight", 0)
+    assert script_.criterion(logits, iou, truth, valid, args).item() == pytest.approx(2 * sum(dice) / 3, rel=1e-5)
+
+
+def test_only_the_best_mask_is_trained_and_filled_up_queries_are_not():
+    logits, truth, iou = hand_worked()
+    logits = (logits / 20).repeat(1, 2, 1, 1, 1).requires_grad_()
+    args = options("-iou_loss_weight", 0)
+    loss = script_.criterion(logits, iou.repeat(1, 2, 1), truth.repeat(1, 2, 1, 1), torch.tensor([[True, False]]), args)
+    loss.backward()
+    assert logits.grad[0, 0, 0].any() and not logits.grad[0, 0, 1:].any() and not logits.grad[0, 1].any()
+
+
+def test_filled_boxes():
+    masks = torch.zeros(2, 6, 8, dtype=torch.bool)
+    masks[0, 1:3, 2:5] = True                       # a box itself
+    masks[1, 0, 0] = masks[1, 3, 7] = True          # two corners of 4 x 8
+    assert script_.box_iou(masks).tolist() == pytest.approx([1, 2 / 32])
+
+
+# --- Data ---
+
+def test_prompts_of_a_hand_drawn_mask():
+    mask = np.zeros((20, 30), bool)
+    mask[4:11, 6:21] = True
+    points, labels = script_.draw_prompt(mask, options("--prompt", "both"), vary=False)
+    assert points.tolist()[:2] == [[6, 4], [20, 10]] and labels.tolist() == [2, 3, 1]
+    assert mask[int(points[2, 1]), int(points[2, 0])] and points[2, 1] == 7
+    seen = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        points, labels = script_.draw_prompt(mask, options("-bbox_shift", 200), vary=True)
+        assert labels.tolist() == [2, 3] and (points >= 0).all() and (points <= [29, 19]).all()
+        assert (points[1] > points[0]).all()
+        seen |= {("in" if points[0, 0] > 6 else "out"), points[0, 0].item()}
+    assert {"in", "out"} <= seen and len(seen) > 30  # both ways, which the article's are not
+
+
+def test_points_follow_the_picture_into_the_nets_square(objects):
+    np.save(objects / "imgs/o0.npy", np.zeros((40, 80, 3), np.uint8))
+    ids = np.zeros((40, 80), np.int32)
+    ids[10:20, 20:40] = 70_000
+    np.save(objects / "gts/o0.npy", ids)
+    items = script_.find_items(objects)
+    item = script_.NpyDataset(items, options("--image-size", 64), train=True, augment=False)[0, 0]
+    assert item["points"].tolist() == [[[16, 16], pytest.approx([31.2, 30.4])]] and item["image"].shape == (3, 64, 64)
+    assert item["masks"].shape == (1, 64, 64) and item["masks"][0, 16:32, 16:32].all() and item["masks"].sum() == 256
+    item = script_.NpyDataset(items, options("--image-size", 64, "--preprocess", "article"), True, False)[0, 0]
+    assert item["points"].tolist() == [[[16, 8], pytest.approx([31.2, 15.2])]]
+    assert item["masks"][0, 8:16, 16:32].all() and item["masks"].sum() == 128
+
+
+def test_no_object_vanishes_when_masks_shrink(objects):
+    for corner in range(0, 40, 3):
+        ids = np.zeros((1000, 1000), np.uint8)
+        ids[corner:corner + 2, corner:corner + 2] = 1
+        small = script_.shrink(torch.from_numpy(ids[None] > 0), options("--image-size", 64))
+        assert small.any()
+
+
+def test_every_object_of_validation_and_at_most_max_objects_of_training(objects):
+    ids = np.arange(48 * 48).reshape(48, 48) // 48 * 300  # 47 rows of one object each, ids up to 14,100
+    np.save(objects / "gts/o0.npy", ids.astype(np.uint16))
+    items = script_.find_items(objects)
+    trained = script_.NpyDataset(items, options("--image-size", 64, "--max-objects", 5), True, True)
+    assert [len(trained[epoch, 0]["masks"]) for epoch in range(3)] == [5, 5, 5]
+    draws = [trained[epoch, 0]["masks"] for epoch in range(3)]
+    assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[0], trained[0, 0]["masks"])
+    assert len(script_.NpyDataset(items, options(), False, False)[0, 0]["masks"]) == 47
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.float32, bool])
+def test_ids_of_every_kind(objects, dtype):
+    ids = np.zeros((48, 48), dtype)
+    ids[5:9, 5:9] = 1 if dtype == bool else 200
+    ids[20:30, 20:30] = 1 if dtype == bool else 255
+    np.save(objects / "gts/o0.npy", ids)
+    read = script_.read_item(script_.find_items(objects)[0])[1]
+    assert read.dtype == np.int64 and np.array_equal(read, ids.astype(np.int64))
+
+
+@pytest.mark.parametrize("image, expected", [
+    (np.full((48, 48, 3), 100, np.uint8), 100), (np.full((48, 48), 100, np.uint8), 100),
+    (np.full((48, 48, 3), 0.5, np.float32), 128), (np.full((48, 48, 3), 100.0), 100),
+    (np.full((48, 48, 4), 100, np.uint8), 100), (np.full((48, 48, 1), 100, np.uint8), 100),
+    (np.pad(np.full((46, 46), 3000, np.uint16), 1, constant_values=1000), 255)])
+def test_images_of_every_kind(objects, image, expected):
+    np.save(objects / "imgs/o0.npy", image)
+    read = script_.read_item(script_.find_items(objects)[0])[0]
+    assert read.shape == (48, 48, 3) and read.dtype == np.uint8 and (read[10, 10] == expected).all()
+
+
+def test_pictures_without_objects_are_counted_and_left_out(objects, capsys):
+    np.save(objects / "gts/o0.npy", np.zeros((48, 48), np.uint8))
+    loaders = script_.create_loaders(options("--data-path", objects, *SMALL))
+    assert sum(len(loader.dataset) for loader in loaders) == 5
+    assert "pictures have no object and are left out" in capsys.readouterr().out
+
+
+def test_a_picture_that_is_all_object_has_one(objects):
+    np.save(objects / "gts/o0.npy", np.full((48, 48), 7, np.uint8))
+    item = script_.NpyDataset(script_.find_items(objects), options("--image-size", 64), True, False)[0, 0]
+    assert item["masks"].shape == (1, 64, 64) and item["masks"].all()
+
+
+# --- Training ---
+
+def test_every_file_is_written_and_testing_repeats_the_figures(objects, tmp_path, capsys):
+    figures = train(objects, tmp_path / "run", "--epochs", 3)
+    for name in ("last.pth", "best.pth", "log.csv", "curves.png", "val_samples.png", "split.json", "args.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    printed = capsys.readouterr().out
+    assert printed.count("before training:") == 2 and "filled boxes" in printed
+    assert 0 <= figures["val_iou"] <= figures["val_oracle_iou"] <= 1
+    assert figures["best_val_iou"] >= figures["before"]["val_iou"]
+    tested = train(objects, tmp_path / "x", "--test-only", "--resume", tmp_path / "run/last.pth")
+    assert tested == {key: figures[key] for key in tested}
+    rows = (tmp_path / "run/log.csv").read_text().splitlines()
+    losses = [float(row.split(",")[rows[0].split(",").index("loss")]) for row in rows[1:]]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("more", [
+    ["--prompt", "point"], ["--prompt", "both"], ["--multimask", "all"], ["--freeze", "encoder"], ["--amp", "bf16"],
+    ["--accumulate", "2", "-b", "1"], ["--scheduler", "cosine"], ["--clip-grad", "0.1"], ["--gradient-checkpointing"],
+    ["--preprocess", "article"], ["--max-objects", "1"], ["--data_aug", "False"], ["--overfit", "2"]])
+def test_every_option_trains(objects, tmp_path, more):
+    figures = train(objects, tmp_path / "run", "--epochs", 1, *more)
+    assert math.isfinite(figures["val_iou"])
+    model = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    assert all(p.isfinite().all() for p in model.values())
+
+
+@pytest.mark.parametrize("more", [["--accumulate", 4, "-b", 1], ["-b", 3]])
+def test_the_gradient_is_the_mean_over_objects_however_they_lie_in_batches(objects, tmp_path, more):
+    for name, batches in (("a", ["-b", 4]), ("b", more)):
+        train(objects, tmp_path / name, "--epochs", 1, *batches)
+    a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in "ab")
+    close = all(torch.allclose(a["model"][key], b["model"][key], atol=2e-5) for key in a["model"]
+                if "k_proj.bias" not in key and "qkv.bias" not in key)  # whose true gradient is 0
+    assert close == ("--accumulate" in more)  # three and one are two steps: the comparison can fail
+
+
+def test_a_frozen_encoder_stays_as_it_is(objects, tmp_path):
+    train(objects, tmp_path / "run", "--epochs", 1, "--freeze", "encoder")
+    torch.manual_seed(41)
+    fresh = script_.create_model(options(*SMALL, "--weights", "none"))[0].state_dict()
+    trained = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    same = {key for key in fresh if torch.equal(fresh[key], trained[key])}
+    assert {key for key in fresh if key.startswith("image_encoder.")} <= same
+    assert "mask_decoder.iou_token.weight" not in same
+
+
+def test_official_files_load_by_path_and_offline_the_url_is_told(tmp_path, monkeypatch):
+    args = options("--model", "efficient_sam_vitt", "--weights", "none")
+    theirs = script_.create_model(args)[0].state_dict()
+    torch.save({"model": theirs}, tmp_path / "vitt.pt")
+    args = options("--model", "efficient_sam_vitt", "--image-size", 256, "--weights", tmp_path / "vitt.pt")
+    ours = script_.create_model(args)[0].state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    args.model = "efficient_sam_vits"
+    with pytest.raises(utils.InputError, match="vitt.pt: weights of another net"):
+        script_.create_model(args)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+    def offline(url, path, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(utils.InputError, match="efficient_sam_vits.pt.zip.*put it at"):
+        script_.fetch_official("efficient_sam_vits")
+
+    def online(url, path, **kwargs):
+        import zipfile
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(tmp_path / "vitt.pt", "weights/efficient_sam_vits.pt")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", online)
+    path = script_.fetch_official("efficient_sam_vits")
+    assert path.name == "efficient_sam_vits.pt" and path.read_bytes() == (tmp_path / "vitt.pt").read_bytes()
+
+
+def test_the_articles_command_line_runs(objects, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script_.main(options(*f"""-data_root {objects} -pretrained_checkpoint none -work_dir ./workdir -num_epochs 1
+        -batch_size 4 -num_workers 0 -device cpu -bbox_shift 5 -lr 0.00005 -weight_decay 0.01 -iou_loss_weight 1.0
+        -seg_loss_weight 1.0 -ce_loss_weight 1.0 --model demo --image-size 64""".split()))
+    assert (tmp_path / "workdir/best.pth").exists()
+
+
+def test_sanity_check_prints_counts_and_draws_a_panel(objects, tmp_path, capsys):
+    train(objects, tmp_path / "run", "--sanity_check")
+    printed = capsys.readouterr().out
+    assert "train: 4 images, 4 of 48x48" in printed and "objects, " in printed
+    assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
+
+
+# --- Bad input ---
+
+def test_missing_folders_and_pairs(objects, tmp_path):
+    refuses(tmp_path / "nowhere", "nowhere/imgs: no such folder", "--data-path")
+    (objects / "gts/o2.npy").unlink()
+    refuses(objects, "imgs/o2.npy", "gts has no file of that name")
+    for path in (objects / "imgs").iterdir():
+        path.unlink()
+    refuses(objects, "imgs: no .npy files")
+
+
+class Evil:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_object_arrays_are_refused_without_unpickling(objects):
+    with open(objects / "gts/o1.npy", "wb") as file:
+        np.lib.format.write_array(file, np.array([Evil()], dtype=object), allow_pickle=True)
+    refuses(objects, "gts/o1.npy: not an array of numbers")
+    (objects / "gts/o1.npy").write_bytes(pickle.dumps(Evil()))
+    refuses(objects, "gts/o1.npy: not an array of numbers")
+
+
+@pytest.mark.parametrize("sub, array, words", [
+    ("imgs", np.zeros((48, 48, 2), np.uint8), "has shape (48, 48, 2)"), ("imgs", np.zeros(5), "has shape (5,)"),
+    ("gts", np.zeros((48, 40), np.uint8), "has shape (48, 40)"), ("gts", np.zeros((48, 48, 1), np.uint8), "has shape"),
+    ("imgs", np.full((48, 48, 3), np.nan), "not finite"), ("imgs", np.full((48, 48, 3), -1.0), "floats from -1 to -1"),
+    ("gts", np.full((48, 48), 0.5), "whole"), ("gts", np.full((48, 48), -1), "not negative"),
+    ("imgs", np.array(["a"]), "not an array of numbers"), ("imgs", np.zeros((0, 4, 3)), "not an array of numbers")])
+def test_arrays_that_cannot_be(objects, sub, array, words):
+    np.save(objects / sub / "o1.npy", array)
+    refuses(objects, f"{sub}/o1.npy", words)
+
+
+def test_truncated_and_empty_files(objects):
+    path = objects / "imgs/o1.npy"
+    path.write_bytes(path.read_bytes()[:200])
+    refuses(objects, path, "not an array of numbers")
+    path.write_bytes(b"")
+    refuses(objects, path, "not an array of numbers")
+
+
+def test_no_object_at_all(objects):
+    for path in (objects / "gts").iterdir():
+        np.save(path, np.zeros((48, 48), np.uint8))
+    refuses(objects, "gts: none of 4 masks has an object")
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--image-size", "100"], ["--image-size 100", "multiple of 16"]),
+    (["--weights", "no.pth"], ["no.pth", "no such file"]),
+    (["--resume", "no.pth"], ["no.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"])])
+def test_options_that_cannot_be(objects, more, words):
+    refuses(objects, *words, more=more)
+
+
+def test_splits_are_written_and_read_again(objects, tmp_path):
+    train(objects, tmp_path / "a", "--epochs", 1)
+    split = json.loads((tmp_path / "a/split.json").read_text())
+    train(objects, tmp_path / "b", "--epochs", 1, "--seed", 3, "--split", tmp_path / "a/split.json")
+    assert json.loads((tmp_path / "b/split.json").read_text()) == split
+    refuses(objects, "in both", more=["--val-path", objects])
+
+
+def test_real_arrays_pass_the_sanity_check(real_data, tmp_path, capsys):
+    train(real_data / "npy_sample", tmp_path / "run", "--sanity-check")
+    assert "train: 32 images" in capsys.readouterr().out
