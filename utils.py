@@ -182,12 +182,12 @@ class EpochSampler(torch.utils.data.Sampler):
     """Yields (epoch, index) for the data set, in an order given by (seed, epoch) alone; rank r of n takes every n-th.
 
     set_epoch(epoch, skip) leaves out the first skip items: those that an interrupted epoch has already trained on.
-    keep: only so many items of each epoch's order, so that every rank has as many.
+    So that every rank has as many: keep only so many items of each epoch's order, or pad it with (epoch, -1).
     """
 
-    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None):
+    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None, pad=False):
         self.num_items, self.seed, self.shuffle, self.rank, self.world_size = num_items, seed, shuffle, rank, world_size
-        self.keep = keep
+        self.keep, self.pad = keep, -num_items % world_size if pad else 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch, skip=0):
@@ -196,7 +196,7 @@ class EpochSampler(torch.utils.data.Sampler):
     def order(self):
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         order = torch.randperm(self.num_items, generator=generator).tolist() if self.shuffle else range(self.num_items)
-        return order[:self.keep][self.rank::self.world_size]
+        return [*order[:self.keep], *[-1] * self.pad][self.rank::self.world_size]
 
     def __iter__(self):
         return iter([(self.epoch, index) for index in self.order()[self.skip:]])
@@ -352,10 +352,10 @@ def load_checkpoint(path):
 
 def find_checkpoint(resume, output_dir):
     """The checkpoint that --resume means: a path, or auto for output_dir/last.pth if it is there; else None."""
-    last = Path(output_dir, "last.pth")
+    last = Path(output_dir if resume == "auto" else resume or "", "last.pth")
     if not resume or (resume == "auto" and not last.exists()):
         return None
-    checkpoint = load_checkpoint(last if resume == "auto" else resume)
+    checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
     needed = {"format", "net", "arch", "args", "model", "optimizer", "lr_scheduler", "scaler", "rng"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with --weights")

@@ -132,3 +132,45 @@ def test_another_number_of_processes_is_refused_on_resuming(straight):
     args = ["--data-path", data, "--output-dir", whole, *OPTIONS, "--resume", "auto"]
     with pytest.raises(train_deeplabv3.utils.InputError, match="torchrun --nproc_per_node 2, now 1"):
         train_deeplabv3.main(train_deeplabv3.get_args_parser().parse_args(list(map(str, args))))
+
+
+# --- EfficientSAM: no batch norm, so processes and batch size may stand in for each other ---
+
+SAM = "--model demo --weights none --image-size 64 -j 0 --epochs 2 --lr 0.001 --device cpu".split()
+
+
+def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
+    """Nine pictures to train on: the last step has one, and the second process only keeps step."""
+    import demo_data
+    import train_efficientsam_ddp
+    data = demo_data.write("objects", tmp_path / "data", 11)
+    output = finish(torchrun("train_efficientsam_ddp.py", "--data-path", data, "--output-dir", tmp_path / "two", *SAM,
+                             "-b", 1, "--limit", 9))
+    assert "cpu x 2" in output and "demo: " in output
+    train_efficientsam_ddp.main(train_efficientsam_ddp.get_args_parser().parse_args(list(map(str, [
+        "--data-path", data, "--output-dir", tmp_path / "one", *SAM, "-b", 2, "--limit", 9]))))
+    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("one", "two"))
+    for key in one:
+        if not key.endswith(("k_proj.bias", "qkv.bias")):  # whose true gradient is zero
+            assert (one[key] - two[key]).abs().max() <= 1e-4 * max(1, one[key].abs().max()), key
+    rows = [[line.split(",") for line in (tmp_path / name / "log.csv").read_text().splitlines()]
+            for name in ("one", "two")]
+    column = rows[0][0].index("loss")
+    for a, b in zip(rows[0][1:], rows[1][1:]):
+        assert float(a[column]) == pytest.approx(float(b[column]), abs=1e-5)
+
+
+def test_efficientsam_after_a_killed_rank_ends_in_the_straight_runs_bits(tmp_path):
+    import demo_data
+    data = demo_data.write("objects", tmp_path / "data", 11)
+    line = ["train_efficientsam_ddp.py", "--data-path", data, *SAM, "-b", 1, "--epochs", 3, "--save-every", 1]
+    finish(torchrun(*line, "--output-dir", tmp_path / "straight"))
+    line += ["--output-dir", tmp_path / "run", "--resume", "auto"]
+    process = torchrun(*line)
+    while not (tmp_path / "run/last.pth").exists():
+        time.sleep(0.02)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    process.communicate(timeout=240)
+    assert process.returncode != 0
+    finish(torchrun(*line))
+    assert_runs_equal(tmp_path / "straight", tmp_path / "run")
