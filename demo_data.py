@@ -124,7 +124,7 @@ def write_scenes(folder, count):
 def draw_object_ids(index, size=128):
     """Picture `index`: image (size, size, 3) uint8 RGB, ids (size, size) uint16: blobs, a colour and texture each."""
     rng = np.random.default_rng([3, index])
-    image = 120 + 50 * np.stack([smooth_noise(rng, size, 4) for _ in range(3)], -1)
+    image = 120 + 25 * np.stack([smooth_noise(rng, size, 4) for _ in range(3)], -1)
     ids = np.zeros((size, size), np.uint16)
     for number in range(1, int(rng.integers(3, 7)) + 1):
         turns = 2 * np.pi * np.arange(60) / 60

@@ -37,7 +37,7 @@ WEIGHTS = {  # of the authors, who publish no hash: that every key and shape fit
     "efficient_sam_vits": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
     "efficient_sam_vitt": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
 }
-DEMO = {"model": "demo", "weights": "none", "image_size": 128, "lr": 1e-3, "epochs": 20, "batch_size": 4, "workers": 0,
+DEMO = {"model": "demo", "weights": "none", "image_size": 128, "lr": 2e-3, "epochs": 14, "batch_size": 4, "workers": 0,
         "scheduler": "cosine", "data_aug": True, "output_dir": "runs/train_efficientsam_demo"}
 RESUME_FREE = ["resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
                "early_stopping", "save_every", "workers", "device"]  # may differ when a run is continued
@@ -295,7 +295,7 @@ def check_items(items, part):
 def create_loaders(args):
     """Training and validation loaders over checked items."""
     if args.demo and not args.data_path:
-        args.data_path = str(utils.draw_demo("objects", Path(args.output_dir, "data"), 60))
+        args.data_path = str(utils.draw_demo("objects", Path(args.output_dir, "data"), 200))
     if not args.data_path:
         raise utils.InputError("--data-path: give the folder that holds imgs/ and gts/, or --demo")
     train_items, val_items = [part[:args.limit] for part in split_items(find_items(args.data_path), args)]
@@ -635,7 +635,8 @@ def main(args):
             "optimizer": optimizer.state_dict(), "lr_scheduler": plateau.state_dict(),
             "scaler": scaler.state_dict(), "rng": utils.rng_state(), "args": vars(args), **state})
 
-    if not checkpoint:  # what the starting weights can do: the row that fine-tuning has to beat
+    if not state["before"]:  # what the starting weights can do: the row that fine-tuning has to beat
+        save("last.pth")
         state["before"] = evaluate(model, val_loader, device, dtype, args)
         state["best"] = {"val_iou": state["before"]["val_iou"], "epoch": 0}
         save("best.pth")
