@@ -3,14 +3,18 @@
     python predict.py --weights runs/train_unet/best.pth pictures/ --output-dir out
     python predict.py --weights runs/train_deeplabv3/best.pth pictures/ --flip --scales 0.75,1,1.25
     python predict.py --weights coco --model deeplabv3_resnet50 picture.jpg
+    python predict.py --weights runs/train_efficientsam/best.pth picture.jpg --box 75,275,340,450 --box 20,30,90,120
 
 Inputs: pictures, folders, globs. Writes for each picture, at its own size: NAME_mask.png (palette PNG of class ids, 0
 background; the classes of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap,
-NAME_mask_CLASS.png (0 and 255); and areas.csv, the pixels of each class in each picture.
+NAME_mask_CLASS.png (0 and 255); and areas.csv, the pixels of each class in each picture. EfficientSAM wants to be told
+what to cut out: each --box is an object; the --points together are one, or say more about a single box. --prompts gives
+a folder's: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}; all in pixels of the picture.
 """
 import argparse
 import csv
 import glob
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from tqdm import tqdm
 
 import utils
 from nets.deeplabv3 import deeplabv3
+from nets.efficient_sam import NETS as SAM_NETS
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
 
@@ -33,7 +38,11 @@ COCO_WEIGHTS = {  # of torchvision, 21 outputs, with the auxiliary head; a name 
     "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
     "mobilenet_v3_large": "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
 }
-OFFICIAL = [f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS]
+SAM_WEIGHTS = {  # of the authors, who publish no hash: that every key and shape fits is the check
+    "efficient_sam_vits": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
+    "efficient_sam_vitt": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
+}
+OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *SAM_WEIGHTS]
 
 
 # --- Options ---
@@ -43,16 +52,32 @@ def get_args_parser():
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="picture, folder of pictures, or glob")
     add("--weights", required=True, help="best.pth or last.pth of a training script; with --model an official file, or "
-        "coco (DeepLab's, fetched once)")
+        f"its name: coco (DeepLab's), {', '.join(SAM_WEIGHTS)}, fetched once")
     add("--model", choices=OFFICIAL, help="the net that an official file is of; our checkpoints know theirs")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add("--overwrite", nargs="?", const=True, default=False, type=utils.switch, help="replace files in --output-dir")
     add("--flip", nargs="?", const=True, default=False, type=utils.switch, help="average with the mirrored picture")
     add("--scales", type=scale_list, default=(1.0,), help="average over these sizes, times that of training (1)")
+    add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
+        help="a click, label 1 object (or left out) or 0 background; may be repeated")
+    add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1", help="may be repeated")
+    add("--prompts", help="json file of points and boxes for each picture")
+    add("--all-masks", nargs="?", const=True, default=False, type=utils.switch,
+        help="also write the three masks of each object, NAME_OBJECT_1.png to _3.png, scores in areas.csv")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
     add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
         help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
     return parser
+
+
+def numbers(least, most):
+    """Type of an option of so many numbers with commas between."""
+    def parse(text):
+        values = [float(value) for value in text.split(",")]
+        if not least <= len(values) <= most or not np.isfinite(values).all():
+            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas between")
+        return values
+    return parse
 
 
 def scale_list(text):
@@ -96,6 +121,7 @@ def load_model(args, device):
     path = args.weights
     if path == "coco" and not args.model:
         raise utils.InputError(f"--weights coco: of which net? give --model ({', '.join(OFFICIAL)})")
+    args.model = args.model or (path if path in SAM_WEIGHTS else None)
     if args.model:
         checkpoint = official_checkpoint(path, args.model)
     else:
@@ -106,7 +132,8 @@ def load_model(args, device):
     if str(checkpoint.get("net")) not in NETS:
         raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script knows {', '.join(NETS)}")
     try:
-        checkpoint["args"]["image_size" if checkpoint["net"] == "unet" else "base_size"], checkpoint["classes"]
+        needed = {"unet": "image_size", "deeplabv3": "base_size", "efficient_sam": "preprocess"}[checkpoint["net"]]
+        checkpoint["args"][needed], checkpoint["classes"]
         model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -114,8 +141,24 @@ def load_model(args, device):
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
+def fetch_sam(name):
+    """Path of the authors' file; that of the larger net comes in a zip, and is unpacked beside it."""
+    path = utils.fetch_weights(name, SAM_WEIGHTS[name])
+    if path.suffix != ".zip":
+        return path
+    import zipfile
+    with zipfile.ZipFile(path) as archive:
+        member = next(member for member in archive.namelist() if member.endswith(f"{name}.pt"))
+        path.with_suffix("").write_bytes(archive.read(member))
+    return path.with_suffix("")
+
+
 def official_checkpoint(path, name):
-    """A file of torchvision, or any bare weights of this net, as a checkpoint of ours."""
+    """An official file, or any bare weights of this net, as a checkpoint of ours."""
+    if name in SAM_WEIGHTS:
+        path = fetch_sam(path) if path in SAM_WEIGHTS else path
+        return {"net": "efficient_sam", "model": utils.read_weights(path, {}), "classes": [],
+                "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
     backbone = name.removeprefix("deeplabv3_")
     if path == "coco":
         url = COCO_WEIGHTS[backbone]
@@ -216,8 +259,106 @@ def write_deeplabv3(logits, image, checkpoint, prefix):
     return np.bincount(mask.ravel(), minlength=len(logits))
 
 
+def build_efficient_sam(model, image_size):
+    return SAM_NETS[model](image_size)
+
+
+def read_prompts(name, shape, given, args):
+    """Points (Q, N, 2) and labels (Q, N) of a picture, by --prompts under its name, else by --box and --point.
+
+    Each box is an object; the points are one more, or, beside a single box, belong to it. InputError if there are none,
+    or if they lie outside the picture of this shape (H, W).
+    """
+    own = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
+    try:
+        boxes = [[*map(float, box)] for box in own.get("boxes", [])]
+        points = [[*map(float, point), 1.0][:3] for point in own.get("points", [])]
+        queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
+        clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
+    except (TypeError, ValueError, AttributeError) as error:
+        form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
+        raise utils.InputError(f"{args.prompts}: {name}: not as {form} ({error})") from None
+    if len(queries) == 1 and points:
+        queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
+    elif points:
+        queries.append(clicks)
+    if not queries:
+        raise utils.InputError(f"{args.prompts or '--box'}: nothing to cut out of {name}; give --box, --point or "
+                               "--prompts")
+    corners = np.array([point for query, _ in queries for point in query])
+    empty = any(x1 <= x0 or y1 <= y0 for x0, y0, x1, y1 in boxes)
+    if empty or (corners < 0).any() or (corners > [shape[1], shape[0]]).any():
+        raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} pixels, or a box is "
+                               "empty (x0,y0 is its upper left corner, x1,y1 its lower right one)")
+    most = max(len(labels) for _, labels in queries)
+    points = torch.full((len(queries), most, 2), -1.0)
+    labels = torch.full((len(queries), most), -1)
+    for i, (query, kinds) in enumerate(queries):
+        points[i, :len(kinds)], labels[i, :len(kinds)] = torch.tensor(query), torch.tensor(kinds)
+    return points, labels
+
+
+@torch.no_grad()
+def predict_efficient_sam(model, checkpoint, image, points, labels, device, dtype):
+    """RGB (H, W, 3) uint8 and prompts -> logits (Q, 3, H, W), scores (Q, 3) as train_efficientsam.py validates."""
+    args = argparse.Namespace(**{**checkpoint["args"], "image_size": checkpoint["arch"]["image_size"]})
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    height, width = placed_size(image, args)
+    scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
+    points = torch.where(points < 0, -1.0, points * scale)
+    return predict_masks(model, preprocess(image, args)[None].to(device), points[None].to(device),
+                         labels[None].to(device), image.shape[-2:], args, dtype)
+
+
+def placed_size(image, args):
+    """[height, width] that picture (..., H, W) fills of the net's square."""
+    if args.preprocess == "official":
+        return [args.image_size, args.image_size]
+    height, width = image.shape[-2:]
+    return [max(1, round(side * args.image_size / max(height, width))) for side in (height, width)]
+
+
+def preprocess(image, args):
+    """Picture (3, H, W) uint8 -> (3, S, S) float32 in 0..1, by --preprocess; the net subtracts ImageNet's mean."""
+    size = placed_size(image, args)
+    image = F.interpolate(image[None] / 255, size, mode="bilinear", align_corners=False)[0]
+    if args.preprocess == "official":
+        return image
+    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
+    return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
+
+
+def predict_masks(model, image, points, labels, size, args, dtype):
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (Q, 3, *size) at the picture's own size, iou (Q, 3)."""
+    side = args.image_size
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        embedding = model.get_image_embeddings(image)
+        parts = [model.predict_masks(embedding, points[:, i:i + 16], labels[:, i:i + 16], True, side, side)
+                 for i in range(0, points.shape[1], 16)]
+    logits, iou = [torch.cat(part, 1)[0].float() for part in zip(*parts)]
+    height, width = [round(v * logits.shape[-1] / side) for v in placed_size(torch.empty(size), args)]
+    return F.interpolate(logits[..., :height, :width], size, mode="bicubic", align_corners=False), iou
+
+
+def write_efficient_sam(logits, scores, image, prefix, all_masks):
+    """Mask of object ids 1, 2 ... (where they overlap the later one), overlay; returns [object, pixels, score]."""
+    logits, scores, rows = logits.cpu().numpy(), scores.cpu().numpy(), []
+    mask = np.zeros(image.shape[:2], int)
+    for k, (three, own) in enumerate(zip(logits > 0, scores), 1):
+        best = own.argmax()
+        mask[three[best]] = k
+        rows.append([f"object {k}", int(three[best].sum()), f"{own[best]:.4f}"])
+        for i in range(3) if all_masks else []:
+            utils.save_picture(f"{prefix}_{k}_{i + 1}.png", three[i] * np.uint8(255))
+            rows.append([f"object {k} mask {i + 1}", int(three[i].sum()), f"{own[i]:.4f}"])
+    utils.save_mask(f"{prefix}_mask.png", np.where(mask > 254, (mask - 1) % 254 + 1, mask))
+    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, np.where(mask > 0, (mask - 1) % 20 + 1, 0)))
+    return rows
+
+
 NETS = {"unet": (build_unet, predict_unet, write_unet),
-        "deeplabv3": (deeplabv3, predict_deeplabv3, write_deeplabv3)}
+        "deeplabv3": (deeplabv3, predict_deeplabv3, write_deeplabv3),
+        "efficient_sam": (build_efficient_sam, None, None)}
 
 
 # --- Main ---
@@ -233,6 +374,12 @@ def main(args):
     taken = [name for name in names if (output_dir / name).exists()]
     if taken and not args.overwrite:
         raise utils.InputError(f"{output_dir}/{taken[0]}: is there already; give --overwrite or --output-dir")
+    prompts = {}
+    if args.prompts:
+        try:
+            prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise utils.InputError(f"{args.prompts}: no json of prompts that can be read ({error})") from None
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, bad = [], []
     for name, path in tqdm(inputs, leave=False, disable=None):
@@ -242,13 +389,23 @@ def main(args):
         except utils.InputError as error:
             bad.append(str(error))
             continue
-        logits = predict_averaged(model, checkpoint, image, device, dtype, args)
-        pixels = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name)
-        areas += [[name, *pair, pair[1] / image[..., 0].size] for pair in zip(checkpoint["classes"], pixels.tolist())]
+        if checkpoint["net"] == "efficient_sam":
+            try:
+                points, labels = read_prompts(name, image.shape, prompts, args)
+            except utils.InputError as error:
+                bad.append(str(error))
+                continue
+            found = predict_efficient_sam(model, checkpoint, image, points, labels, device, dtype)
+            rows = write_efficient_sam(*found, image, output_dir / name, args.all_masks)
+        else:
+            logits = predict_averaged(model, checkpoint, image, device, dtype, args)
+            pixels = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name)
+            rows = [[*pair, ""] for pair in zip(checkpoint["classes"], pixels.tolist())]
+        areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in rows]
     with open(output_dir / "areas.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["picture", "class", "pixels", "share"], *areas])
-    for _, name, pixels, share in areas if len(inputs) == 1 else []:
-        print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}")
+        csv.writer(file).writerows([["picture", "class", "pixels", "share", "score"], *areas])
+    for _, name, pixels, share, score in areas if len(inputs) == 1 else []:
+        print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}" + f"  score {score}" * bool(score))
     print(f"{len(inputs) - len(bad)} of {len(inputs)} pictures predicted: {output_dir}/*_mask.png, *_overlay.png, "
           "areas.csv")
     if bad:

@@ -28,15 +28,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.efficient_sam import EfficientSam
+from nets.efficient_sam import NETS
 
 MASK_SIZE = 256  # side in pixels, at most, at which training compares masks, as the article; the decoder's own at 1024
-NETS = {  # arguments of EfficientSam, the paper's; demo: a small one, so that everything can be tried on a laptop
-    "efficient_sam_vits": {"embed_dim": 384, "num_heads": 6},
-    "efficient_sam_vitt": {"embed_dim": 192, "num_heads": 3},
-    "demo": {"embed_dim": 96, "depth": 3, "num_heads": 3, "neck_dim": 64, "decoder_mlp_dim": 256,
-             "upscaling_dims": (32, 16), "iou_hidden": 64},
-}
 WEIGHTS = {  # of the authors, who publish no hash: that every key and shape fits is the check
     "efficient_sam_vits": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
     "efficient_sam_vitt": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
@@ -392,7 +386,7 @@ def create_model(args, checkpoint=None):
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     arch = {"model": args.model, "image_size": args.image_size}
-    model = EfficientSam(args.image_size, **NETS[args.model])
+    model = NETS[args.model](args.image_size)
     if checkpoint:
         utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
         model.load_state_dict(checkpoint["model"])

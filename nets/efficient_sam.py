@@ -355,3 +355,12 @@ def efficient_sam_vitt(image_size=1024):
 def efficient_sam_vits(image_size=1024):
     """EfficientSAM-S, 26.4 M parameters."""
     return EfficientSam(image_size, embed_dim=384, num_heads=6)
+
+
+def efficient_sam_demo(image_size=128):
+    """A small one of 0.7 M parameters, so that everything can be tried on a laptop."""
+    return EfficientSam(image_size, embed_dim=96, depth=3, num_heads=3, neck_dim=64, decoder_mlp_dim=256,
+                        upscaling_dims=(32, 16), iou_hidden=64)
+
+
+NETS = {"efficient_sam_vits": efficient_sam_vits, "efficient_sam_vitt": efficient_sam_vitt, "demo": efficient_sam_demo}

@@ -147,7 +147,7 @@ def test_areas_csv_counts_the_pixels_of_the_masks(scenes_run, tmp_path, capsys):
     run("--weights", folder / "run/last.pth", voc(folder, "JPEGImages/scene_0000.jpg"), "--output-dir", tmp_path)
     rows = [line.split(",") for line in (tmp_path / "areas.csv").read_text().splitlines()]
     mask = np.array(Image.open(tmp_path / "scene_0000_mask.png"))
-    assert rows[0] == ["picture", "class", "pixels", "share"]
+    assert rows[0] == ["picture", "class", "pixels", "share", "score"]
     assert [row[1] for row in rows[1:]] == ["background", "disc", "square", "triangle"]
     assert [int(row[2]) for row in rows[1:]] == np.bincount(mask.ravel(), minlength=4).tolist()
     assert sum(float(row[3]) for row in rows[1:]) == pytest.approx(1)
@@ -195,3 +195,65 @@ def test_what_two_scripts_know_of_the_official_files_agrees():
     import train_deeplabv3
     assert predict.COCO_WEIGHTS == train_deeplabv3.COCO_WEIGHTS and predict.VOC_CLASSES == train_deeplabv3.VOC_CLASSES
     assert len(predict.VOC_CLASSES) == 21
+
+
+# --- EfficientSAM ---
+
+@pytest.fixture(scope="module")
+def objects_run(tmp_path_factory):
+    """An EfficientSAM checkpoint of a short training, in whose folder lie its arrays too."""
+    import demo_data
+    import train_efficientsam
+    folder = tmp_path_factory.mktemp("objects_run")
+    demo_data.write("objects", folder, 8)
+    figures = train_efficientsam.main(train_efficientsam.get_args_parser().parse_args(
+        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--model", "demo", "--image-size", "64",
+         "-b", "4", "-j", "0", "--epochs", "3", "--lr", "0.002", "--device", "cpu"]))
+    return folder, figures
+
+
+def test_boxes_give_what_validation_scored(objects_run, tmp_path):
+    import train_efficientsam
+    folder, figures = objects_run
+    split, ious, prompts = utils.json.loads((folder / "run/split.json").read_text())["val"], [], {}
+    for name in split:
+        ids = np.load(folder / f"gts/{name}.npy").astype(int)
+        Image.fromarray(np.load(folder / f"imgs/{name}.npy")).save(tmp_path / f"{name}.png")
+        boxes = [[np.argwhere(ids == k)[:, ::-1].min(0).tolist(), np.argwhere(ids == k)[:, ::-1].max(0).tolist()]
+                 for k in np.unique(ids[ids > 0])]
+        prompts[name] = {"boxes": [a + b for a, b in boxes]}
+    (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
+    run("--weights", folder / "run/last.pth", tmp_path / "*.png", "--prompts", tmp_path / "prompts.json", "--all-masks",
+        "--output-dir", tmp_path / "out")
+    rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
+    for name in split:
+        ids = np.load(folder / f"gts/{name}.npy").astype(int)
+        for k, own in enumerate(np.unique(ids[ids > 0]), 1):
+            scores = [float(row[4]) for row in rows if row[:1] == [name] and row[1].startswith(f"object {k} mask")]
+            mask = np.array(Image.open(tmp_path / f"out/{name}_{k}_{np.argmax(scores) + 1}.png")) > 0
+            ious.append((mask & (ids == own)).sum() / (mask | (ids == own)).sum())
+    assert np.mean(ious) == pytest.approx(figures["val_iou"], abs=1e-4)
+    assert train_efficientsam.WEIGHTS == predict.SAM_WEIGHTS
+
+
+def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
+    folder, _ = objects_run
+    Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")
+    for number, (more, objects) in enumerate([
+            (["--box", "10,10,60,60"], 1), (["--box", "10,10,60,60", "--box", "50,50,90,90"], 2),
+            (["--point", "30,40", "--point", "50,50,0"], 1), (["--box", "10,10,60,60", "--point", "30,30"], 1),
+            (["--box", "1,1,9,9", "--box", "5,5,90,90", "--point", "30,30"], 3)]):
+        run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / str(number))
+        assert len((tmp_path / f"{number}/areas.csv").read_text().splitlines()) == 1 + objects
+        assert Image.open(tmp_path / f"{number}/x_mask.png").size == (128, 128)
+    assert "score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, words", [
+    ([], "nothing to cut out of x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
+    (["--prompts", "none.json"], "none.json: no json")])
+def test_prompts_that_cannot_be(objects_run, tmp_path, more, words):
+    folder, _ = objects_run
+    Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")
+    with pytest.raises(utils.InputError, match=words):
+        run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / "out")
