@@ -7,6 +7,7 @@ cells   images/NAME.png (RGB) and masks/0/NAME.png (0 ground, 255 cell), the lay
         varied brightness on uneven ground, with bright unlabelled specks, so that brightness alone misleads.
 scenes  PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt: discs with rings, squares with stripes, triangles
         with dots, their hues overlapping each other's and the ground's, so that colour alone misleads. 255 border.
+objects imgs/NAME.npy, gts/NAME.npy of train_efficientsam.py: blobs that overlap, an id each.
 
 Numpy and OpenCV only. Picture i of a kind is the same on every machine and for every count.
 """

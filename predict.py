@@ -8,8 +8,8 @@
 Inputs: pictures, folders, globs. Writes for each picture, at its own size: NAME_mask.png (palette PNG of class ids, 0
 background; the classes of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap,
 NAME_mask_CLASS.png (0 and 255); and areas.csv, the pixels of each class in each picture. EfficientSAM wants to be told
-what to cut out: each --box is an object; the --points together are one, or say more about a single box. --prompts gives
-a folder's: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}; all in pixels of the picture.
+what to cut out, and numbers it from 1: each --box is an object; the --points together are one, or say more about a
+single box. --prompts gives a folder's: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}; in pixels.
 """
 import argparse
 import csv
@@ -59,7 +59,7 @@ def get_args_parser():
     add("--flip", nargs="?", const=True, default=False, type=utils.switch, help="average with the mirrored picture")
     add("--scales", type=scale_list, default=(1.0,), help="average over these sizes, times that of training (1)")
     add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
-        help="a click, label 1 object (or left out) or 0 background; may be repeated")
+        help="a click, label 1 object (or left out) or 0 background (which EfficientSAM was not trained on)")
     add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1", help="may be repeated")
     add("--prompts", help="json file of points and boxes for each picture")
     add("--all-masks", nargs="?", const=True, default=False, type=utils.switch,
@@ -146,26 +146,27 @@ def fetch_sam(name):
     path = utils.fetch_weights(name, SAM_WEIGHTS[name])
     if path.suffix != ".zip":
         return path
-    import zipfile
-    with zipfile.ZipFile(path) as archive:
-        member = next(member for member in archive.namelist() if member.endswith(f"{name}.pt"))
-        path.with_suffix("").write_bytes(archive.read(member))
-    return path.with_suffix("")
+    return utils.unzip(path, f"{name}.pt")
+
+
+def refuse_ours(path):
+    checkpoint = utils.load_checkpoint(path)
+    if isinstance(checkpoint, dict) and "format" in checkpoint:
+        raise utils.InputError(f"{path}: knows what net it is of; leave --model out")
 
 
 def official_checkpoint(path, name):
     """An official file, or any bare weights of this net, as a checkpoint of ours."""
     if name in SAM_WEIGHTS:
         path = fetch_sam(path) if path in SAM_WEIGHTS else path
+        refuse_ours(path)
         return {"net": "efficient_sam", "model": utils.read_weights(path, {}), "classes": [],
                 "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
     backbone = name.removeprefix("deeplabv3_")
     if path == "coco":
         url = COCO_WEIGHTS[backbone]
         path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
-    checkpoint = utils.load_checkpoint(path)
-    if isinstance(checkpoint, dict) and "format" in checkpoint:
-        raise utils.InputError(f"{path}: knows what net it is of; leave --model out")
+    refuse_ours(path)
     state = utils.read_weights(path, {})
     try:
         num_classes = len(state["classifier.4.bias"])
@@ -275,6 +276,8 @@ def read_prompts(name, shape, given, args):
         points = [[*map(float, point), 1.0][:3] for point in own.get("points", [])]
         queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
         clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
+        if not {label for *_, label in points} <= {0.0, 1.0}:
+            raise ValueError("a point's label is 1 or 0")
     except (TypeError, ValueError, AttributeError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
         raise utils.InputError(f"{args.prompts}: {name}: not as {form} ({error})") from None
@@ -282,12 +285,17 @@ def read_prompts(name, shape, given, args):
         queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
     elif points:
         queries.append(clicks)
+    if len(queries) > 254:
+        raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask tells 254 apart, give fewer at a time")
     if not queries:
         raise utils.InputError(f"{args.prompts or '--box'}: nothing to cut out of {name}; give --box, --point or "
                                "--prompts")
     corners = np.array([point for query, _ in queries for point in query])
+    if max(len(labels) for _, labels in queries) > 6:
+        raise utils.InputError(f"{name}: more than six points for an object, corners of its box included; the net "
+                               "takes no more")
     empty = any(x1 <= x0 or y1 <= y0 for x0, y0, x1, y1 in boxes)
-    if empty or (corners < 0).any() or (corners > [shape[1], shape[0]]).any():
+    if empty or not ((corners >= 0) & (corners <= [shape[1], shape[0]])).all():
         raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} pixels, or a box is "
                                "empty (x0,y0 is its upper left corner, x1,y1 its lower right one)")
     most = max(len(labels) for _, labels in queries)
@@ -298,9 +306,8 @@ def read_prompts(name, shape, given, args):
     return points, labels
 
 
-@torch.no_grad()
 def predict_efficient_sam(model, checkpoint, image, points, labels, device, dtype):
-    """RGB (H, W, 3) uint8 and prompts -> logits (Q, 3, H, W), scores (Q, 3) as train_efficientsam.py validates."""
+    """RGB (H, W, 3) uint8, prompts -> yields logits (q, 3, H, W), scores (q, 3) as train_efficientsam.py validates."""
     args = argparse.Namespace(**{**checkpoint["args"], "image_size": checkpoint["arch"]["image_size"]})
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
     height, width = placed_size(image, args)
@@ -329,29 +336,36 @@ def preprocess(image, args):
 
 
 def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (Q, 3, *size) at the picture's own size, iou (Q, 3)."""
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (q, 3, *size) at the picture's own size, iou (q, 3).
+
+    Yields them for eight queries at a time, whose masks of a large picture fit in memory.
+    """
     side = args.image_size
+    height, width = placed_size(torch.empty(size), args)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         embedding = model.get_image_embeddings(image)
-        parts = [model.predict_masks(embedding, points[:, i:i + 16], labels[:, i:i + 16], True, side, side)
-                 for i in range(0, points.shape[1], 16)]
-    logits, iou = [torch.cat(part, 1)[0].float() for part in zip(*parts)]
-    height, width = [round(v * logits.shape[-1] / side) for v in placed_size(torch.empty(size), args)]
-    return F.interpolate(logits[..., :height, :width], size, mode="bicubic", align_corners=False), iou
+    for i in range(0, points.shape[1], 8):
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8], True, side, side)
+        logits = logits[0].float()
+        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
+            logits = F.interpolate(logits, (side, side), mode="bicubic", align_corners=False)[..., :height, :width]
+        yield F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
 
 
-def write_efficient_sam(logits, scores, image, prefix, all_masks):
+def write_efficient_sam(parts, image, prefix, all_masks):
     """Mask of object ids 1, 2 ... (where they overlap the later one), overlay; returns [object, pixels, score]."""
-    logits, scores, rows = logits.cpu().numpy(), scores.cpu().numpy(), []
-    mask = np.zeros(image.shape[:2], int)
-    for k, (three, own) in enumerate(zip(logits > 0, scores), 1):
+    mask, rows = np.zeros(image.shape[:2], int), []
+    found = ((three.cpu().numpy(), own.cpu().numpy()) for logits, scores in parts
+             for three, own in zip(logits > 0, scores))
+    for k, (three, own) in enumerate(found, 1):
         best = own.argmax()
         mask[three[best]] = k
         rows.append([f"object {k}", int(three[best].sum()), f"{own[best]:.4f}"])
         for i in range(3) if all_masks else []:
             utils.save_picture(f"{prefix}_{k}_{i + 1}.png", three[i] * np.uint8(255))
             rows.append([f"object {k} mask {i + 1}", int(three[i].sum()), f"{own[i]:.4f}"])
-    utils.save_mask(f"{prefix}_mask.png", np.where(mask > 254, (mask - 1) % 254 + 1, mask))
+    utils.save_mask(f"{prefix}_mask.png", mask)
     utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, np.where(mask > 0, (mask - 1) % 20 + 1, 0)))
     return rows
 
@@ -363,11 +377,18 @@ NETS = {"unet": (build_unet, predict_unet, write_unet),
 
 # --- Main ---
 
+@torch.no_grad()
 def main(args):
     """Predicts every input; returns how many masks were written. A bad file is reported, the others are still done."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
     model, checkpoint = load_model(args, device)
+    told = args.box or args.point or args.prompts or args.all_masks
+    if told if checkpoint["net"] != "efficient_sam" else (args.flip or args.scales != (1.0,)):
+        raise utils.InputError("--flip and --scales are for U-Net and DeepLab; --box, --point, --prompts, --all-masks "
+                               f"for EfficientSAM; {args.weights} is {checkpoint['net']}")
+    if args.prompts and (args.box or args.point):
+        raise utils.InputError("--prompts: takes the place of --box and --point; give one or the other")
     inputs = find_inputs(args.inputs)
     output_dir = Path(args.output_dir)
     names = [*(f"{name}_mask.png" for name, _ in inputs), "areas.csv"]
@@ -395,8 +416,8 @@ def main(args):
             except utils.InputError as error:
                 bad.append(str(error))
                 continue
-            found = predict_efficient_sam(model, checkpoint, image, points, labels, device, dtype)
-            rows = write_efficient_sam(*found, image, output_dir / name, args.all_masks)
+            parts = predict_efficient_sam(model, checkpoint, image, points, labels, device, dtype)
+            rows = write_efficient_sam(parts, image, output_dir / name, args.all_masks)
         else:
             logits = predict_averaged(model, checkpoint, image, device, dtype, args)
             pixels = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name)

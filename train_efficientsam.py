@@ -189,8 +189,8 @@ def shrink(masks, args):
     """Masks (Q, H, W) bool as placed in the net's square -> (Q, M, M) bool, none of them empty."""
     whole = min(MASK_SIZE, args.image_size)
     size = [max(1, round(side * whole / args.image_size)) for side in placed_size(masks, args)]
-    soft = v2.functional.resize(masks.to(torch.uint8) * 255, size, antialias=True)
-    soft = soft >= soft.flatten(1).max(1).values.clamp(1, 128)[:, None, None]  # the most covered pixel is always kept
+    soft = v2.functional.resize(masks.float(), size, antialias=True)
+    soft = soft >= soft.flatten(1).max(1).values.clamp(max=0.5)[:, None, None]  # the most covered pixel is always kept
     return F.pad(soft, (0, whole - size[1], 0, whole - size[0]))
 
 
@@ -373,8 +373,6 @@ def draw_masks(image, masks, points=(), labels=()):
 
 def create_model(args, checkpoint=None):
     """The net, with the weights of a checkpoint or of --weights, and the arguments that make it again."""
-    if args.image_size % 16:
-        raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     arch = {"model": args.model, "image_size": args.image_size}
     model = NETS[args.model](args.image_size)
     if checkpoint:
@@ -394,11 +392,7 @@ def fetch_official(name):
     path = utils.fetch_weights(name, WEIGHTS[name])
     if path.suffix != ".zip":
         return path
-    import zipfile
-    with zipfile.ZipFile(path) as archive:
-        member = next(member for member in archive.namelist() if member.endswith(f"{name}.pt"))
-        path.with_suffix("").write_bytes(archive.read(member))
-    return path.with_suffix("")
+    return utils.unzip(path, f"{name}.pt")
 
 
 # --- Loss ---
@@ -428,15 +422,21 @@ def mask_iou(pred, mask):
 # --- Evaluation ---
 
 def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (Q, 3, *size) at the picture's own size, iou (Q, 3)."""
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (q, 3, *size) at the picture's own size, iou (q, 3).
+
+    Yields them for eight queries at a time, whose masks of a large picture fit in memory.
+    """
     side = args.image_size
+    height, width = placed_size(torch.empty(size), args)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         embedding = model.get_image_embeddings(image)
-        parts = [model.predict_masks(embedding, points[:, i:i + 16], labels[:, i:i + 16], True, side, side)
-                 for i in range(0, points.shape[1], 16)]
-    logits, iou = [torch.cat(part, 1)[0].float() for part in zip(*parts)]
-    height, width = [round(v * logits.shape[-1] / side) for v in placed_size(torch.empty(size), args)]
-    return F.interpolate(logits[..., :height, :width], size, mode="bicubic", align_corners=False), iou
+    for i in range(0, points.shape[1], 8):
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8], True, side, side)
+        logits = logits[0].float()
+        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
+            logits = F.interpolate(logits, (side, side), mode="bicubic", align_corners=False)[..., :height, :width]
+        yield F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
 
 
 @torch.no_grad()
@@ -451,13 +451,14 @@ def evaluate(model, loader, device, dtype, args):
     for batch in tqdm(loader, "validating", leave=False, disable=None):
         utils.check_stop()
         image, points, labels, masks = (batch[key].to(device) for key in ("image", "points", "labels", "masks"))
-        logits, guess = predict_masks(model, image, points, labels, masks.shape[-2:], args, dtype)
-        iou = mask_iou(logits > 0, masks[0][:, None])  # (Q, 3)
-        best = guess.argmax(1, keepdim=True)
-        chosen = iou.gather(1, best)[:, 0]
-        error = (guess.gather(1, best)[:, 0] - chosen).abs()
-        sums += torch.stack([chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(masks[0]),
-                             torch.ones_like(chosen)]).double().sum(1).cpu()
+        parts = predict_masks(model, image, points, labels, masks.shape[-2:], args, dtype)
+        for (logits, guess), truth in zip(parts, masks[0].split(8)):
+            iou = mask_iou(logits > 0, truth[:, None])  # (q, 3)
+            best = guess.argmax(1, keepdim=True)
+            chosen = iou.gather(1, best)[:, 0]
+            error = (guess.gather(1, best)[:, 0] - chosen).abs()
+            sums += torch.stack([chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(truth),
+                                 torch.ones_like(chosen)]).cpu().double().sum(1)
     names = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")
     return dict(zip(names, (sums[:5] / sums[5]).tolist()))
 
@@ -482,9 +483,9 @@ def draw_samples(model, dataset, device, dtype, path):
     for index in range(min(4, len(dataset))):
         image, ids = read_item(dataset.items[index])
         item = dataset[0, index]
-        logits, guess = predict_masks(model, item["image"][None].to(device), item["points"][None].to(device),
-                                      item["labels"][None].to(device), ids.shape, dataset.args, dtype)
-        pred = logits[torch.arange(len(guess)), guess.argmax(1).cpu()] > 0
+        parts = predict_masks(model, item["image"][None].to(device), item["points"][None].to(device),
+                              item["labels"][None].to(device), ids.shape, dataset.args, dtype)
+        pred = torch.cat([logits[torch.arange(len(guess)), guess.argmax(1).cpu()] > 0 for logits, guess in parts])
         height, width = placed_size(torch.empty(ids.shape), dataset.args)
         points = item["points"].numpy() / [width / ids.shape[1], height / ids.shape[0]]
         rows[dataset.items[index][0]] = [draw_masks(image, [], points, item["labels"].numpy()),
@@ -579,8 +580,12 @@ def main(args):
     """Trains as args say; returns the last validation figures, those before training and the best val_iou."""
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
     output_dir = Path(args.output_dir)
+    if args.image_size % 16:
+        raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     utils.seed_everything(args.seed, args.deterministic)
-    device = utils.pick_device(args.device)
+    device, args.world_size = utils.pick_device(args.device), 1  # a run of the ddp script is not for this one to resume
+    if args.deterministic and device.type == "cuda":
+        raise utils.InputError("--deterministic: bicubic resizing has no deterministic gradient on CUDA; leave it out")
     dtype, scaler = utils.pick_precision(args.amp, device)
     train_loader, val_loader = create_loaders(args)
     if args.sanity_check:
@@ -601,10 +606,14 @@ def main(args):
           f"{len(train_set)} train and {len(val_set)} val images (data hash {args.data_hash}); {device}, "
           f"{dtype or torch.float32}, torch {torch.__version__}")
     if args.test_only:
-        if args.weights == "none" and not checkpoint:
+        if (args.weights == "none" or args.resume) and not checkpoint:
             raise utils.InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
         trained_with = checkpoint or ({} if args.weights in WEIGHTS else utils.load_checkpoint(args.weights))
-        if trained_with.get("args", {}).get("data_hash", args.data_hash) != args.data_hash:
+        trained_with = trained_with.get("args", {})
+        for option in ("preprocess", "prompt"):
+            if trained_with.get(option, getattr(args, option)) != getattr(args, option):
+                raise utils.InputError(f"--{option} {getattr(args, option)}: trained with {trained_with[option]}")
+        if trained_with.get("data_hash", args.data_hash) != args.data_hash:
             print("note: other pictures or another split than in training: some may have been trained on")
         figures = evaluate(model, val_loader, device, dtype, args)
         print_table("test:", figures)

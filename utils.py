@@ -89,6 +89,8 @@ def run(main, parser):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main(parser.parse_args())
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except InputError as error:  # from a loader process it comes with that process's traceback before it
         parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
     except OSError as error:  # a folder that cannot be written, a full disk: the system's words, with the file
@@ -425,6 +427,20 @@ def fetch_weights(name, url, sha256=None, size=None):
         raise InputError(f"{path}: not the published {name}: {path.stat().st_size} bytes, sha256 {digest[:8]} instead "
                          f"of {size or 'any'}, {sha256 or 'any'}; delete it and run again")
     return path
+
+
+def unzip(path, ending):
+    """Path of the member of a zip file whose name ends so, unpacked beside it under that name, anew on every call."""
+    target = Path(path).with_name(ending)
+    try:
+        with zipfile.ZipFile(path) as archive, first_rank_first():
+            member = next(member for member in archive.namelist() if member.endswith(ending))
+            temporary = Path(f"{target}.{os.getpid()}.tmp")
+            temporary.write_bytes(archive.read(member))
+            os.replace(temporary, target)
+    except (zipfile.BadZipFile, StopIteration):
+        raise InputError(f"{path}: not the published file; delete it and run again") from None
+    return target
 
 
 # --- Pictures ---

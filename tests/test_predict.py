@@ -251,7 +251,9 @@ def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, words", [
     ([], "nothing to cut out of x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
-    (["--prompts", "none.json"], "none.json: no json")])
+    (["--prompts", "none.json"], "none.json: no json"), (["--point", "3,3,2"], "label is 1 or 0"),
+    (["--box", "1,1,9,9", *["--point", "3,3"] * 5], "more than six points"), (["--box", "1,1,9,9", "--flip"], "--flip"),
+    (["--prompts", "x.json", "--box", "1,1,9,9"], "one or the other")])
 def test_prompts_that_cannot_be(objects_run, tmp_path, more, words):
     folder, _ = objects_run
     Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")

@@ -109,15 +109,19 @@ def interrupt_and_finish(straight, output, sent, seed):
     assert_runs_equal(straight.whole, output)
 
 
-@pytest.mark.parametrize("seed, sent", list(enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])))
-def test_a_run_stopped_at_random_moments_ends_in_the_straight_runs_bits(straight, tmp_path, seed, sent):
-    interrupt_and_finish(straight, tmp_path / "run", sent, seed)
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_run_stopped_at_random_moments_ends_in_the_straight_runs_bits(straight, tmp_path):
+    """Each script by another signal; by the others in the slow tests."""
+    seed = list(SMALL).index(straight.name)
+    interrupt_and_finish(straight, tmp_path / "run", SIGNALS[seed], seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3, 23))
 def test_twenty_more_stopped_runs(straight, tmp_path, seed):
-    interrupt_and_finish(straight, tmp_path / "run", random.Random(seed).choice([signal.SIGKILL, signal.SIGTERM]), seed)
+    interrupt_and_finish(straight, tmp_path / "run", random.Random(seed).choice(SIGNALS), seed)
 
 
 def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
@@ -131,8 +135,8 @@ def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
     assert_runs_equal(straight.whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(straight, tmp_path, sent, code):
+def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(straight, tmp_path):
+    sent, code = (signal.SIGINT, 130) if straight.name == "train_unet" else (signal.SIGTERM, 143)
     process = straight.start(tmp_path / "run", "-j", 2, "--save-every", 0)
     time.sleep(0.5)
     os.killpg(process.pid, sent)

@@ -137,14 +137,15 @@ def test_a_script_copied_with_its_net_and_utils_runs_alone(name, tmp_path, scrip
 def readme_commands():
     """Every `python SCRIPT.py ...` of README's code blocks and tables, as a list of words."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    python = r"(?:^ *|[`&]\s?)((?:venv/bin/)?python (?:train|finetune|predict|demo_data|benchmark)[^`&#\n]*)"
+    run = r"(?:(?:venv/bin/)?python|torchrun --nproc_per_node \d+)"
+    python = rf"(?:^ *|[`&]\s?){run} ((?:train|finetune|predict|demo_data|benchmark)[^`&#\n]*)"
     for line in re.findall(python, text, re.M):
-        yield shlex.split(line)[1:]
+        yield shlex.split(line)
 
 
 def test_readme_commands_parse():
     commands = list(readme_commands())
-    assert len(commands) >= 5
+    assert len(commands) >= 15 and {f"{name}.py" for name in SCRIPTS} <= {name for name, *_ in commands}
     for name, *words in commands:
         module = import_module(Path(name).stem)
         module.get_args_parser().parse_args(words)

@@ -130,12 +130,32 @@ def test_points_follow_the_picture_into_the_nets_square(objects):
     assert item["masks"][0, 8:16, 16:32].all() and item["masks"].sum() == 128
 
 
-def test_no_object_vanishes_when_masks_shrink(objects):
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_object_vanishes_when_masks_shrink(size):
     for corner in range(0, 40, 3):
-        ids = np.zeros((1000, 1000), np.uint8)
-        ids[corner:corner + 2, corner:corner + 2] = 1
-        small = script_.shrink(torch.from_numpy(ids[None] > 0), options("--image-size", 64))
-        assert small.any()
+        mask = torch.zeros(1, 2000, 2000, dtype=torch.bool)
+        mask[0, corner:corner + size, corner:corner + size] = True
+        assert script_.shrink(mask, options("--image-size", 128)).any()
+
+
+@pytest.mark.parametrize("shape", [(303, 400), (10, 300), (300, 10), (128, 128)])
+def test_what_the_articles_preprocessing_pads_is_cut_off_again(shape):
+    """A decoder that says 1 wherever the picture was put: the whole picture at its own size, nothing of the padding."""
+    args = options("--image-size", 128, "--preprocess", "article")
+    height, width = script_.placed_size(torch.empty(shape), args)
+
+    class Placed:
+        def get_image_embeddings(self, image):
+            return image
+
+        def predict_masks(self, image, points, labels, *rest):
+            logits = torch.full((1, points.shape[1], 3, 128, 128), -1.0)
+            logits[..., :height, :width] = 1
+            return logits, torch.zeros(1, points.shape[1], 3)
+    parts = list(script_.predict_masks(Placed(), torch.zeros(1, 3, 128, 128), torch.zeros(1, 11, 2, 2),
+                                       torch.zeros(1, 11, 2), shape, args, None))
+    logits = torch.cat([logits for logits, _ in parts])
+    assert logits.shape == (11, 3, *shape) and (logits > 0).all()
 
 
 def test_every_object_of_validation_and_at_most_max_objects_of_training(objects):
@@ -329,6 +349,22 @@ def test_no_object_at_all(objects):
     (["--resume", "no.pth"], ["no.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"])])
 def test_options_that_cannot_be(objects, more, words):
     refuses(objects, *words, more=more)
+
+
+def test_testing_with_other_prompts_or_preprocessing_is_refused(objects, tmp_path):
+    train(objects, tmp_path / "run", "--epochs", 1)
+    for more in (["--prompt", "point"], ["--preprocess", "article"]):
+        refuses(objects, f"{more[0]} {more[1]}: trained with",
+                more=["--test-only", "--weights", tmp_path / "run/best.pth", *more])
+
+
+def test_a_run_of_the_ddp_script_is_not_resumed_by_this_one(objects, tmp_path):
+    train(objects, tmp_path / "run", "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    checkpoint["args"]["world_size"] = 2
+    utils.save_checkpoint(tmp_path / "run/last.pth", checkpoint)
+    with pytest.raises(utils.InputError, match="torchrun --nproc_per_node 2, now 1"):
+        train(objects, tmp_path / "run", "--epochs", 2, "--resume", "auto")
 
 
 def test_splits_are_written_and_read_again(objects, tmp_path):
