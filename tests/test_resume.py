@@ -112,8 +112,17 @@ def interrupt_and_finish(straight, output, sent, seed):
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-def test_a_run_stopped_at_random_moments_ends_in_the_straight_runs_bits(straight, tmp_path):
-    """Each script by another signal; by the others in the slow tests."""
+@pytest.fixture
+def only(request, straight):
+    """only("train_unet"): of this test's processes one script's run always, the others' with --slow."""
+    def check(name):
+        if straight.name != name and not request.config.getoption("--slow"):
+            pytest.skip("slow: run with --slow")
+    return check
+
+
+def test_a_run_stopped_at_random_moments_ends_in_the_straight_runs_bits(straight, tmp_path, only):
+    only("train_unet")
     seed = list(SMALL).index(straight.name)
     interrupt_and_finish(straight, tmp_path / "run", SIGNALS[seed], seed)
 
@@ -124,7 +133,8 @@ def test_twenty_more_stopped_runs(straight, tmp_path, seed):
     interrupt_and_finish(straight, tmp_path / "run", random.Random(seed).choice(SIGNALS), seed)
 
 
-def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
+def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path, only):
+    only("train_deeplabv3")
     process = straight.start(tmp_path / "run", "-j", 0)
     process.terminate()
     assert process.wait(60) == 143
@@ -135,7 +145,8 @@ def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path):
     assert_runs_equal(straight.whole, tmp_path / "run")
 
 
-def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(straight, tmp_path):
+def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(straight, tmp_path, only):
+    only("train_efficientsam")
     sent, code = (signal.SIGINT, 130) if straight.name == "train_unet" else (signal.SIGTERM, 143)
     process = straight.start(tmp_path / "run", "-j", 2, "--save-every", 0)
     time.sleep(0.5)
