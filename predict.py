@@ -310,24 +310,23 @@ def predict_efficient_sam(model, checkpoint, image, points, labels, device, dtyp
     """RGB (H, W, 3) uint8, prompts -> yields logits (q, 3, H, W), scores (q, 3) as train_efficientsam.py validates."""
     args = argparse.Namespace(**{**checkpoint["args"], "image_size": checkpoint["arch"]["image_size"]})
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    height, width = placed_size(image, args)
+    height, width = placed_size(image.shape[1:], args)
     scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
     points = torch.where(points < 0, -1.0, points * scale)
     return predict_masks(model, preprocess(image, args)[None].to(device), points[None].to(device),
                          labels[None].to(device), image.shape[-2:], args, dtype)
 
 
-def placed_size(image, args):
-    """[height, width] that picture (..., H, W) fills of the net's square."""
+def placed_size(size, args):
+    """[height, width] that a picture of this size (H, W) fills of the net's square."""
     if args.preprocess == "official":
         return [args.image_size, args.image_size]
-    height, width = image.shape[-2:]
-    return [max(1, round(side * args.image_size / max(height, width))) for side in (height, width)]
+    return [max(1, round(side * args.image_size / max(size))) for side in size]
 
 
 def preprocess(image, args):
     """Picture (3, H, W) uint8 -> (3, S, S) float32 in 0..1, by --preprocess; the net subtracts ImageNet's mean."""
-    size = placed_size(image, args)
+    size = placed_size(image.shape[1:], args)
     image = F.interpolate(image[None] / 255, size, mode="bilinear", align_corners=False)[0]
     if args.preprocess == "official":
         return image
@@ -336,12 +335,12 @@ def preprocess(image, args):
 
 
 def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (q, 3, *size) at the picture's own size, iou (q, 3).
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
 
-    Yields them for eight queries at a time, whose masks of a large picture fit in memory.
+    At the picture's own size, and for eight queries at a time from number `first` on, which fit in memory.
     """
     side = args.image_size
-    height, width = placed_size(torch.empty(size), args)
+    height, width = placed_size(size, args)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         embedding = model.get_image_embeddings(image)
     for i in range(0, points.shape[1], 8):
@@ -350,13 +349,13 @@ def predict_masks(model, image, points, labels, size, args, dtype):
         logits = logits[0].float()
         if args.preprocess == "article":  # what was padded is cut off, at the net's own size
             logits = F.interpolate(logits, (side, side), mode="bicubic", align_corners=False)[..., :height, :width]
-        yield F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
+        yield i, F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
 
 
 def write_efficient_sam(parts, image, prefix, all_masks):
     """Mask of object ids 1, 2 ... (where they overlap the later one), overlay; returns [object, pixels, score]."""
     mask, rows = np.zeros(image.shape[:2], int), []
-    found = ((three.cpu().numpy(), own.cpu().numpy()) for logits, scores in parts
+    found = ((three.cpu().numpy(), own.cpu().numpy()) for _, logits, scores in parts
              for three, own in zip(logits > 0, scores))
     for k, (three, own) in enumerate(found, 1):
         best = own.argmax()

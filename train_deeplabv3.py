@@ -231,7 +231,7 @@ def find_classes(root, num_classes):
 def check_items(items, num_pixels, num_classes):
     """Sizes of all items, pixels of the first num_pixels; InputError names the first file that is unfit."""
     labels = len(items) > num_pixels
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=None)):
+    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.quiet())):
         utils.check_stop()
         if i < num_pixels or utils.image_size(item[1]) != utils.image_size(item[2]):
             label = read_item(item, num_classes)[1]

@@ -3,14 +3,15 @@
     torchrun --nproc_per_node 2 train_efficientsam_ddp.py --demo
     torchrun --nproc_per_node 2 train_efficientsam_ddp.py --data-path data/npy --image-size 512 --resume auto
 
-train_efficientsam.py on several devices or hosts: the difference between the two files is what distribution takes.
+train_efficientsam.py on several devices or hosts; the files differ by what that takes, and by the article's defaults.
+After a lost process torchrun itself starts again by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...
+--resume auto (without the variable the new processes wait for the lost one's address).
 
 Data:   DATA_PATH/imgs/NAME.npy (H, W, 3) or (H, W), DATA_PATH/gts/NAME.npy (H, W) of any integer type: 0 background,
         each other number one object. Split 80:20 or --val-path.
 Writes: OUTPUT_DIR/best.pth (best val_iou), last.pth (for --resume), log.csv, curves.png, val_samples.png (image with
         prompts | truth | prediction), split.json, args.json.
 """
-import contextlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -36,7 +38,7 @@ WEIGHTS = {  # of the authors, who publish no hash: that every key and shape fit
     "efficient_sam_vitt": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
 }
 DEMO = {"model": "demo", "weights": "none", "image_size": 128, "lr": 2e-3, "epochs": 14, "batch_size": 2, "workers": 0,
-        "scheduler": "cosine", "data_aug": True, "bbox_shift": 5,
+        "scheduler": "cosine", "bbox_shift": 5,
         "output_dir": "runs/train_efficientsam_ddp_demo"}
 RESUME_FREE = ["resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
                "early_stopping", "save_every", "workers", "device"]  # may differ when a run is continued
@@ -118,12 +120,13 @@ def get_args_parser():
 # --- Data ---
 
 class NpyDataset(torch.utils.data.Dataset):
-    """[(epoch, index)] -> dict of one picture: image, points, labels, masks of Q objects, and its index.
+    """[(epoch, index)] -> dict of one picture: image, prompts and masks of Q objects, and its index.
 
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and labels (Q, N) as
-    nets/efficient_sam.py wants them; masks (Q, M, M) in training, M = min(S, MASK_SIZE), else (Q, H, W) of the
-    picture's own size. What is random depends on (seed, epoch, index); in validation nothing is, and all objects are
-    there.
+    nets/efficient_sam.py wants them. Training: masks (Q, M, M) bool of up to --max-objects, M = min(S, MASK_SIZE);
+    else ids (H, W) of the picture's own size, 1 to Q. valid (Q,): these are objects. A picture without any, which the start
+    has not looked at, has one query that is none; index -1, with which processes keep step, has only such. What is
+    random depends on (seed, epoch, index); in validation nothing is.
     """
 
     def __init__(self, items, args, train, augment):
@@ -143,15 +146,16 @@ class NpyDataset(torch.utils.data.Dataset):
                 for axis in (0, 1):
                     if torch.rand(()) < 0.5:
                         image, ids = np.flip(image, axis), np.flip(ids, axis)
-            masks = ids[None] == objects[:, None, None]
-            points, labels = zip(*[draw_prompt(mask, args, self.augment) for mask in masks])
+            valid = torch.full((max(len(objects), 1),), len(objects) > 0 and index >= 0)
+            objects = objects if len(objects) else np.zeros(1, int)
+            points, labels = zip(*[draw_prompt(ids == k, args, self.augment) for k in objects])
         image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        height, width = placed_size(image, args)
-        scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
-        masks = torch.from_numpy(masks)
-        return {"image": preprocess(image, args), "points": torch.tensor(np.stack(points)) * scale,
-                "labels": torch.tensor(np.stack(labels)), "masks": shrink(masks, args) if self.train else masks,
-                "index": index}
+        height, width = placed_size(ids.shape, args)
+        item = {"image": preprocess(image, args), "labels": torch.tensor(np.stack(labels)), "valid": valid,
+                "points": torch.tensor(np.stack(points)) * torch.tensor([width / ids.shape[1], height / ids.shape[0]])}
+        if self.train:
+            return {**item, "masks": shrink(torch.from_numpy(ids == objects[:, None, None]), args), "index": index}
+        return {**item, "ids": torch.from_numpy((np.searchsorted(objects, ids) + 1) * (ids > 0)), "index": index}
 
 
 def draw_prompt(mask, args, vary):
@@ -162,9 +166,9 @@ def draw_prompt(mask, args, vary):
     points, labels = [], []
     if args.prompt in ("box", "both"):
         if vary:  # in or out and inside the picture; the article's boxes only grow, and may leave it
-            reach = args.bbox_shift * max(mask.shape) / 256
-            moved = (box + reach * (2 * torch.rand(4).numpy() - 1)).reshape(2, 2).clip(0, limit)
-            box = moved.ravel() if (moved[1] > moved[0]).all() else box
+            inward = args.bbox_shift * max(mask.shape) / 256 * (2 * torch.rand(4).numpy() - 1)
+            inward = np.minimum(inward, np.tile(box[2:] - box[:2], 2) / 4)  # half of a small object's box is left
+            box = (box + inward * [1, 1, -1, -1]).reshape(2, 2).clip(0, limit).ravel().astype(np.float32)
         points, labels = [*box.reshape(2, 2)], [2, 3]
     if args.prompt in ("point", "both"):
         if vary:
@@ -177,17 +181,16 @@ def draw_prompt(mask, args, vary):
     return np.stack(points), np.array(labels)
 
 
-def placed_size(image, args):
-    """[height, width] that picture (..., H, W) fills of the net's square."""
+def placed_size(size, args):
+    """[height, width] that a picture of this size (H, W) fills of the net's square."""
     if args.preprocess == "official":
         return [args.image_size, args.image_size]
-    height, width = image.shape[-2:]
-    return [max(1, round(side * args.image_size / max(height, width))) for side in (height, width)]
+    return [max(1, round(side * args.image_size / max(size))) for side in size]
 
 
 def preprocess(image, args):
     """Picture (3, H, W) uint8 -> (3, S, S) float32 in 0..1, by --preprocess; the net subtracts ImageNet's mean."""
-    size = placed_size(image, args)
+    size = placed_size(image.shape[1:], args)
     image = F.interpolate(image[None] / 255, size, mode="bilinear", align_corners=False)[0]
     if args.preprocess == "official":
         return image
@@ -196,18 +199,21 @@ def preprocess(image, args):
 
 
 def shrink(masks, args):
-    """Masks (Q, H, W) bool as placed in the net's square -> (Q, M, M) bool, none of them empty."""
+    """Masks (Q, H, W) bool of the picture -> (Q, M, M) bool, placed as in the net's square, none of them empty."""
     whole = min(MASK_SIZE, args.image_size)
-    size = [max(1, round(side * whole / args.image_size)) for side in placed_size(masks, args)]
+    size = [max(1, round(side * whole / args.image_size)) for side in placed_size(masks.shape[1:], args)]
     soft = v2.functional.resize(masks.float(), size, antialias=True)
     soft = soft >= soft.flatten(1).max(1).values.clamp(max=0.5)[:, None, None]  # the most covered pixel is always kept
     return F.pad(soft, (0, whole - size[1], 0, whole - size[0]))
 
 
-def read_npy(path):
-    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code."""
+def read_npy(path, mmap_mode=None):
+    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
+
+    With mmap_mode "r" just the header is read and the file's size looked at.
+    """
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode, allow_pickle=False)
     except FileNotFoundError:
         raise utils.InputError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
@@ -215,9 +221,22 @@ def read_npy(path):
             from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
         raise utils.InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise utils.InputError(f"{path}: has values that are not finite; replace them")
     return array
+
+
+def read_arrays(item, mmap_mode=None):
+    """(name, image path, mask path) -> the arrays as stored, (H, W, 1 or 3) or (H, W), and (H, W); or InputError."""
+    _, image_path, path = item
+    image, ids = read_npy(image_path, mmap_mode), read_npy(path, mmap_mode)
+    if image.ndim == 3 and image.shape[2] in (1, 4):
+        image = image[..., :3]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+        raise utils.InputError(f"{image_path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
+    if ids.shape != image.shape[:2]:
+        raise utils.InputError(f"{path}: has shape {ids.shape}, but {image_path} has {image.shape}; masks are (H, W)")
+    return image, ids
 
 
 def read_item(item):
@@ -226,13 +245,7 @@ def read_item(item):
     Images: uint8 as they are; floats are 0..1, or 0..255 if any is above 1; other integers scaled by their own range.
     """
     _, image_path, path = item
-    image, ids = read_npy(image_path), read_npy(path)
-    if image.ndim == 3 and image.shape[2] in (1, 4):
-        image = image[..., :3]
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
-        raise utils.InputError(f"{image_path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
-    if ids.shape != image.shape[:2]:
-        raise utils.InputError(f"{path}: has shape {ids.shape}, but {image_path} has {image.shape}; masks are (H, W)")
+    image, ids = read_arrays(item)
     if (ids.dtype.kind == "f" and (ids != np.round(ids)).any()) or ids.min() < 0:
         raise utils.InputError(f"{path}: ids must be whole and not negative; 0 is background, each other an object")
     if image.dtype.kind == "f":
@@ -282,12 +295,17 @@ def split_items(items, args):
     return [items[i] for i in sorted(order[num_val:])], [items[i] for i in sorted(order[:num_val])]
 
 
-def check_items(items, part):
-    """Reads every item (InputError names the first that is unfit); returns those with an object, counted aloud."""
+def check_items(items, num_pixels, part):
+    """Shapes of all items, pixels of the first num_pixels; InputError names the first file that is unfit.
+
+    Returns them without those in which no object was found, which are counted aloud.
+    """
     kept = []
-    for item in tqdm(items, "checking", leave=False, disable=None):
+    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.quiet())):
         utils.check_stop()
-        if read_item(item)[1].any():
+        if i >= num_pixels:
+            read_arrays(item, "r")
+        if i >= num_pixels or read_item(item)[1].any():
             kept.append(item)
     if len(kept) < len(items):
         print(f"note: {len(items) - len(kept)} of {len(items)} {part} pictures have no object and are left out")
@@ -309,23 +327,24 @@ def create_loaders(args, rank=0, world_size=1):
                                f"validation pictures, {len(both)} in both; give some to each, none to both")
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
-    train_items, val_items = check_items(train_items, "training"), check_items(val_items, "validation")
+    train_items, val_items = [check_items(items, len(items) if args.sanity_check else 2000, part)
+                              for items, part in ((train_items, "training"), (val_items, "validation"))]
     train_set = NpyDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = NpyDataset(val_items, args, train=False, augment=False)
     return [torch.utils.data.DataLoader(
         dataset, args.batch_size if dataset.train else 1,
         sampler=utils.EpochSampler(len(dataset), args.seed, dataset.train, rank, world_size, pad=dataset.train),
-        num_workers=args.workers, worker_init_fn=utils.outlive_signals, collate_fn=collate,
+        num_workers=args.workers, worker_init_fn=utils.outlive_signals, collate_fn=collate if dataset.train else None,
         pin_memory=utils.pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed)) for dataset in (train_set, val_set)]
 
 
 def collate(batch):
-    """Stacked dict; a picture with fewer objects is filled up with queries that say nothing and empty masks."""
+    """Stacked dict of training; a picture with fewer objects is filled up with queries that say nothing."""
     most = max(len(one["masks"]) for one in batch)
     for one in batch:
         extra = most - len(one["masks"])
-        one["valid"] = torch.arange(most) < len(one["masks"])  # (Q,): these are objects
+        one["valid"] = F.pad(one["valid"], (0, extra))
         one["points"] = F.pad(one["points"], (0, 0, 0, 0, 0, extra), value=-1.0)
         one["labels"] = F.pad(one["labels"], (0, 0, 0, extra), value=-1)
         one["masks"] = F.pad(one["masks"], (0, 0, 0, 0, 0, extra))
@@ -351,9 +370,10 @@ def sanity_check(train_loader, val_loader, args):
         image, ids = read_item(dataset.items[index])
         item = dataset[0, index]
         seen = np.ascontiguousarray((item["image"].permute(1, 2, 0) * 255).byte().numpy())
-        masks = F.interpolate(item["masks"][None].float(), seen.shape[:2])[0].bool().numpy()
-        rows[dataset.items[index][0]] = [image, utils.overlay(image, color_ids(ids)),
-                                         draw_masks(seen, masks, item["points"].numpy(), item["labels"].numpy())]
+        masks = F.interpolate(item["masks"][None].float(), seen.shape[:2])[0].numpy()
+        trained = (masks * np.arange(1, len(masks) + 1)[:, None, None]).max(0).astype(int)
+        rows[dataset.items[index][0]] = [image, utils.overlay(image, color_ids(ids)), draw_prompts(
+            utils.overlay(seen, color_ids(trained)), item["points"].numpy(), item["labels"].numpy())]
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     utils.save_panel(Path(args.output_dir, "sanity_check.png"), rows, ["image", "objects", "as trained, with prompts"])
     print(f"wrote {args.output_dir}/sanity_check.png")
@@ -365,11 +385,9 @@ def color_ids(ids):
     return np.where(ids > 0, (ids - 1) % 20 + 1, 0)
 
 
-def draw_masks(image, masks, points=(), labels=()):
-    """Image (H, W, 3) uint8 with masks (Q, H, W), boxes and clicks drawn into it."""
+def draw_prompts(image, points, labels):
+    """Image (H, W, 3) uint8 with boxes and clicks (Q, N, 2), labels (Q, N), drawn into it."""
     image = image.copy()
-    for k, mask in enumerate(masks):
-        image = utils.overlay(image, mask.astype(int) * (k % 20 + 1))
     for query, kinds in zip(points, labels):
         corners = [tuple(int(v) for v in point) for point, kind in zip(query, kinds) if kind in (2, 3)]
         if corners:
@@ -391,6 +409,7 @@ def create_model(args, checkpoint=None):
     elif args.weights != "none":
         path = fetch_official(args.weights) if args.weights in WEIGHTS else args.weights
         utils.load_weights(model, utils.read_weights(path, {"net": "efficient_sam", **arch}), path)
+    model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)  # of the mask that is never asked for
     if args.freeze == "encoder":
         model.image_encoder.requires_grad_(False)
     model.image_encoder.gradient_checkpointing = args.gradient_checkpointing
@@ -413,13 +432,13 @@ def criterion(logits, iou, masks, valid, args):
     Logits (B, Q, 3, M, M), iou (B, Q, 3), masks (B, Q, M, M) bool, valid (B, Q) bool -> scalar. Each mask has its own
     Dice and its own IoU; the article's MONAI call sees three masks as one volume, and its IoU is one of all three.
     """
-    target = masks[:, :, None].expand_as(logits)
+    target = masks[:, :, None].float().expand_as(logits)
     dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(
-        logits.flatten(0, 2)[:, None], target.flatten(0, 2)[:, None].float()).reshape(iou.shape)
-    entropy = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").mean((-2, -1))
+        logits.flatten(0, 2)[:, None], target.flatten(0, 2)[:, None]).reshape(iou.shape)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((-2, -1))
     loss = args.seg_loss_weight * dice + args.ce_loss_weight * entropy  # (B, Q, 3)
     loss = loss.min(-1).values if args.multimask == "min" else loss.mean(-1)
-    error = (iou - mask_iou(logits > 0, target)).square().mean(-1)
+    error = (iou - mask_iou(logits > 0, masks[:, :, None])).square().mean(-1)
     return ((loss + args.iou_loss_weight * error) * valid).sum()
 
 
@@ -432,12 +451,12 @@ def mask_iou(pred, mask):
 # --- Evaluation ---
 
 def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> logits (q, 3, *size) at the picture's own size, iou (q, 3).
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
 
-    Yields them for eight queries at a time, whose masks of a large picture fit in memory.
+    At the picture's own size, and for eight queries at a time from number `first` on, which fit in memory.
     """
     side = args.image_size
-    height, width = placed_size(torch.empty(size), args)
+    height, width = placed_size(size, args)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         embedding = model.get_image_embeddings(image)
     for i in range(0, points.shape[1], 8):
@@ -446,7 +465,7 @@ def predict_masks(model, image, points, labels, size, args, dtype):
         logits = logits[0].float()
         if args.preprocess == "article":  # what was padded is cut off, at the net's own size
             logits = F.interpolate(logits, (side, side), mode="bicubic", align_corners=False)[..., :height, :width]
-        yield F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
+        yield i, F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
 
 
 @torch.no_grad()
@@ -461,9 +480,11 @@ def evaluate(model, loader, device, dtype, args):
     for batch in tqdm(loader, "validating", leave=False, disable=utils.quiet()):
         if utils.stop_asked():
             break
-        image, points, labels, masks = (batch[key].to(device) for key in ("image", "points", "labels", "masks"))
-        parts = predict_masks(model, image, points, labels, masks.shape[-2:], args, dtype)
-        for (logits, guess), truth in zip(parts, masks[0].split(8)):
+        if not batch["valid"].any():
+            continue
+        image, points, labels, ids = (batch[key].to(device) for key in ("image", "points", "labels", "ids"))
+        for first, logits, guess in predict_masks(model, image, points, labels, ids.shape[-2:], args, dtype):
+            truth = ids == torch.arange(first + 1, first + 1 + len(guess), device=device)[:, None, None]
             iou = mask_iou(logits > 0, truth[:, None])  # (q, 3)
             best = guess.argmax(1, keepdim=True)
             chosen = iou.gather(1, best)[:, 0]
@@ -478,10 +499,8 @@ def evaluate(model, loader, device, dtype, args):
 
 def box_iou(masks):
     """Boolean masks (Q, H, W) -> IoU of each with its own filled box."""
-    rows, columns = masks.any(2), masks.any(1)
-    height, width = [(side * torch.arange(1, side.shape[1] + 1, device=side.device)).max(1).values
-                     - side.int().argmax(1) for side in (rows, columns)]
-    return masks.sum((1, 2)) / (height * width)
+    x0, y0, x1, y1 = masks_to_boxes(masks).unbind(1)
+    return masks.sum((1, 2)) / ((x1 - x0 + 1) * (y1 - y0 + 1))
 
 
 def print_table(title, figures):
@@ -495,23 +514,31 @@ def draw_samples(model, dataset, device, dtype, path):
     rows = {}
     for index in range(min(4, len(dataset))):
         image, ids = read_item(dataset.items[index])
-        item = dataset[0, index]
-        parts = predict_masks(model, item["image"][None].to(device), item["points"][None].to(device),
-                              item["labels"][None].to(device), ids.shape, dataset.args, dtype)
-        pred = torch.cat([logits[torch.arange(len(guess)), guess.argmax(1).cpu()] > 0 for logits, guess in parts])
-        height, width = placed_size(torch.empty(ids.shape), dataset.args)
+        item, pred = dataset[0, index], np.zeros(ids.shape, int)
+        inputs = [item[key][None].to(device) for key in ("image", "points", "labels")]
+        for first, logits, guess in predict_masks(model, *inputs, ids.shape, dataset.args, dtype):
+            best = torch.take_along_dim(logits, guess.argmax(1)[:, None, None, None], 1)[:, 0]
+            for k, mask in enumerate((best > 0).cpu().numpy(), first + 1):
+                pred[mask] = k
+        height, width = placed_size(ids.shape, dataset.args)
         points = item["points"].numpy() / [width / ids.shape[1], height / ids.shape[0]]
-        rows[dataset.items[index][0]] = [draw_masks(image, [], points, item["labels"].numpy()),
-                                         draw_masks(image, item["masks"].numpy()),
-                                         draw_masks(image, pred.cpu().numpy())]
+        rows[dataset.items[index][0]] = [draw_prompts(image, points, item["labels"].numpy()),
+                                         utils.overlay(image, color_ids(item["ids"].numpy())),
+                                         utils.overlay(image, color_ids(pred))]
     utils.save_panel(path, rows, ["image, prompts", "truth", "prediction"])
 
 
 # --- Training ---
 
 def create_optimizer(model, args):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    """AdamW that shrinks matrices only: prompts that this data never gives have no gradient to hold theirs up."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    groups = {True: [], False: []}  # shrunk or not
+    for p in model.parameters():
+        if p.requires_grad:
+            groups[p.ndim > 1 and id(p) not in embeddings].append(p)
+    return torch.optim.AdamW([{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}], args.lr,
+                             weight_decay=args.weight_decay, fused=True)
 
 
 def learning_rate(args, epoch):
@@ -524,9 +551,8 @@ def new_epoch(args):
     return {"step": 0, "images": 0, "loss": 0.0, "objects": 0, "skipped": 0}
 
 
-def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, save):
+def train_one_epoch(model, loader, optimizer, scaler, device, dtype, args, state, save):
     """Trains what is left of epoch state["epoch"] after state["step"] steps, and keeps state up to date."""
-    model = net.module if isinstance(net, DistributedDataParallel) else net
     model.train()
     images_a_step = args.batch_size * args.accumulate
     loader.sampler.set_epoch(state["epoch"], skip=state["step"] * images_a_step)
@@ -536,21 +562,19 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
     names = []  # of the pictures in the gradient so far
     for batch in loader:
         if not names:
-            pending, loss_sum, objects, images = min(images_a_step, left), 0.0, 0, 0
+            pending, loss_sum, objects = min(images_a_step, left), 0.0, 0
         image, points, labels, masks, valid = (batch[key].to(device, non_blocking=True) for key in (
             "image", "points", "labels", "masks", "valid"))
-        own = torch.tensor(batch["index"], device=device) >= 0  # -1: only there to keep step with the other processes
-        valid, images = valid & own[:, None], images + own.sum()
         names += [loader.dataset.items[index][0] for index in batch["index"]]
-        with contextlib.nullcontext() if len(names) == pending or net is model else net.no_sync():
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits, iou = net(image, points, labels, False)
-            logits = logits.float()
-            if logits.shape[-2:] != masks.shape[-2:]:
-                logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
-                                       align_corners=False).unflatten(0, logits.shape[:2])
-            loss = criterion(logits, iou.float(), masks, valid, args)
-            scaler.scale(loss).backward()
+        model.require_backward_grad_sync = len(names) == pending  # else --accumulate: no need to talk yet
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits, iou = model(image, points, labels, False)
+        logits = logits.float()
+        if logits.shape[-2:] != masks.shape[-2:]:
+            logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
+                                   align_corners=False).unflatten(0, logits.shape[:2])
+        loss = criterion(logits, iou.float(), masks, valid, args)
+        scaler.scale(loss).backward()
         loss_sum += loss.detach()
         objects += valid.sum()
         if len(names) < pending:  # --accumulate
@@ -559,8 +583,8 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
         # The gradient is the mean over the step's objects, however they lie in batches and processes
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        loss_sum, objects, images = utils.sum_over_ranks(torch.stack([loss_sum, objects, images]))
-        torch._foreach_mul_(gradients, args.world_size / objects)  # DistributedDataParallel has taken the mean
+        loss_sum, objects = utils.sum_over_ranks(torch.stack([loss_sum, objects]))
+        torch._foreach_mul_(gradients, args.world_size / objects.clamp(min=1))  # DistributedDataParallel took the mean
         norm = torch.nn.utils.get_total_norm(gradients)
         if args.clip_grad:
             torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], args.clip_grad,
@@ -569,7 +593,7 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
         if torch.isfinite(loss_sum + norm):
             scaler.step(optimizer)
             state["bad_steps"] = 0
-            state["images"] += int(images)
+            state["images"] += pending
             state["loss"] += loss_sum.item()
             state["objects"] += int(objects)
         else:
@@ -603,7 +627,7 @@ def main(args):
     rank, args.world_size, device = utils.start_process_group(utils.pick_device(args.device))
     if args.world_size == 1:
         print("note: a single process; for several: torchrun --nproc_per_node N train_efficientsam_ddp.py ...")
-    utils.seed_everything(args.seed + rank, args.deterministic)
+    utils.seed_everything(args.seed, args.deterministic)
     if args.deterministic and device.type == "cuda":
         raise utils.InputError("--deterministic: bicubic resizing has no deterministic gradient on CUDA; leave it out")
     dtype, scaler = utils.pick_precision(args.amp, device)
@@ -646,22 +670,22 @@ def main(args):
         state = {key: checkpoint[key] for key in state}
         utils.set_rng_state(checkpoint["rng"], rank)
         print(f"resumed in epoch {state['epoch'] + 1} after step {state['step']}")
+    split = {"train": [item[0] for item in train_set.items], "val": [item[0] for item in val_set.items]}
+    if rank == 0:
+        utils.start_run(args, split)
     if args.compile:
         model.compile()
     net = model if args.world_size == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, bucket_cap_mb=args.bucket_cap_mb)
-    if rank == 0:
-        utils.start_run(args)
-        split = {"train": [item[0] for item in train_set.items], "val": [item[0] for item in val_set.items]}
-        Path(output_dir, "split.json").write_text(json.dumps(split, indent=1))
 
     def save(name):
-        rng = utils.rng_state()  # of every process
-        if rank == 0:
-            utils.save_checkpoint(output_dir / name, {
-                "format": 1, "net": "efficient_sam", "arch": arch, "classes": [], "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "lr_scheduler": plateau.state_dict(),
-                "scaler": scaler.state_dict(), "rng": rng, "args": vars(args), **state})
+        rng = utils.rng_state()
+        if rank:  # whose generators the first process now has
+            return
+        utils.save_checkpoint(output_dir / name, {
+            "format": 1, "net": "efficient_sam", "arch": arch, "classes": [], "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "lr_scheduler": plateau.state_dict(),
+            "scaler": scaler.state_dict(), "rng": rng, "args": vars(args), **state})
 
     if not state["before"]:  # what the starting weights can do: the row that fine-tuning has to beat
         save("last.pth")
@@ -688,7 +712,8 @@ def main(args):
         row = {"epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
                "lr": optimizer.param_groups[0]["lr"], "loss": state["loss"] / (state["objects"] or math.nan), **figures,
                "skipped": state["skipped"], "seconds": seconds,
-               "images_per_s": (state["images"] - images_before) / seconds, "peak_mb": utils.peak_memory_mb(device)}
+               "images_per_s": args.world_size * (state["images"] - images_before) / seconds,
+               "peak_mb": utils.peak_memory_mb(device)}
         print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {row[key]:.4g}" for key in (
             "lr", "loss", "val_iou", "val_dice", "val_oracle_iou", "val_iou_error")) + f"  {seconds:.1f} s")
         if state["skipped"]:
@@ -701,10 +726,11 @@ def main(args):
             state["best"] = {"val_iou": figures["val_iou"], "epoch": state["epoch"]}
             save("best.pth")
         save("last.pth")
-        if rank == 0:
-            utils.plot_curves(output_dir / "curves.png", rows, ["loss"], ["val_iou", "val_oracle_iou", "box_iou"],
-                              ["seconds"])
-            draw_samples(model, val_set, device, dtype, output_dir / "val_samples.png")
+        if rank:
+            continue
+        utils.plot_curves(output_dir / "curves.png", rows, ["loss"], ["val_iou", "val_oracle_iou", "box_iou"],
+                          ["seconds"])
+        draw_samples(model, val_set, device, dtype, output_dir / "val_samples.png")
 
     figures = figures or evaluate(model, val_loader, device, dtype, args)
     print_table("before training: ", state["before"])

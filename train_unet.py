@@ -239,7 +239,7 @@ def split_items(items, classes, args):
 def check_items(items, num_pixels):
     """Sizes of all items, pixels of the first num_pixels; InputError names the first file that is unfit."""
     objects = len(items) > num_pixels
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=None)):
+    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.quiet())):
         utils.check_stop()
         if i < num_pixels or any(utils.image_size(path) != utils.image_size(item[1]) for path in item[2]):
             objects |= read_item(item)[1].any()
@@ -559,9 +559,8 @@ def main(args):
         state = {key: checkpoint[key] for key in state}
         utils.set_rng_state(checkpoint["rng"])
         print(f"resumed in epoch {state['epoch'] + 1} after step {state['step']}")
-    utils.start_run(args)
     split = {"train": [item[0] for item in train_set.items], "val": [item[0] for item in val_set.items]}
-    Path(output_dir, "split.json").write_text(json.dumps(split, indent=1))
+    utils.start_run(args, split)
     if args.compile:
         model.compile()
 

@@ -571,8 +571,8 @@ def draw_demo(kind, folder, count):
     return folder
 
 
-def start_run(args):
-    """Make --output-dir ready: remove stale temporaries, refuse a finished run's folder, write args.json."""
+def start_run(args, split=None):
+    """Make --output-dir ready: remove stale temporaries, refuse a finished run's folder; args.json and split.json."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob("*.pth.tmp"), *folder.glob("log.csv.tmp")]:
@@ -592,6 +592,8 @@ def start_run(args):
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git": git}
     (folder / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions}, indent=1))
+    if split:
+        (folder / "split.json").write_text(json.dumps(split, indent=1))
 
 
 def data_hash(items):

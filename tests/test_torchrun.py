@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,12 @@ OPTIONS = ("--backbone mobilenet_v3_large --weights none --num-classes 3 --base-
            "-j 0 --epochs 3 --save-every 1 --device cpu").split()
 
 
-def torchrun(script, *options, processes=2):
+def torchrun(script, *options, launch=("--standalone", "--nproc_per_node=2"), **variables):
     """torchrun in a process group of its own, as a user on one machine starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch]
     return subprocess.Popen([*command, str(script), *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **variables})
 
 
 def finish(process, code=0):
@@ -140,13 +141,22 @@ SAM = "--model demo --weights none --image-size 64 -j 0 --epochs 2 --lr 0.001 --
 
 
 def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
-    """Nine pictures to train on: the last step has one, and the second process only keeps step."""
+    """Nine pictures to train on: the last step has one, and the second process only keeps step.
+
+    Each of the two has a torchrun of its own, as on two hosts.
+    """
     import demo_data
     import train_efficientsam_ddp
     data = demo_data.write("objects", tmp_path / "data", 11)
-    output = finish(torchrun("train_efficientsam_ddp.py", "--data-path", data, "--output-dir", tmp_path / "two", *SAM,
-                             "-b", 1, "--limit", 9))
-    assert "cpu x 2" in output and "demo: " in output
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
+              "--rdzv-id=test", "--local-addr=localhost"]
+    hosts = [torchrun("train_efficientsam_ddp.py", "--data-path", data, "--output-dir", tmp_path / "two", *SAM,
+                      "-b", 1, "--limit", 9, launch=launch) for _ in range(2)]
+    output = "".join(map(finish, hosts))
+    assert output.count("cpu x 2") == 1 and "demo: " in output  # the first rank of all hosts prints
     train_efficientsam_ddp.main(train_efficientsam_ddp.get_args_parser().parse_args(list(map(str, [
         "--data-path", data, "--output-dir", tmp_path / "one", *SAM, "-b", 2, "--limit", 9]))))
     one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("one", "two"))
@@ -160,18 +170,32 @@ def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
         assert float(a[column]) == pytest.approx(float(b[column]), abs=1e-5)
 
 
-@pytest.mark.slow
-def test_efficientsam_after_a_killed_rank_ends_in_the_straight_runs_bits(tmp_path):
+@pytest.fixture(scope="module")
+def straight_sam(tmp_path_factory):
+    """The command line and the folder of a run of two processes that nothing stopped."""
     import demo_data
-    data = demo_data.write("objects", tmp_path / "data", 11)
+    folder = tmp_path_factory.mktemp("sam")
+    data = demo_data.write("objects", folder / "data", 11)
     line = ["train_efficientsam_ddp.py", "--data-path", data, *SAM, "-b", 1, "--epochs", 3, "--save-every", 1]
-    finish(torchrun(*line, "--output-dir", tmp_path / "straight"))
-    line += ["--output-dir", tmp_path / "run", "--resume", "auto"]
-    process = torchrun(*line)
+    finish(torchrun(*line, "--output-dir", folder / "run"))
+    return line, folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_efficientsam_after_a_killed_rank_ends_in_the_straight_runs_bits(straight_sam, tmp_path, seed, restarts):
+    """By the same line again, and by torchrun itself with --max-restarts."""
+    line, whole = straight_sam
+    line, draw = [*line, "--output-dir", tmp_path / "run", "--resume", "auto"], random.Random(seed)
+    process = torchrun(*line, launch=["--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"],
+                       TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     while not (tmp_path / "run/last.pth").exists():
         time.sleep(0.02)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    process.communicate(timeout=240)
-    assert process.returncode != 0
-    finish(torchrun(*line))
-    assert_runs_equal(tmp_path / "straight", tmp_path / "run")
+    time.sleep(draw.uniform(0, 4))
+    os.kill(workers(process)[draw.randrange(2)], signal.SIGKILL)
+    output = process.communicate(timeout=240)[0]
+    assert (process.returncode == 0) == (restarts > 0), output
+    if not restarts:
+        finish(torchrun(*line))
+    assert_runs_equal(whole, tmp_path / "run")
