@@ -113,8 +113,8 @@ class NpyDataset(torch.utils.data.Dataset):
 
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and labels (Q, N) as
     nets/efficient_sam.py wants them. Training: masks (Q, M, M) bool of up to --max-objects, M = min(S, MASK_SIZE);
-    else ids (H, W) of the picture's own size, 1 to Q. valid (Q,): these are objects. A picture without any, which the start
-    has not looked at, has one query that is none; index -1, with which processes keep step, has only such. What is
+    else ids (H, W) of the picture's own size, 1 to Q. valid (Q,): these are objects. A picture without any, which the
+    start has not looked at, has one query that is none; index -1, with which processes keep step, has only such. What is
     random depends on (seed, epoch, index); in validation nothing is.
     """
 
