@@ -1,12 +1,15 @@
 """Measure our scripts beside their articles' way: training step, inference, memory, and whether the loader keeps up.
 
     python benchmark.py --quick
-    python benchmark.py --device cuda -b 64 --steps 50 --workers 8
+    python benchmark.py --device cuda --cases UNet-256 -b 64 --steps 50 --workers 8
+    python benchmark.py --start-up 100000
 
 The ways take turns, step by step in one process, so that a busy machine slows each alike. A step is forward, loss,
 backward and optimizer on a batch that is on the device already. Peak memory: of two steps in a process of their own.
+train_efficientsam_ddp.py does the steps of train_efficientsam.py.
 Writes: OUTPUT_DIR/benchmark.md (what it prints), OUTPUT_DIR/benchmark.png (the ratios).
 """
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -18,12 +21,30 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
+from monai.networks.nets import BasicUNet, BasicUNetPlusPlus
 from tqdm import tqdm
 
 import demo_data
+import train_deeplabv3
+import train_efficientsam
 import train_unet
 import utils
+from nets.unet import CHANNELS
+
+MONAI_NETS = {"UNet": BasicUNet, "NestedUNet": BasicUNetPlusPlus}
+PICTURE = 256  # side in pixels of the pictures in EfficientSAM's cases, as the article's
+SCRIPTS = {  # name: script, what draws its pictures, where pictures and masks lie, its options for their side
+    "train_unet": (train_unet, demo_data.draw_cells, ("images/{}.png", "masks/{}.png"), ["--image-size={}"]),
+    "train_deeplabv3": (train_deeplabv3, demo_data.draw_scene, (
+        "VOCdevkit/VOC2012/JPEGImages/{}.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}.png"),
+        ["--base-size={}", "--crop-size={}"]),
+    "train_efficientsam": (train_efficientsam, demo_data.draw_object_ids, ("imgs/{}.npy", "gts/{}.npy"),
+                           ["--image-size={}"]),
+}
 
 
 # --- Options ---
@@ -32,71 +53,161 @@ def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"nargs": "?", "const": True, "default": False, "type": utils.switch}
     add("--output-dir", default="runs/benchmark", help="folder for benchmark.md and benchmark.png (%(default)s)")
-    add("--quick", **flag, help="three steps of a quarter of the batch: about a minute on two idle CPU cores")
-    add("--cases", nargs="+", metavar="CASE", choices=CASES, default=list(CASES), help=f"{', '.join(CASES)} (all)")
-    add("--parts", **flag, help="also measure the ways in between: channels_last alone, bf16 alone")
-    add("--steps", type=utils.number(int, 1), help="timed steps of each way (10, with --quick 3)")
-    add("-b", "--batch-size", type=utils.number(int, 1), help="items a batch (16 at 96 pixels, 4 at 256)")
+    add("--quick", **flag, help="a few cases, three steps, small batches: about a minute on two idle CPU cores")
+    add("--cases", nargs="+", metavar="CASE", choices=CASES, help=f"{', '.join(CASES)} (all, fewer with --quick)")
+    add("--parts", **flag, help="also measure the ways in between: channels_last, bf16 or fused attention alone")
+    add("--steps", type=utils.number(int, 1), help="timed steps of each way (10, at 1024 pixels and with --quick 3)")
+    add("-b", "--batch-size", type=utils.number(int, 1),
+        help="pictures a batch (U-Net 16 at 96 pixels, 4 at 256, DeepLab 4, EfficientSAM 1; less with --quick)")
     add("-j", "--workers", type=utils.number(int, 1), default=min(4, os.cpu_count()),
         help="loader processes, measured beside none (%(default)s)")
     add("--threads", type=utils.number(int, 1), default=2, help="CPU threads of torch (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
+    add("--start-up", type=utils.number(int, 10), metavar="N",
+        help="instead: seconds and memory until each script has checked a data set of N tiny pictures")
     return parser
 
 
-# --- Cases ---
+# --- Ways ---
+# One function a script: settings of a way -> net, optimizer, function that computes the training loss, function that
+# predicts. plain: optimizer, DeepLab's net and loss, and EfficientSAM's attention as in the article; else all is ours.
 
-def unet_step(net, size, way, device, batch, train):
-    """A function without arguments that does one step of train_unet.py, or without train one prediction."""
+def unet(batch, net, size, monai=False, plain=False, dtype=None, channels_last=False):
     args = train_unet.get_args_parser().parse_args(["--model", net])
-    dtype, channels_last, fused = WAYS[way]
-    torch.manual_seed(args.seed)
-    image = torch.rand(batch, 3, size, size).to(device)
-    mask = (torch.rand(batch, 1, size, size) > 0.5).float().to(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = train_unet.create_model(args)[0].train(train).to(device, memory_format=layout)
-    optimizer = train_unet.create_optimizer(model, args) if fused else torch.optim.SGD(
+    image, mask = torch.rand(batch, 3, size, size), (torch.rand(batch, 1, size, size) > 0.5).float()
+    model = train_unet.create_model(args)[0] if not monai else MONAI_NETS[net](
+        2, 3, 1, (*CHANNELS, CHANNELS[0]), norm="batch", act="relu")
+    optimizer = train_unet.create_optimizer(model, args) if not plain else torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
 
     def predict():
         if channels_last:
-            return train_unet.forward(model, image, dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(image).float()
+            return train_unet.forward(model, image, dtype)[-1]
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            outputs = model(image)
+        return (outputs[-1] if isinstance(outputs, list) else outputs).float()
 
-    def step():
-        loss = train_unet.criterion(predict(), mask, args.loss)
+    return model, optimizer, lambda: train_unet.criterion(predict(), mask, args.loss), predict
+
+
+def deeplabv3(batch, net, size, plain=False, dtype=None, channels_last=False):
+    args = train_deeplabv3.get_args_parser().parse_args(["--model", net, "--weights", "none"])
+    image, label = torch.randn(batch, 3, size, size), torch.randint(args.num_classes + 1, (batch, size, size))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if plain:  # the net that the article copies
+        model = getattr(torchvision.models.segmentation, f"deeplabv3_{net}")(
+            weights=None, weights_backbone=None, num_classes=args.num_classes + 1, aux_loss=True)
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    else:
+        model, label = train_deeplabv3.create_model(args)[0], label.byte()
+        optimizer = train_deeplabv3.create_optimizer(model, args)
+
+    def forward():
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            return model(image.contiguous(memory_format=layout))
+
+    def compute_loss():
+        outputs = forward()
+        if not plain:
+            return train_deeplabv3.criterion(outputs, label)
+        out, aux = [F.cross_entropy(outputs[name], label, ignore_index=255) for name in ("out", "aux")]
+        return out + 0.5 * aux
+
+    return model, optimizer, compute_loss, lambda: forward()["out"].float()
+
+
+def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
+    """plain: pictures of PICTURE pixels that the net itself enlarges to `size`; else the loader has made them so."""
+    args = train_efficientsam.get_args_parser().parse_args(
+        ["--model", net, "--weights", "none", f"--image-size={size}"])
+    side, mask_side = (PICTURE, PICTURE) if plain else (size, min(size, train_efficientsam.MASK_SIZE))
+    image, masks = torch.rand(batch, 3, side, side), torch.rand(batch, objects, mask_side, mask_side) > 0.5
+    points = (side * torch.tensor([[0.2, 0.3], [0.7, 0.8]])).expand(batch, objects, 2, 2)  # the corners of a box
+    labels, valid = torch.tensor([2, 3]).expand(batch, objects, 2), torch.ones(batch, objects, dtype=torch.bool)
+    model = train_efficientsam.create_model(args)[0]
+    optimizer = train_efficientsam.create_optimizer(model, args) if not plain else torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=args.weight_decay)
+
+    def forward(output_side):
+        """Logits of the masks at output_side pixels (-1: as the decoder yields them), and the net's own IoU."""
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None), \
+                written_out_attention() if plain else contextlib.nullcontext():
+            embedding = model.get_image_embeddings(image)
+            return model.predict_masks(embedding, points, labels, True, side, side, output_side, output_side)
+
+    def compute_loss():
+        logits, iou = forward(PICTURE if plain else -1)
+        logits = logits.float()
+        if logits.shape[-2:] != masks.shape[-2:]:
+            logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
+                                   align_corners=False).unflatten(0, logits.shape[:2])
+        return train_efficientsam.criterion(logits, iou.float(), masks, valid, args) / (batch * objects)
+
+    return model, optimizer, compute_loss, lambda: forward(PICTURE)
+
+
+@contextlib.contextmanager
+def written_out_attention():
+    """Inside, attention is as the authors wrote it: every weight of every token on every token, (N, N), in memory."""
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v: (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def create_step(create, device, train, settings):
+    """A function without arguments that does one training step, or without train one prediction; the net."""
+    torch.manual_seed(0)
+    with device:  # where tensors are made in here
+        model, optimizer, compute_loss, predict = create(**settings)
+    model.train(train).to(
+        memory_format=torch.channels_last if settings.get("channels_last") else torch.contiguous_format)
+
+    def article_step():
+        loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return step if train else torch.no_grad()(predict)
+    def our_step():
+        loss = compute_loss()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if torch.isfinite(loss.detach() + norm):
+            optimizer.step()
+        optimizer.zero_grad()
+
+    step = article_step if settings.get("plain") else our_step
+    return step if train else torch.no_grad()(predict), model
 
 
-def unet_loader(size, folder, batch, workers):
-    """The training loader of train_unet.py on drawn pictures of this size: 16 batches, the rest is for validation."""
-    folder = Path(folder, f"cells_{size}_{batch}")
-    if not folder.exists():
-        for sub in ("images", "masks"):
-            Path(folder, sub).mkdir(parents=True)
-        for index in range(20 * batch):
-            for sub, pixels in zip(("images", "masks"), demo_data.draw_cells(index, size)):
-                utils.save_picture(Path(folder, sub, f"{index}.png"), pixels)
-    return train_unet.create_loaders(train_unet.get_args_parser().parse_args([
-        f"--data-path={folder}", f"--image-size={size}", f"--batch-size={batch}", f"--workers={workers}"]))[0]
-
-
-WAYS = {  # autocast to, channels_last, our fused optimizer or torch's plain one
-    "article": (None, False, False),
-    "float32, channels_last": (None, True, True),
-    "bf16, contiguous": (torch.bfloat16, False, True),
-    "ours": (torch.bfloat16, True, True),
-}
-CASES = {  # what makes the step, what makes the loader, net, pixels a side, batch
-    "UNet-96": (unet_step, unet_loader, "UNet", 96, 16),
-    "UNet-256": (unet_step, unet_loader, "UNet", 256, 4),
-    "NestedUNet-96": (unet_step, unet_loader, "NestedUNet", 96, 16),
-    "NestedUNet-256": (unet_step, unet_loader, "NestedUNet", 256, 4),
+BF16 = torch.bfloat16
+FLOAT32, CONTIGUOUS = {"channels_last": True}, {"dtype": BF16}
+OURS = {**FLOAT32, **CONTIGUOUS}
+UNET_WAYS = {"article": {"plain": True}, "MONAI": {"plain": True, "monai": True}, "ours, float32": FLOAT32,
+             "ours, contiguous": CONTIGUOUS, "ours": OURS}
+DEEPLAB_WAYS = {"article (torchvision)": {"plain": True}, "ours, float32": FLOAT32, "ours, contiguous": CONTIGUOUS,
+                "ours": OURS}
+SAM_WAYS = {"article, 1024": {"plain": True, "size": 1024}, "ours 1024, float32": {"size": 1024},
+            **{f"ours {size}": {"dtype": BF16, "size": size} for size in (1024, 512, 256)}}
+OBJECT_WAYS = {f"{'ours, ' * (n > 1)}{n} a pass": {"dtype": BF16, "objects": n} for n in (1, 8)}
+PARTS = ("ours, float32", "ours, contiguous", "ours 1024, float32")  # only with --parts
+CASES = {  # script, its function above, settings of all ways, ways, batch, that with --quick (0: left out), steps
+    "UNet-96": ("train_unet", unet, {"net": "UNet", "size": 96}, UNET_WAYS, 16, 4, 10),
+    "UNet-256": ("train_unet", unet, {"net": "UNet", "size": 256}, UNET_WAYS, 4, 1, 10),
+    "NestedUNet-96": ("train_unet", unet, {"net": "NestedUNet", "size": 96}, UNET_WAYS, 16, 4, 10),
+    "NestedUNet-256": ("train_unet", unet, {"net": "NestedUNet", "size": 256}, UNET_WAYS, 4, 0, 10),
+    "deeplabv3_mobilenet_v3_large": (
+        "train_deeplabv3", deeplabv3, {"net": "mobilenet_v3_large", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
+    "deeplabv3_resnet50": ("train_deeplabv3", deeplabv3, {"net": "resnet50", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
+    "efficient_sam_vitt": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt"}, SAM_WAYS, 1, 0, 3),
+    "efficient_sam_vits": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vits"}, SAM_WAYS, 1, 0, 3),
+    "objects-256": (
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 256}, OBJECT_WAYS, 1, 1, 10),
+    "objects-1024": (
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 1024}, OBJECT_WAYS, 1, 0, 3),
 }
 
 
@@ -116,21 +227,54 @@ def time_steps(steps, warm_up, count, device, title):
     return {way: values[warm_up:] for way, values in seconds.items()}
 
 
-def peak_memory(name, way, device, batch, threads):
-    """MB that two training steps add to what Python and its imports take (on CUDA: MB of the device)."""
+def peak_memory(create, device, settings, threads):
+    """MB that two training steps add to what Python and its imports take (on CUDA: MB of the device); parameters."""
     torch.set_num_threads(threads)
-    create_step, _, net, size, _ = CASES[name]
     before = utils.peak_memory_mb(device)
-    step = create_step(net, size, way, device, batch, train=True)
+    step, model = create_step(create, device, True, settings)
     step()
     step()  # the first one makes the optimizer's state, this one holds it from its start
-    return utils.peak_memory_mb(device) - before
+    return utils.peak_memory_mb(device) - before, sum(p.numel() for p in model.parameters())
 
 
-@functools.cache  # two nets of one size share it
-def loader_speed(create_loader, size, folder, batch, workers):
+def draw_pictures(script, folder, count, size, different):
+    """`count` pictures in the script's layout: as many drawn as are to be different, hard links to them after those."""
+    _, draw, places, _ = SCRIPTS[script]
+    for place in places:
+        Path(folder, place).parent.mkdir(parents=True)
+    for index in range(count):
+        utils.check_stop()
+        for place, pixels in zip(places, draw(index, size) if index < different else places):
+            path = Path(folder, place.format(index))
+            if index >= different:
+                os.link(Path(folder, place.format(index % different)), path)
+            elif path.suffix == ".npy":
+                np.save(path, pixels)
+            else:
+                utils.save_picture(path, pixels)
+    if script == "train_deeplabv3":
+        lists = Path(folder, "VOCdevkit/VOC2012/ImageSets/Segmentation")
+        lists.mkdir(parents=True)
+        for name, is_val in (("train", False), ("val", True)):
+            (lists / f"{name}.txt").write_text("".join(f"{i}\n" for i in range(count) if (i % 5 == 0) == is_val))
+
+
+def create_loader(script, folder, size, batch, workers):
+    """The script's training loader of the pictures in folder, at this size."""
+    module, *_, options = SCRIPTS[script]
+    options = [f"--data-path={folder}", f"--batch-size={batch}", f"--workers={workers}"] + [
+        option.format(size) for option in options]
+    return module.create_loaders(module.get_args_parser().parse_args(options))[0]
+
+
+@functools.cache  # ways of one size share it
+def loader_speed(script, size, folder, batch, workers):
     """Images/s of three epochs of the loader with nothing else going on, the start of its workers included."""
-    loader, speeds = create_loader(size, folder, batch, workers), []
+    picture = PICTURE if script == "train_efficientsam" else size
+    folder = Path(folder, f"{script}_{picture}_{batch}")
+    if not folder.exists():  # 16 batches, the rest is for validation
+        draw_pictures(script, folder, 20 * batch, picture, 20 * batch)
+    loader, speeds = create_loader(script, folder, size, batch, workers), []
     for epoch in range(3):
         utils.check_stop()
         loader.sampler.set_epoch(epoch)
@@ -139,6 +283,49 @@ def loader_speed(create_loader, size, folder, batch, workers):
             pass
         speeds.append(len(loader.sampler) / (time.perf_counter() - started))
     return speeds
+
+
+def start_up(script, folder):
+    """Seconds until the script has its loaders, which checks the data, and MB that it adds to the imports."""
+    cpu = torch.device("cpu")
+    before, started = utils.peak_memory_mb(cpu), time.perf_counter()
+    create_loader(script, folder, 64, 2, 0)
+    return time.perf_counter() - started, utils.peak_memory_mb(cpu) - before
+
+
+def measure(name, args, device, folder, fresh_process):
+    """Ratios {pair: {figure: ratio}} of a case, its rows of the figures and its rows of the loaders."""
+    script, create, common, ways, batch, quick_batch, steps = CASES[name]
+    batch = args.batch_size or (args.quick and quick_batch) or batch
+    warm_up, steps = 1 if args.quick or steps < 10 else 2, args.steps or (3 if args.quick else steps)
+    settings = {way: {**common, "batch": batch, **own} for way, own in ways.items() if args.parts or way not in PARTS}
+    ours = [way for way in settings if way.startswith("ours")]
+    loaders = {way: [loader_speed(script, settings[way]["size"], folder, batch, j) for j in (0, args.workers)]
+               for way in ours}  # first, as it finds batches that are no good
+    memory = {}
+    for way in settings:
+        try:
+            memory[way] = fresh_process.submit(peak_memory, create, device, settings[way], args.threads).result()
+        except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed: by Ctrl-C, or by the system
+            utils.check_stop()
+            raise utils.InputError(f"--batch-size {batch}: {name}, {way}: ran out of memory; give a smaller one, or "
+                                   "other --cases") from None
+    training, inference = [time_steps(
+        {way: create_step(create, device, train, settings[way])[0] for way in settings}, warm_up, steps, device, name)
+        for train in (True, False)]
+    items = {way: batch * one.get("objects", 1) for way, one in settings.items()}
+    figures = [[name, str(batch), way, f"{memory[way][1] / 1e6:.2f}", spread(training[way]),
+                digits(items[way] / median(training[way])), f"{memory[way][0]:.0f}", spread(inference[way]),
+                digits(items[way] / median(inference[way]))] for way in settings]
+    ratios = {f"{other} / {way}": {
+        "training step": median(training[other]) / items[other] / median(training[way]) * items[way],
+        "inference": median(inference[other]) / items[other] / median(inference[way]) * items[way],
+        "peak memory": memory[other][0] / memory[way][0],
+        "loader / step": max(map(median, loaders[way])) * median(training[way]) / batch}
+        for way in ours for other in settings if other not in ours}
+    loaders = [[name, str(batch), way, *map(spread, loaders[way]), digits(batch / median(training[way]))]
+               for way in ours]
+    return ratios, figures, loaders
 
 
 # --- Report ---
@@ -170,43 +357,55 @@ def table(head, rows):
     return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
 
 
-def report(machine, steps, ratios, figures, loaders, args, device):
+def report(machine, left_out, ratios, figures, loaders, args, device):
     """The text of benchmark.md."""
     told = "" if utils.pick_precision("auto", device)[0] else "; on this device bf16 has to be asked for: --amp bf16"
     beyond = "" if device.type == "cuda" else " beyond what the imports took"
     shared = "; beside training it has to share the processor with it" if device.type == "cpu" else ""
-    ratio_rows = [[name, *map("{:.2f}".format, row.values())] for name, row in ratios.items()]
+    left_out = f"- left out by --quick, as they take minutes: {', '.join(left_out)}\n" if left_out else ""
+    ratio_rows = [[name, pair, *map("{:.2f}".format, row.values())]
+                  for name, pairs in ratios.items() for pair, row in pairs.items()]
     return f"""# The article's way beside ours
 
 {machine}
 
-- article: float32, contiguous, torch's plain optimizer
+- article: float32, contiguous, torch's plain optimizer; DeepLab: torchvision's net; EfficientSAM: pictures of {PICTURE}
+  pixels enlarged to 1024 inside the net, an object a picture, attention written out
+- MONAI: BasicUNet and BasicUNetPlusPlus of the same widths, trained as in the article
 - ours: bf16 autocast, channels_last, fused optimizer{told}
-
-Ratios, article / ours: above 1 ours takes less time or memory; they say little where the spreads below overlap much.
+  EfficientSAM: fused attention, the picture at the side named
+- objects: of one picture of EfficientSAM-Ti, both ways ours; figures are for each object
+{left_out}
+Ratios, other / ours: above 1 ours takes less time or memory; they say little where the spreads below overlap much.
 Loader / step: images/s of the faster loader / images/s of our training step; above 1 the loader alone outruns the step.
 
-{table(["case", "training step", "inference", "peak memory", "loader / step"], ratio_rows)}
-Seconds a batch: median (smallest to largest) of {steps} steps. Memory: peak of training{beyond}.
+{table(["case", "ratio of", "training step", "inference", "peak memory", "loader / step"], ratio_rows)}
+Seconds a batch: median (smallest to largest) of the steps. Memory: peak of training{beyond}.
 
-{table(["case", "batch", "way", "training, s", "images/s", "memory, MB", "inference, s", "images/s"], figures)}
+{table(["case", "batch", "way", "M parameters", "training, s", "items/s", "memory, MB", "inference, s", "items/s"],
+       figures)}
 Images/s of the loader alone, start of its workers included{shared}.
 
-{table(["case", "batch", "0 workers", f"{args.workers} workers", "our training step"], loaders)}"""
+{table(["case", "batch", "way", "0 workers", f"{args.workers} workers", "training step"], loaders)}"""
 
 
 def plot_ratios(path, ratios, title):
-    """Bars of {case: {figure: article / ours}}."""
+    """Bars of {case: {pair: {figure: other / ours}}}, from 1 to either side."""
     import matplotlib  # late: it takes a second
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.8 * len(ratios)), layout="constrained")
+    rows = {f"{name}\n{pair}": row for name, pairs in ratios.items() for pair, row in pairs.items()}
+    figure, axis = plt.subplots(figsize=(10, 1.5 + 0.7 * len(rows)), layout="constrained")
     for shift, kind in ((-0.26, "training step"), (0, "inference"), (0.26, "peak memory")):
-        places, values = [i + shift for i in range(len(ratios))], [row[kind] for row in ratios.values()]
-        axis.bar_label(axis.barh(places, values, 0.24, label=kind), fmt="%.2f", padding=3)
+        places, values = [i + shift for i in range(len(rows))], [row[kind] for row in rows.values()]
+        bars = axis.barh(places, [value - 1 for value in values], 0.24, left=1, label=kind)
+        axis.bar_label(bars, map(digits, values), padding=3)
     axis.axvline(1, color="black", linewidth=1)
-    axis.set(yticks=range(len(ratios)), yticklabels=list(ratios),
-             xlabel="article / ours: right of the line ours takes less time or memory")
+    axis.set_xscale("log")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.set(yticks=range(len(rows)), yticklabels=list(rows),
+             xlabel="other / ours: right of the line ours takes less time or memory")
     axis.set_title(title, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.1)
@@ -218,43 +417,37 @@ def plot_ratios(path, ratios, title):
 # --- Main ---
 
 def main(args):
-    """Measures the cases; returns {case: {training step, inference, peak memory, loader / step}}, ratios all."""
+    """Measures the cases; returns {case: {"other / ours": {training step, inference, peak memory, loader / step}}}.
+
+    With --start-up: {script: (seconds, MB)}.
+    """
     device = utils.pick_device(args.device)
     torch.set_num_threads(args.threads)
     machine = describe_machine(device)
-    ways = list(WAYS) if args.parts else ["article", "ours"]
-    warm_up, steps = (1, args.steps or 3) if args.quick else (2, args.steps or 10)
-    ratios, figures, loaders = {}, [], []
-    context = multiprocessing.get_context("spawn")
-    torch.backends.cudnn.benchmark = True  # as the article's script and ours
+    torch.backends.cudnn.benchmark = True  # as the articles' scripts and ours
+    left_out = [name for name, case in CASES.items() if args.quick and not args.cases and not case[-2]]
+    names = args.cases or [name for name in CASES if name not in left_out]
+    # A fork server imports once for all fresh processes; CUDA may not live through a fork
+    forks = device.type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    context.set_forkserver_preload(["monai.losses", "monai.networks.nets", "torchvision"])
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
             1, context, utils.outlive_signals, (0,), max_tasks_per_child=1) as fresh_process:
-        for name in args.cases:
-            create_step, create_loader, net, size, batch = CASES[name]
-            batch = args.batch_size or (batch // 4 if args.quick else batch)
-            try:
-                memory = {way: fresh_process.submit(peak_memory, name, way, device, batch, args.threads).result()
-                          for way in ways}
-            except (BrokenProcessPool, EOFError):  # killed: by Ctrl-C, or by the system
-                utils.check_stop()
-                raise utils.InputError(f"--batch-size {batch}: {name} ran out of memory; give a smaller one") from None
-            training, inference = [time_steps(
-                {way: create_step(net, size, way, device, batch, train) for way in ways}, warm_up, steps, device, name)
-                for train in (True, False)]
-            none, some = [loader_speed(create_loader, size, folder, batch, j) for j in (0, args.workers)]
-            speed = {way: batch / median(training[way]) for way in ways}
-            ratios[name] = {
-                "training step": speed["ours"] / speed["article"],
-                "inference": median(inference["article"]) / median(inference["ours"]),
-                "peak memory": memory["article"] / memory["ours"],
-                "loader / step": max(median(none), median(some)) / speed["ours"]}
-            figures += [[name, str(batch), way, spread(training[way]), digits(speed[way]), f"{memory[way]:.0f}",
-                         spread(inference[way]), digits(batch / median(inference[way]))] for way in ways]
-            loaders.append([name, str(batch), spread(none), spread(some), digits(speed["ours"])])
+        if args.start_up:
+            for script in SCRIPTS:
+                draw_pictures(script, Path(folder, script), args.start_up, 32, args.start_up // 1000 + 10)
+            found = {script: fresh_process.submit(start_up, script, Path(folder, script)).result()
+                     for script in SCRIPTS}
+            print(f"{machine}\n\n" + table(["script", "pictures", "seconds to the first step", "memory, MB"], [
+                [script, str(args.start_up), digits(seconds), f"{mb:.0f}"] for script, (seconds, mb) in found.items()]))
+            return found
+        results = {name: measure(name, args, device, folder, fresh_process) for name in names}
 
+    ratios = {name: result[0] for name, result in results.items()}
+    figures, loaders = [[row for result in results.values() for row in result[i]] for i in (1, 2)]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    text = report(machine, steps, ratios, figures, loaders, args, device)
+    text = report(machine, left_out, ratios, figures, loaders, args, device)
     (output_dir / "benchmark.md").write_text(text)
     plot_ratios(output_dir / "benchmark.png", ratios, machine)
     print(f"{text}\nwrote {output_dir}/benchmark.md {output_dir}/benchmark.png")
