@@ -72,7 +72,8 @@ class NestedUNet(nn.Module):
     """U-Net++: image (B, input_channels, H, W) -> logits (B, num_classes, H, W); H and W multiples of 16 or ValueError.
 
     convI_J stands at level I (stride 2**I) and sees all convI_0 .. convI_(J-1) beside what comes from below.
-    With deep_supervision: a list of four logits, shallow to deep, the last one being the prediction.
+    With deep_supervision: a list of four logits, shallow to deep, the last one being the prediction; or, given depth
+    1 to 4, those of this head alone, and what only deeper ones need is not computed (the paper's pruning).
     """
 
     def __init__(self, num_classes, input_channels=3, deep_supervision=False):
@@ -110,20 +111,28 @@ class NestedUNet(nn.Module):
         else:
             self.final = nn.Conv2d(c[0], num_classes, 1)
 
-    def forward(self, image):
+    def forward(self, image, depth=None):
         check_size(image)
+        if depth is not None and not (self.deep_supervision and 1 <= depth <= 4):
+            raise ValueError(f"depth must be 1 to 4 and the net deeply supervised, got {depth}")
         x0_0 = self.conv0_0(image)            # (B, 32, H, W)
         x1_0 = self.conv1_0(self.pool(x0_0))  # (B, 64, H/2, W/2)
         x0_1 = self.conv0_1(torch.cat([x0_0, self.up(x1_0)], 1))
+        if depth == 1:
+            return self.final1(x0_1)
 
         x2_0 = self.conv2_0(self.pool(x1_0))  # (B, 128, H/4, W/4)
         x1_1 = self.conv1_1(torch.cat([x1_0, self.up(x2_0)], 1))
         x0_2 = self.conv0_2(torch.cat([x0_0, x0_1, self.up(x1_1)], 1))
+        if depth == 2:
+            return self.final2(x0_2)
 
         x3_0 = self.conv3_0(self.pool(x2_0))  # (B, 256, H/8, W/8)
         x2_1 = self.conv2_1(torch.cat([x2_0, self.up(x3_0)], 1))
         x1_2 = self.conv1_2(torch.cat([x1_0, x1_1, self.up(x2_1)], 1))
         x0_3 = self.conv0_3(torch.cat([x0_0, x0_1, x0_2, self.up(x1_2)], 1))
+        if depth == 3:
+            return self.final3(x0_3)
 
         x4_0 = self.conv4_0(self.pool(x3_0))  # (B, 512, H/16, W/16)
         x3_1 = self.conv3_1(torch.cat([x3_0, self.up(x4_0)], 1))
@@ -131,6 +140,8 @@ class NestedUNet(nn.Module):
         x1_3 = self.conv1_3(torch.cat([x1_0, x1_1, x1_2, self.up(x2_2)], 1))
         x0_4 = self.conv0_4(torch.cat([x0_0, x0_1, x0_2, x0_3, self.up(x1_3)], 1))
 
+        if depth == 4:
+            return self.final4(x0_4)
         if self.deep_supervision:
             return [self.final1(x0_1), self.final2(x0_2), self.final3(x0_3), self.final4(x0_4)]
         return self.final(x0_4)

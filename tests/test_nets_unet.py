@@ -93,3 +93,22 @@ def test_train_outputs_loss_gradients_and_statistics_equal_the_official_ones(cas
 def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_rule(make):
     with pytest.raises(ValueError, match=r"multiples of 16, got \(100, 96\)"):
         make()(torch.zeros(1, 3, 100, 96))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_depth_gives_that_head_and_leaves_out_what_only_deeper_ones_need(depth):
+    model = fill(NestedUNet(3, 3, deep_supervision=True)).eval()
+    image, ran = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)), set()
+    with torch.no_grad():
+        full = model(image)
+        for name, block in model.named_children():
+            block.register_forward_hook(lambda *_, name=name: ran.add(name))
+        assert torch.equal(model(image, depth=depth), full[depth - 1])
+    blocks = {f"conv{i}_{j}" for i in range(5) for j in range(5) if i + j <= depth}  # U-Net++ of so many levels
+    assert ran == {*blocks, f"final{depth}", "pool", "up"}
+
+
+@pytest.mark.parametrize("make, depth", [(lambda: NestedUNet(1), 2), (lambda: NestedUNet(1, 3, True), 5)])
+def test_a_depth_that_is_not_there_is_refused(make, depth):
+    with pytest.raises(ValueError, match="depth must be 1 to 4"):
+        make()(torch.zeros(1, 3, 32, 32), depth)
