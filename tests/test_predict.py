@@ -69,8 +69,8 @@ def test_pictures_of_one_stem_do_not_overwrite_each_other(tmp_path):
     for name in ("a/x.png", "a/x.jpg", "b/x.png", "b/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [name for name, _ in predict.find_inputs([str(tmp_path / "a"), str(tmp_path / "b")])]
-    assert len(set(names)) == 4 and names[-1] == "y"
+    paths = predict.find_inputs([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert predict.name_outputs(paths, ["_mask.png"]) == ["x_jpg", "a_x_png", "b_x_png", "y"]
 
 
 def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
@@ -84,7 +84,8 @@ def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
 def test_overlapping_classes_get_a_mask_each(tmp_path):
     logits = torch.full((2, 1, 3), -1.0)
     logits[0, 0, :2], logits[1, 0, 1:] = 1.0, 2.0  # pixel 0: class a, pixel 1: both, b likelier, pixel 2: b
-    predict.write_unet(logits, np.zeros((1, 3, 3), np.uint8), {"classes": ["a", "b"]}, tmp_path / "x")
+    predict.write_unet(logits, np.zeros((1, 3, 3), np.uint8), {"classes": ["a", "b"]}, tmp_path / "x",
+                       lambda *_: None)
     assert np.array(Image.open(tmp_path / "x_mask.png")).tolist() == [[1, 2, 2]]
     assert np.array(Image.open(tmp_path / "x_mask_a.png")).tolist() == [[255, 255, 0]]
     assert np.array(Image.open(tmp_path / "x_mask_b.png")).tolist() == [[0, 255, 255]]
@@ -162,7 +163,7 @@ def test_flip_makes_a_mirrored_picture_give_the_mirrored_mask_and_scales_change_
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
     def logits(image):
-        return predict.predict_averaged(model, checkpoint, image, torch.device("cpu"), None, args)
+        return next(predict.predict_averaged(model, checkpoint, [image], torch.device("cpu"), None, args))
     both = logits(image)
     assert torch.allclose(both, logits(image[:, ::-1].copy()).flip(-1), atol=1e-4)
     args.flip, args.scales = False, (1.0,)
@@ -259,3 +260,447 @@ def test_prompts_that_cannot_be(objects_run, tmp_path, more, words):
     Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")
     with pytest.raises(utils.InputError, match=words):
         run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / "out")
+
+
+# --- Tiles, depth, batches ---
+
+def save_unet(path, classes=("a",), image_size=32, model="UNet", **arch):
+    """A checkpoint of random weights, whose logits on noise lie on both sides of 0."""
+    arch = {"model": model, "num_classes": len(classes), "input_channels": 3, **arch}
+    torch.manual_seed(0)
+    net = predict.build_unet(**arch).eval()
+    with torch.no_grad():
+        noise = net(torch.randn(1, 3, 64, 64))
+        for head, logits in zip([one for name, one in net.named_children() if name.startswith("final")],
+                                noise if isinstance(noise, list) else [noise]):
+            head.bias -= logits.flatten(2).median(2).values[0]
+            for one in (head.weight, head.bias):
+                one /= logits.std()
+    torch.save({"format": 1, "net": "unet", "arch": arch, "classes": [*classes], "model": net.state_dict(),
+                "args": {"image_size": [image_size, image_size]}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_unet(tmp_path_factory.mktemp("tiny") / "tiny.pth")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return save_unet(tmp_path_factory.mktemp("two") / "two.pth", ["a", "b"])
+
+
+def noise(height, width, seed=0):
+    """RGB (H, W, 3) uint8, smooth enough for masks of some size."""
+    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 6), max(2, width // 6), 3), np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height)))
+
+
+def load(weights, *options):
+    """model, checkpoint, args as main has them."""
+    args = predict.get_args_parser().parse_args(["x", "--weights", str(weights), *options])
+    return *predict.load_model(args, torch.device("cpu")), args
+
+
+def whole(model, checkpoint, image, args):
+    return next(predict.predict_averaged(model, checkpoint, [image], torch.device("cpu"), None, args))
+
+
+def tiled(model, checkpoint, image, args):
+    return predict.predict_tiled(model, checkpoint, image, torch.device("cpu"), None, args)
+
+
+@pytest.mark.parametrize("more", [[], ["--flip", "--scales", "1,1.5"]])
+@pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
+def test_tiles_are_predicted_as_pictures_of_their_own_and_blended_where_they_overlap(two, scenes_run, kind, more):
+    net = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--tile", "40", "-b", "3", *more)
+    model, checkpoint, args = net
+    image = noise(70, 100)
+    logits = tiled(model, checkpoint, image, args)
+    assert logits.shape == (2 if kind == "unet" else 4, 70, 100) and logits.dtype == torch.float32
+    first, below, last = [whole(model, checkpoint, image[rows, columns], args) for rows, columns in (
+        (slice(0, 40), slice(0, 40)), (slice(30, 70), slice(0, 40)), (slice(30, 70), slice(60, 100)))]
+    assert torch.allclose(logits[:, :30, :30], first[:, :30, :30], atol=1e-4)  # each tile begins 30 after the former
+    assert torch.allclose(logits[:, 40:, :30], below[:, 10:, :30], atol=1e-4)
+    assert torch.allclose(logits[:, 40:, 70:], last[:, 10:, 10:], atol=1e-4)
+    both = torch.stack([first[:, 30:, :30], below[:, :10, :30]])
+    blend = logits[:, 30:40, :30]
+    assert (blend >= both.amin(0) - 1e-4).all() and (blend <= both.amax(0) + 1e-4).all()
+    upper, lower = (blend - both).abs().mean((1, 2, 3)), (blend[:, [0, -1]] - both[:, :, [0, -1]]).abs().mean((1, 3))
+    assert (upper > 1e-3).all() and lower[0, 0] < lower[0, 1] and lower[1, 0] > lower[1, 1]  # the nearer one prevails
+
+
+def test_a_picture_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny, tmp_path):
+    for name, size in (("small", (30, 64)), ("thin", (20, 200)), ("even", (64, 64))):
+        Image.fromarray(noise(*size)).save(tmp_path / f"{name}.png")
+    run("--weights", tiny, tmp_path, "--tile", "64", "--output-dir", tmp_path / "a")
+    run("--weights", tiny, tmp_path, "--output-dir", tmp_path / "b")
+    same = {name: (np.array(Image.open(tmp_path / f"a/{name}_mask.png")) ==
+                   np.array(Image.open(tmp_path / f"b/{name}_mask.png"))) for name in ("small", "thin", "even")}
+    assert same["small"].all() and same["even"].all() and not same["thin"].all() and same["thin"].shape == (20, 200)
+
+
+def test_tiles_take_no_float_copy_of_the_picture(tiny, monkeypatch):
+    import monai.inferers
+    seen, theirs = [], monai.inferers.sliding_window_inference
+    monkeypatch.setattr(monai.inferers, "sliding_window_inference",
+                        lambda blank, *more, **also: seen.append(blank) or theirs(blank, *more, **also))
+    model, checkpoint, args = load(tiny, "--tile", "64")
+    logits = tiled(model, checkpoint, noise(100, 130), args)
+    assert seen[0].shape == (1, 1, 100, 130) and seen[0].untyped_storage().nbytes() == 4
+    assert logits.untyped_storage().nbytes() == 4 * 100 * 130
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
+    weights = save_unet(tmp_path / "deep.pth", model="NestedUNet", deep_supervision=True)
+    Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
+    run("--weights", weights, tmp_path / "x.png", "--depth", depth, "--output-dir", tmp_path / "out")
+    model, _, _ = load(weights)
+    with torch.no_grad():
+        heads = model(predict.normalize(torch.from_numpy(noise(32, 32).transpose(2, 0, 1)))[None])
+    masks = [(head[0, 0] > 0).numpy() for head in heads]
+    assert (np.array(Image.open(tmp_path / "out/x_mask.png")) == masks[depth - 1]).all()
+    assert (masks[depth - 1] != masks[3]).any()
+
+
+def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_path):
+    deep = save_unet(tmp_path / "plain.pth", model="NestedUNet", deep_supervision=False)
+    deeplab, sam = scenes_run[0] / "run/last.pth", objects_run[0] / "run/last.pth"
+    Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
+    for weights, option, words in [
+            (tiny, "--depth 2", "--depth: is for NestedUNet"), (deep, "--depth 2", "--depth: is for NestedUNet"),
+            (deeplab, "--depth 2", "--depth: is for NestedUNet"), (sam, "--depth 2", "--depth: is for U-Net"),
+            (sam, "--tile 64 --box 1,1,9,9", "--tile: is for U-Net and DeepLab"), (tiny, "--click", "--click: is for"),
+            (tiny, "--box 1,1,9,9", "--box: is for EfficientSAM"), (sam, "--click --box 1,1,9,9", "one or the other"),
+            (sam, "--click", "--click: no display.*--point or --box")]:
+        with pytest.raises(utils.InputError, match=words):
+            run("--weights", weights, tmp_path / "x.png", *option.split(), "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
+def test_batches_give_what_single_pictures_give(two, scenes_run, kind):
+    model, checkpoint, args = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--flip")
+    images = [noise(*size, seed) for seed, size in enumerate([(50, 70), (70, 50), (50, 70), (33, 80), (100, 140)])]
+    sizes = []
+    model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    together = [*predict.predict_averaged(model, checkpoint, images, torch.device("cpu"), None, args)]
+    assert sorted(sizes) == ([5, 5] if kind == "unet" else [1, 1, 1, 1, 3, 3])  # 140x100 is of the 70x50s' shape
+    for image, logits in zip(images, together):
+        assert torch.allclose(logits, whole(model, checkpoint, image, args), atol=1e-3)
+
+
+def test_pictures_are_read_a_batch_ahead_and_no_further(tmp_path, monkeypatch):
+    read, bad = [], []
+    monkeypatch.setattr(predict, "read_picture", lambda path: read.append(path) or np.zeros((2, 2, 3), np.uint8))
+    done = 0
+    for batch in predict.read_batches([(str(k), tmp_path / str(k)) for k in range(11)], 3, bad):
+        done += len(batch)
+        assert [name for name, *_ in batch] == [str(k) for k in range(done - len(batch), done)]
+        assert done <= len(read) <= done + 3 and len(batch) == (3 if done < 11 else 2)
+    assert done == len(read) == 11 and not bad
+
+
+# --- Inputs, names, files ---
+
+def test_a_list_file_names_pictures_beside_it_or_here(tiny, tmp_path, monkeypatch):
+    for name in ("lists/a.png", "here/b.png", "here/c d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(20, 30)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "lists/all.txt").write_text(f"# pictures\na.png\n\n  b.png\n{tmp_path}/here/c d.png\nmissing.png\n")
+    with pytest.raises(utils.InputError, match="^missing.png: no such file$"):
+        run("--weights", tiny, tmp_path / "lists/all.txt", "--output-dir", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_mask.png")) == [
+        "a_mask.png", "b_mask.png", "c d_mask.png"]
+
+
+@pytest.mark.parametrize("array, picture", [
+    (np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20, np.arange(12).reshape(2, 2, 3) * 20),
+    (np.array([[0, 1], [0.5, 1]]), [[0, 255], [128, 255]]), (np.array([[0, 1.6], [200, 255]]), [[0, 2], [200, 255]]),
+    (np.array([[-100, -90], [50, 100]], np.int16), [[0, 13], [191, 255]]),
+    (np.array([[False, True]]), [[0, 255]]), (np.full((1, 2, 4), 7, np.uint8), np.full((1, 2, 3), 7))])
+def test_arrays_are_read_as_in_training(tmp_path, array, picture):
+    import train_efficientsam
+    np.save(tmp_path / "x.npy", array)
+    np.save(tmp_path / "ids.npy", np.ones(array.shape[:2], int))
+    image = predict.read_picture(tmp_path / "x.npy")
+    picture = np.array(picture)
+    assert image.dtype == np.uint8 and (image == (picture if picture.ndim == 3 else picture[..., None])).all()
+    trained, _ = train_efficientsam.read_item(("x", tmp_path / "x.npy", tmp_path / "ids.npy"))
+    assert (image == trained).all() and image.flags.c_contiguous and image.flags.writeable
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.array([[0, np.nan]]), "has values that are not finite"), (np.array([[-1.0, 0]]), "floats from -1 to 0"),
+    (np.zeros((2, 2, 2), np.uint8), "has shape"), (np.zeros(5), "has shape"), (np.zeros((0, 3)), "not an array"),
+    (np.array([[None]], object), "not an array of numbers"), (np.zeros((2, 2), complex), "not an array")])
+def test_arrays_that_are_no_pictures(tmp_path, array, words):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(utils.InputError, match=f"x.npy: {words}"):
+        predict.read_picture(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("files, names", [
+    (["a.jpg", "a.png", "b.png"], ["a_jpg", "a_png", "b"]),
+    (["a.jpg", "a.png", "a_jpg.gif"], ["p_a_jpg", "a_png", "p_a_jpg_gif"]),
+    (["A.png", "a.jpg"], ["A_png", "a_jpg"]), (["q/x.png", "r/x.png"], ["q_x_png", "r_x_png"]),
+    (["s/q/x.png", "t/q/x.png"], ["s_q_x_png", "t_q_x_png"]), (["a/b_x.png", "a_b/x.png"], ["b_x", "x"]),
+    (["a/b/x.png", "a_b/x.png"], ["b_x_png", "a_b_x_png"]),
+    (["x.png", "x_mask_0.png"], ["x", "x_mask_0_2"])])
+def test_names_never_collide(tmp_path, files, names):
+    paths = [tmp_path / "p" / file for file in files]
+    assert predict.name_outputs(paths, ["_mask.png", "_overlay.png", "_mask_0_mask.png"]) == names
+
+
+def test_any_names_get_files_of_their_own():
+    rng, endings = np.random.default_rng(0), ["_mask.png", "_mask_a.png", "_mask_a_mask.png"]
+    for _ in range(200):
+        parts = ["a", "A", "a_mask_a", "a.png", "b", "a_b"]
+        paths = [predict.Path(*rng.choice(parts, 2), f"{rng.choice(parts)}.{rng.choice(['png', 'jpg', 'PNG'])}")
+                 for _ in range(12)]
+        paths = [*dict.fromkeys(paths)]
+        files = [(name + ending).lower() for name in predict.name_outputs(paths, endings) for ending in endings]
+        assert len(set(files)) == 3 * len(paths)
+
+
+def test_every_file_is_looked_for_before_the_first_is_written(two, objects_run, tmp_path):
+    Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
+    sam = objects_run[0] / "run/last.pth", "--box", "2,2,20,20", "--box", "5,5,30,30", "--all-masks", "yes"
+    for weights, taken in [((two,), one) for one in (
+            "x_mask.png", "x_overlay.png", "x_mask_a.png", "x_mask_b.png", "areas.csv", "annotations.json")] + [
+            (sam, one) for one in ("x_1_1.png", "x_2_3.png")]:
+        out = tmp_path / f"out_{taken}"
+        out.mkdir()
+        (out / taken).write_text("mine")
+        with pytest.raises(utils.InputError, match=f"{taken}: is there already; give --overwrite"):
+            run("--weights", *weights, tmp_path / "x.png", "--coco", "rle", "--output-dir", out)
+        assert [path.name for path in out.iterdir()] == [taken] and (out / taken).read_text() == "mine"
+        run("--weights", *weights, tmp_path / "x.png", "--coco", "rle", "--output-dir", out, "--overwrite")
+        assert (out / taken).read_bytes() != b"mine"
+
+
+def test_what_is_read_is_never_written_over(tiny, tmp_path):
+    for name in ("x.png", "x_mask.png"):
+        Image.fromarray(noise(32, 32)).save(tmp_path / name)
+    before = (tmp_path / "x_mask.png").read_bytes()
+    with pytest.raises(utils.InputError, match="x_mask.png: would be written, and is read; give another --output-dir"):
+        run("--weights", tiny, tmp_path / "x.png", tmp_path / "x_mask.png", "--output-dir", tmp_path, "--overwrite")
+    assert (tmp_path / "x_mask.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_file_that_vanishes_or_is_too_large_is_one_of_the_errors_and_many_are_cut_short(tiny, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for k in range(14):
+        Image.fromarray(noise(20, 20)).save(tmp_path / f"in/p{k:02}.png")
+    theirs = predict.read_picture
+
+    def read(path):
+        if path.name not in ("p05.png", "p13.png"):
+            path.unlink()
+        return theirs(path)
+    monkeypatch.setattr(predict, "read_picture", read)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # p05 and p13 are bombs now
+    with pytest.raises(utils.InputError) as error:
+        run("--weights", tiny, tmp_path / "in", "--output-dir", tmp_path / "out")
+    lines = str(error.value)
+    assert "p00.png: no such file; " in lines and "decompression bomb" in lines and lines.endswith("; and 4 more")
+    assert "p09.png" in lines and "p10.png" not in lines and "\n" not in lines
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["areas.csv"]
+
+
+# --- COCO ---
+
+def decode(counts, size):
+    assert sum(counts) == size[0] * size[1] and min(counts[1:-1]) > 0
+    return np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T.astype(bool)
+
+
+def fill(polygons, size):
+    """Pixels whose centre lies inside: from there to the right an odd number of edges is crossed."""
+    mask = np.zeros(size, bool)
+    for polygon in polygons:
+        points = np.array(polygon).reshape(-1, 2)
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, 1, 0)):
+            for row in range(max(0, int(min(y0, y1)) - 1), min(size[0], int(max(y0, y1)) + 1)):
+                if (y0 <= row + 0.5) != (y1 <= row + 0.5):
+                    mask[row] ^= np.arange(size[1]) + 0.5 < x0 + (row + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+    return mask
+
+
+def without_holes(mask):
+    import cv2
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(mask.shape, np.uint8), outlines, -1, 1, -1) > 0
+
+
+def coco(folder):
+    return utils.json.loads((folder / "annotations.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["unet", "deeplabv3", "efficient_sam"])
+def test_coco_annotations_decode_to_the_masks(two, scenes_run, objects_run, tmp_path, kind):
+    (tmp_path / "in").mkdir()
+    for k in range(2):
+        Image.fromarray(noise(70, 90 + k, k) if kind == "unet" else np.array(Image.open(voc(
+            scenes_run[0], f"JPEGImages/scene_000{k}.jpg")))).save(tmp_path / f"in/p{k}.png")
+    model, checkpoint, args = load(scenes_run[0] / "run/last.pth")
+    logits = whole(model, checkpoint, np.array(Image.open(tmp_path / "in/p0.png")), args)
+    checkpoint["model"]["classifier.4.bias"][0] -= (logits[0] - logits[1:].amax(0)).median()  # half of it background
+    torch.save(checkpoint, tmp_path / "scenes.pth")
+    weights = {"unet": [two], "deeplabv3": [tmp_path / "scenes.pth"], "efficient_sam": [
+        objects_run[0] / "run/last.pth", "--box", "10,10,60,60", "--box", "30,40,90,90"]}[kind]
+    for form in (["--coco"], ["--coco", "rle"]):
+        out = tmp_path / form[-1].strip("-")
+        run("--weights", *weights, tmp_path / "in", *form, "--output-dir", out)
+        found = coco(out)
+        assert [image["file_name"] for image in found["images"]] == [f"{tmp_path}/in/p{k}.png" for k in range(2)]
+        assert [one["name"] for one in found["categories"]] == {
+            "unet": ["a", "b"], "deeplabv3": ["disc", "square", "triangle"], "efficient_sam": ["object"]}[kind]
+        assert [one["id"] for one in found["annotations"]] == list(range(1, len(found["annotations"]) + 1))
+        masks = {}
+        for one in found["annotations"]:
+            image = found["images"][one["image_id"] - 1]
+            size = [image["height"], image["width"]]
+            if form[-1] == "rle":
+                assert one["segmentation"]["size"] == size
+                mask = decode(one["segmentation"]["counts"], size)
+                rows, columns = np.nonzero(mask)
+                x, y = columns.min(), rows.min()
+                assert one["area"] == mask.sum()
+                assert one["bbox"] == [x, y, columns.max() - x + 1, rows.max() - y + 1]
+            else:
+                mask = fill(one["segmentation"], size)
+            masks.setdefault((image["id"], one["category_id"]), []).append((mask, one))
+        assert len(masks) > 1
+        for (image_id, category), parts in masks.items():
+            if kind == "efficient_sam":
+                truth = np.array(Image.open(out / f"p{image_id - 1}_mask.png"))
+                last = parts[-1][0]  # of two objects the later one is whole in the mask
+                expected = truth == len(parts)
+                assert 0 <= parts[0][1]["score"] <= 1.5 and len(parts) == 2
+            else:
+                name = f"p{image_id - 1}_mask" + (f"_{'ab'[category - 1]}" if kind == "unet" else "")
+                expected = np.array(Image.open(out / f"{name}.png"))
+                expected = expected > 0 if kind == "unet" else expected == category
+                last = np.any([mask for mask, _ in parts], 0)
+                assert sum(one["area"] for _, one in parts) == expected.sum() and "score" not in parts[0][1]
+            assert (last == (expected if form[-1] == "rle" else without_holes(expected))).all()
+
+
+def test_polygons_run_along_the_edges_of_pixels_and_hold_no_holes():
+    ring = np.ones((3, 4), np.uint8)
+    ring[1, 1] = 0
+    assert sorted(zip(*[iter(predict.polygons(ring, 5, 7)[0])] * 2)) == [(5, 7), (5, 10), (9, 7), (9, 10)]
+    assert sorted(zip(*[iter(predict.polygons(ring[:1, :1], 0, 0)[0])] * 2)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert predict.run_lengths(ring, 0, 0, (3, 4))["counts"] == [0, 4, 1, 7, 0]
+    assert predict.run_lengths(ring[:1, :2], 1, 1, (3, 4))["counts"] == [4, 1, 2, 1, 4]
+    apart, found = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], bool), []
+    predict.annotate(found, "rle", 1, 2, apart)
+    assert [one["area"] for one in found] == [1, 2, 1, 1] and found[1]["bbox"] == [2, 0, 2, 1]
+    predict.annotate(found, "polygon", 1, 2, apart, 0.5)
+    assert len(found) == 5 and len(found[4]["segmentation"]) == 4 and found[4]["area"] == 5
+    predict.annotate(found, None, 1, 2, apart)
+    predict.annotate(found, "rle", 1, 2, apart & False)
+    assert len(found) == 5
+
+
+# --- Clicks ---
+
+def agg_figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure((6, 6))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def mouse(figure, *places, button=1):
+    """Pressed at the first place (x, y) of the picture, let go at the last."""
+    from matplotlib.backend_bases import MouseEvent
+    for name, place in (("button_press_event", places[0]), ("button_release_event", places[-1])):
+        at = figure.axes[0].transData.transform(place)
+        figure.canvas.callbacks.process(name, MouseEvent(name, figure.canvas, *at, button))
+
+
+def key(figure, *names):
+    from matplotlib.backend_bases import KeyEvent
+    for name in names:
+        figure.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", figure.canvas, name))
+
+
+def test_clicks_become_prompts_and_can_be_undone():
+    asked = []
+
+    def cut_out(queries):
+        asked.append(queries)
+        logits = torch.full((1, 3, 40, 60), -1.0)
+        logits[0, 1, 10:20, 10:20] = 1.0
+        yield logits, torch.tensor([[0.1, 0.9, 0.2]])
+    figure, image = agg_figure(), np.full((40, 60, 3), 100, np.uint8)
+    window = predict.ClickWindow(figure, image, cut_out)
+    assert all(word in figure.get_suptitle() for word in ("left", "right", "drag", "u:", "enter", "s:", "q:"))
+    key(figure, "enter", "u", "x")  # nothing to leave, nothing to undo, nothing at all
+    mouse(figure, (15, 12))
+    assert window.queries == [([[pytest.approx(15), pytest.approx(12)]], [1])] and asked == [window.queries]
+    shown = window.picture.get_array()
+    assert (shown[15, 12] != 100).any() and (shown[30, 50] == 100).all() and (shown[14:18, 17:19] != 100).any()
+    mouse(figure, (5, 6), button=3)
+    mouse(figure, (40, 30), (8, 4))  # dragged up and left
+    points, labels = window.queries[0]
+    assert np.allclose(points, [[8, 4], [40, 30], [15, 12], [5, 6]]) and labels == [2, 3, 1, 0]
+    mouse(figure, (1, 2), (500, 39))  # ends outside: cut to the picture, and takes the first box's place
+    assert np.allclose(window.queries[0][0][:2], [[1, 2], [59, 39]])
+    key(figure, "u")
+    assert np.allclose(window.queries[0][0], points) and len(asked) == 5 and asked[-1] == window.queries
+    mouse(figure, (1, 1)), mouse(figure, (2, 2)), mouse(figure, (3, 3))
+    assert len(window.queries[0][1]) == 6  # the net takes no more
+    key(figure, "enter", "enter")
+    mouse(figure, (50, 30))
+    assert [labels for _, labels in window.queries] == [[2, 3, 1, 0, 1, 1], [1]]
+    assert "object 2" in figure.get_suptitle()
+    key(figure, "u", "u")  # the second object goes, then the last click of the first
+    assert [labels for _, labels in window.queries] == [[2, 3, 1, 0, 1]] and window.done is None
+    mouse(figure, (200, 200))  # not in the picture
+    key(figure, *"uuuuuuu")
+    assert window.queries == [] and (window.picture.get_array() == 100).all()
+    key(figure, "s")
+    assert window.done == "s"
+
+
+def test_a_folder_is_clicked_through_with_one_embedding_a_picture(objects_run, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for k in range(4):
+        Image.fromarray(np.load(objects_run[0] / f"imgs/object_000{k}.npy")).save(tmp_path / f"in/p{k}.png")
+    figure, encoded, theirs = agg_figure(), [], predict.load_model
+
+    def load_model(*args):
+        model, checkpoint = theirs(*args)
+        model.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+        return model, checkpoint
+
+    def clicks():  # what the user does; one step each time the event loop looks
+        yield lambda: mouse(figure, (30, 40))
+        yield lambda: mouse(figure, (20, 20), (90, 90))
+        yield lambda: (key(figure, "enter"), mouse(figure, (60, 60)), key(figure, "u"), mouse(figure, (50, 60)))
+        yield lambda: key(figure, "s")
+        yield lambda: key(figure, "s")  # nothing shown: the picture is passed over
+        yield lambda: (mouse(figure, (64, 64)), key(figure, "s"))
+        yield lambda: (mouse(figure, (64, 64)), key(figure, "q"))
+    steps = clicks()
+    monkeypatch.setattr(predict, "load_model", load_model)
+    monkeypatch.setattr(predict, "open_figure", lambda: figure)
+    monkeypatch.setattr(figure.canvas, "flush_events", lambda: next(steps)())
+    weights = objects_run[0] / "run/last.pth"
+    assert run("--weights", weights, tmp_path / "in", "--click", "--coco", "--output-dir", tmp_path / "out") == {
+        "pictures": 2}
+    assert len(encoded) == 3 and not [*steps]  # p0, p2, p3; p1 was not clicked on
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "annotations.json", "areas.csv", "p0_mask.png", "p0_overlay.png", "p2_mask.png", "p2_overlay.png"]
+    run("--weights", weights, tmp_path / "in/p2.png", "--point", "64,64", "--output-dir", tmp_path / "told")
+    told, clicked = [np.array(Image.open(tmp_path / f"{folder}/p2_mask.png")) for folder in ("told", "out")]
+    assert (told == clicked).mean() > 0.999
+    rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["p0", "object 1"], ["p0", "object 2"], ["p2", "object 1"]]
