@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import platform
+import signal
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +54,7 @@ def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"nargs": "?", "const": True, "default": False, "type": utils.switch}
     add("--output-dir", default="runs/benchmark", help="folder for benchmark.md and benchmark.png (%(default)s)")
-    add("--quick", **flag, help="a few cases, three steps, small batches: about a minute on two idle CPU cores")
+    add("--quick", **flag, help=f"{len(QUICK)} cases, three steps, small batches: a good minute on two idle CPU cores")
     add("--cases", nargs="+", metavar="CASE", choices=CASES, help=f"{', '.join(CASES)} (all, fewer with --quick)")
     add("--parts", **flag, help="also measure the ways in between: channels_last, bf16 or fused attention alone")
     add("--steps", type=utils.number(int, 1), help="timed steps of each way (10, at 1024 pixels and with --quick 3)")
@@ -194,21 +195,23 @@ SAM_WAYS = {"article, 1024": {"plain": True, "size": 1024}, "ours 1024, float32"
             **{f"ours {size}": {"dtype": BF16, "size": size} for size in (1024, 512, 256)}}
 OBJECT_WAYS = {f"{'ours, ' * (n > 1)}{n} a pass": {"dtype": BF16, "objects": n} for n in (1, 8)}
 PARTS = ("ours, float32", "ours, contiguous", "ours 1024, float32")  # only with --parts
-CASES = {  # script, its function above, settings of all ways, ways, batch, that with --quick (0: left out), steps
+CASES = {  # script, its function above, settings of all ways, ways, batch, that with --quick, steps
     "UNet-96": ("train_unet", unet, {"net": "UNet", "size": 96}, UNET_WAYS, 16, 4, 10),
     "UNet-256": ("train_unet", unet, {"net": "UNet", "size": 256}, UNET_WAYS, 4, 1, 10),
     "NestedUNet-96": ("train_unet", unet, {"net": "NestedUNet", "size": 96}, UNET_WAYS, 16, 4, 10),
-    "NestedUNet-256": ("train_unet", unet, {"net": "NestedUNet", "size": 256}, UNET_WAYS, 4, 0, 10),
+    "NestedUNet-256": ("train_unet", unet, {"net": "NestedUNet", "size": 256}, UNET_WAYS, 4, 1, 10),
     "deeplabv3_mobilenet_v3_large": (
         "train_deeplabv3", deeplabv3, {"net": "mobilenet_v3_large", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
     "deeplabv3_resnet50": ("train_deeplabv3", deeplabv3, {"net": "resnet50", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
-    "efficient_sam_vitt": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt"}, SAM_WAYS, 1, 0, 3),
-    "efficient_sam_vits": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vits"}, SAM_WAYS, 1, 0, 3),
+    "efficient_sam_vitt": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt"}, SAM_WAYS, 1, 1, 3),
+    "efficient_sam_vits": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vits"}, SAM_WAYS, 1, 1, 3),
     "objects-256": (
         "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 256}, OBJECT_WAYS, 1, 1, 10),
     "objects-1024": (
-        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 1024}, OBJECT_WAYS, 1, 0, 3),
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 1024}, OBJECT_WAYS, 1, 1, 3),
 }
+
+QUICK = ("UNet-96", "UNet-256", "NestedUNet-96", "deeplabv3_mobilenet_v3_large", "objects-256")
 
 
 # --- Measuring ---
@@ -293,23 +296,26 @@ def start_up(script, folder):
     return time.perf_counter() - started, utils.peak_memory_mb(cpu) - before
 
 
+def call_fresh(fresh_process, title, function, *args):
+    """function(*args) in a process of its own, which Ctrl-C ends at once."""
+    try:
+        return fresh_process.submit(function, *args).result()
+    except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed: by Ctrl-C, or by the system
+        utils.check_stop()
+        raise utils.InputError(f"{title}: ran out of memory; give a smaller --batch-size, or other --cases") from None
+
+
 def measure(name, args, device, folder, fresh_process):
     """Ratios {pair: {figure: ratio}} of a case, its rows of the figures and its rows of the loaders."""
     script, create, common, ways, batch, quick_batch, steps = CASES[name]
-    batch = args.batch_size or (args.quick and quick_batch) or batch
+    batch = args.batch_size or (quick_batch if args.quick else batch)
     warm_up, steps = 1 if args.quick or steps < 10 else 2, args.steps or (3 if args.quick else steps)
     settings = {way: {**common, "batch": batch, **own} for way, own in ways.items() if args.parts or way not in PARTS}
     ours = [way for way in settings if way.startswith("ours")]
     loaders = {way: [loader_speed(script, settings[way]["size"], folder, batch, j) for j in (0, args.workers)]
                for way in ours}  # first, as it finds batches that are no good
-    memory = {}
-    for way in settings:
-        try:
-            memory[way] = fresh_process.submit(peak_memory, create, device, settings[way], args.threads).result()
-        except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed: by Ctrl-C, or by the system
-            utils.check_stop()
-            raise utils.InputError(f"--batch-size {batch}: {name}, {way}: ran out of memory; give a smaller one, or "
-                                   "other --cases") from None
+    memory = {way: call_fresh(fresh_process, f"{name}, {way}, --batch-size {batch}", peak_memory, create, device,
+                              settings[way], args.threads) for way in settings}
     training, inference = [time_steps(
         {way: create_step(create, device, train, settings[way])[0] for way in settings}, warm_up, steps, device, name)
         for train in (True, False)]
@@ -425,19 +431,19 @@ def main(args):
     torch.set_num_threads(args.threads)
     machine = describe_machine(device)
     torch.backends.cudnn.benchmark = True  # as the articles' scripts and ours
-    left_out = [name for name, case in CASES.items() if args.quick and not args.cases and not case[-2]]
+    left_out = [name for name in CASES if args.quick and not args.cases and name not in QUICK]
     names = args.cases or [name for name in CASES if name not in left_out]
     # A fork server imports once for all fresh processes; CUDA may not live through a fork
     forks = device.type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(["monai.losses", "monai.networks.nets", "torchvision"])
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-            1, context, utils.outlive_signals, (0,), max_tasks_per_child=1) as fresh_process:
+            1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL), max_tasks_per_child=1) as fresh_process:
         if args.start_up:
             for script in SCRIPTS:
                 draw_pictures(script, Path(folder, script), args.start_up, 32, args.start_up // 1000 + 10)
-            found = {script: fresh_process.submit(start_up, script, Path(folder, script)).result()
-                     for script in SCRIPTS}
+            found = {script: call_fresh(fresh_process, f"--start-up {args.start_up}: {script}", start_up, script,
+                                        Path(folder, script)) for script in SCRIPTS}
             print(f"{machine}\n\n" + table(["script", "pictures", "seconds to the first step", "memory, MB"], [
                 [script, str(args.start_up), digits(seconds), f"{mb:.0f}"] for script, (seconds, mb) in found.items()]))
             return found
