@@ -20,6 +20,7 @@ import glob
 import json
 import math
 import os
+import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -177,20 +178,49 @@ def read_batches(inputs, size, bad):
 def read_picture(path):
     """Picture or .npy array -> RGB uint8 (H, W, 3); InputError whatever is wrong with it."""
     try:
-        return read_array(path) if path.suffix.lower() == ".npy" else utils.read_image(path)
+        if path.suffix.lower() != ".npy":
+            return utils.read_image(path)
+        return np.array(to_rgb(read_pixels(path), path), order="C")
     except utils.InputError:
         raise
     except Exception as error:  # damaged or hostile bytes make the decoders raise a dozen types, MemoryError among them
         raise utils.InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); replace it") from None
 
 
-def read_array(path):
-    """.npy file -> RGB uint8 (H, W, 3), by the rules of train_efficientsam.py."""
-    image = read_npy(path)
-    if image.ndim == 3 and image.shape[2] in (1, 4):
+def read_npy(path, mmap_mode=None):
+    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
+
+    With mmap_mode "r" just the header is read and the file's size looked at.
+    """
+    try:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise utils.InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise utils.InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
+            from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
+        raise utils.InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
+    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise utils.InputError(f"{path}: has values that are not finite; replace them")
+    return array
+
+
+def read_pixels(path, mmap_mode=None):
+    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
+    image = read_npy(path, mmap_mode)
+    if image.ndim == 3 and image.shape[2] == 4:
         image = image[..., :3]
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
         raise utils.InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
+    return image
+
+
+def to_rgb(image, path):
+    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
+
+    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
+    """
     if image.dtype.kind == "f":
         if image.min() < 0 or image.max() > 255:
             raise utils.InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
@@ -200,23 +230,7 @@ def read_array(path):
         image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
     image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
     image = image if image.ndim == 3 else image[..., None]
-    return np.array(np.broadcast_to(image, (*image.shape[:2], 3)), order="C")
-
-
-def read_npy(path):
-    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise utils.InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise utils.InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
-            from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
-        raise utils.InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise utils.InputError(f"{path}: has values that are not finite; replace them")
-    return array
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def normalize(image, channels=3):
@@ -745,13 +759,13 @@ def main(args):
     model, checkpoint = load_model(args, device)
     check_options(args, checkpoint)
     if args.depth:
-        model = partial(model, depth=args.depth)
+        model.forward = partial(model.forward, depth=args.depth)
     sam, classes, output_dir = checkpoint["net"] == "efficient_sam", checkpoint["classes"], Path(args.output_dir)
     paths = find_inputs(args.inputs)
     inputs, queries, bad = plan_outputs(paths, checkpoint, args)
     figure = open_figure() if args.click else None
     output_dir.mkdir(parents=True, exist_ok=True)
-    areas, images, annotations = [], [], []
+    areas, images, annotations, started = [], [], [], time.perf_counter()
     size = 1 if sam or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
     for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
@@ -790,8 +804,8 @@ def main(args):
             {"images": images, "categories": categories, "annotations": annotations}))
     for _, name, pixels, share, score in areas if len(paths) == 1 else []:
         print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}" + f"  score {score}" * bool(score))
-    print(f"{len(images)} of {len(paths)} pictures predicted: {output_dir}/*_mask.png, *_overlay.png, areas.csv"
-          + ", annotations.json" * bool(args.coco))
+    print(f"{len(images)} of {len(paths)} pictures predicted in {time.perf_counter() - started:.1f} s: {output_dir}/"
+          "*_mask.png, *_overlay.png, areas.csv" + ", annotations.json" * bool(args.coco))
     if bad:
         more = f"; and {len(bad) - 10} more" * (len(bad) > 10)
         raise utils.InputError(" ".join("; ".join(bad[:10]).splitlines()) + more)

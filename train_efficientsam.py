@@ -114,8 +114,8 @@ class NpyDataset(torch.utils.data.Dataset):
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and labels (Q, N) as
     nets/efficient_sam.py wants them. Training: masks (Q, M, M) bool of up to --max-objects, M = min(S, MASK_SIZE);
     else ids (H, W) of the picture's own size, 1 to Q. valid (Q,): these are objects. A picture without any, which the
-    start has not looked at, has one query that is none; index -1, with which processes keep step, has only such. What is
-    random depends on (seed, epoch, index); in validation nothing is.
+    start has not looked at, has one query that is none; index -1, with which processes keep step, has only such. What
+    is random depends on (seed, epoch, index); in validation nothing is.
     """
 
     def __init__(self, items, args, train, augment):
@@ -215,38 +215,49 @@ def read_npy(path, mmap_mode=None):
     return array
 
 
-def read_arrays(item, mmap_mode=None):
-    """(name, image path, mask path) -> the arrays as stored, (H, W, 1 or 3) or (H, W), and (H, W); or InputError."""
-    _, image_path, path = item
-    image, ids = read_npy(image_path, mmap_mode), read_npy(path, mmap_mode)
-    if image.ndim == 3 and image.shape[2] in (1, 4):
+def read_pixels(path, mmap_mode=None):
+    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
+    image = read_npy(path, mmap_mode)
+    if image.ndim == 3 and image.shape[2] == 4:
         image = image[..., :3]
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
-        raise utils.InputError(f"{image_path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
-    if ids.shape != image.shape[:2]:
-        raise utils.InputError(f"{path}: has shape {ids.shape}, but {image_path} has {image.shape}; masks are (H, W)")
-    return image, ids
+        raise utils.InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
+    return image
 
 
-def read_item(item):
-    """(name, image path, mask path) -> image (H, W, 3) uint8 RGB, ids (H, W) int64; or InputError.
+def to_rgb(image, path):
+    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
 
-    Images: uint8 as they are; floats are 0..1, or 0..255 if any is above 1; other integers scaled by their own range.
+    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
     """
-    _, image_path, path = item
-    image, ids = read_arrays(item)
-    if (ids.dtype.kind == "f" and (ids != np.round(ids)).any()) or ids.min() < 0:
-        raise utils.InputError(f"{path}: ids must be whole and not negative; 0 is background, each other an object")
     if image.dtype.kind == "f":
         if image.min() < 0 or image.max() > 255:
-            raise utils.InputError(f"{image_path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
+            raise utils.InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
         image = image * (255 if image.max() <= 1 else 1)
     elif image.dtype != np.uint8:
         low, high = int(image.min()), int(image.max())
         image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
     image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
     image = image if image.ndim == 3 else image[..., None]
-    return np.broadcast_to(image, (*ids.shape, 3)), ids.astype(np.int64)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
+
+
+def read_arrays(item, mmap_mode=None):
+    """(name, image path, mask path) -> the arrays as stored, of one height and width; or InputError."""
+    _, image_path, path = item
+    image, ids = read_pixels(image_path, mmap_mode), read_npy(path, mmap_mode)
+    if ids.shape != image.shape[:2]:
+        raise utils.InputError(f"{path}: has shape {ids.shape}, but {image_path} has {image.shape}; masks are (H, W)")
+    return image, ids
+
+
+def read_item(item):
+    """(name, image path, mask path) -> image (H, W, 3) uint8 RGB, ids (H, W) int64; or InputError."""
+    _, image_path, path = item
+    image, ids = read_arrays(item)
+    if (ids.dtype.kind == "f" and (ids != np.round(ids)).any()) or ids.min() < 0:
+        raise utils.InputError(f"{path}: ids must be whole and not negative; 0 is background, each other an object")
+    return to_rgb(image, image_path), ids.astype(np.int64)
 
 
 def find_items(data_path):

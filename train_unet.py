@@ -9,6 +9,7 @@ Writes: OUTPUT_DIR/best.pth (best val_iou), model.pth (its bare weights, as the 
         log.csv, curves.png, val_samples.png (image | truth | prediction), split.json, args.json.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -72,6 +73,8 @@ def get_args_parser():
     add("--model", "-a", "--arch", dest="arch", choices=list(NETS), default="NestedUNet",
         help="U-Net or U-Net++ (%(default)s)")
     add("--deep-supervision", "--deep_supervision", **flag, help="NestedUNet only: loss on all four heads")
+    add("--depth", type=utils.number(int, 1, 4),
+        help="with --test-only and --deep-supervision: the net cut down to so many levels, as predict.py --depth")
     add("--input-channels", "--input_channels", type=int, choices=[1, 3], default=3, help="1 grey, 3 RGB (%(default)s)")
     add("--num-classes", "--num_classes", type=utils.number(int, 1), default=1,
         help="mask folders, background not counted (%(default)s)")
@@ -517,6 +520,8 @@ def main(args):
     args.image_size = (args.input_w or args.image_size[0], args.input_h or args.image_size[1])
     args.output_dir = str(Path("models", args.name)) if args.name else args.output_dir
     output_dir = Path(args.output_dir)
+    if args.depth and not (args.test_only and args.deep_supervision):
+        raise utils.InputError("--depth: is for --test-only of a net with --deep-supervision; leave it out")
     utils.seed_everything(args.seed, args.deterministic)
     device = utils.pick_device(args.device)
     dtype, scaler = utils.pick_precision(args.amp, device)
@@ -548,6 +553,8 @@ def main(args):
             raise utils.InputError(f"--image-size {args.image_size}: trained with {trained_with['image_size']}")
         if trained_with.get("data_hash", args.data_hash) != args.data_hash:
             print("note: other pictures or another split than in training: some may have been trained on")
+        if args.depth:
+            model.forward = functools.partial(model.forward, depth=args.depth)
         figures = evaluate(model, val_loader, device, dtype, args)
         print_table("test:", figures, train_set.classes)
         return figures

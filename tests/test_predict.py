@@ -638,7 +638,7 @@ def test_clicks_become_prompts_and_can_be_undone():
         asked.append(queries)
         logits = torch.full((1, 3, 40, 60), -1.0)
         logits[0, 1, 10:20, 10:20] = 1.0
-        yield logits, torch.tensor([[0.1, 0.9, 0.2]])
+        yield 0, logits, torch.tensor([[0.1, 0.9, 0.2]])
     figure, image = agg_figure(), np.full((40, 60, 3), 100, np.uint8)
     window = predict.ClickWindow(figure, image, cut_out)
     assert all(word in figure.get_suptitle() for word in ("left", "right", "drag", "u:", "enter", "s:", "q:"))

@@ -58,6 +58,7 @@ def test_recipe_makes_the_three_layouts(kind, tmp_path):
              train_deeplabv3: ["voc", "--num-classes", "2", "--base-size", "32", "--crop-size", "32", "-b", "2"],
              train_efficientsam: ["npy", "--image-size", "64"]}
     for script, (folder, *options) in small.items():
-        args = script.get_args_parser().parse_args(["--data-path", str(tmp_path / "data" / folder), "-j", "0", *options])
+        data = tmp_path / "data" / folder
+        args = script.get_args_parser().parse_args(["--data-path", str(data), "-j", "0", *options])
         train_loader, val_loader = script.create_loaders(args)[:2]
         assert len(train_loader.dataset) + len(val_loader.dataset) == 6 and next(iter(train_loader))

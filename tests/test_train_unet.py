@@ -250,6 +250,16 @@ def test_every_option_trains(cells, tmp_path, more):
     assert all(p.isfinite().all() for p in torch.load(tmp_path / "run/last.pth", weights_only=True)["model"].values())
 
 
+def test_depth_tests_a_deeply_supervised_net_cut_short(cells, tmp_path):
+    deep = ["--arch", "NestedUNet", "--deep-supervision"]
+    train(cells, tmp_path / "run", "--epochs", 3, *deep)
+    figures = [train(cells, tmp_path / "x", *deep, "--test-only", "--weights", tmp_path / "run/last.pth", *more)
+               for more in ([], ["--depth", 4], ["--depth", 1])]
+    assert figures[0] == figures[1] and figures[0]["val_loss"] != figures[2]["val_loss"]
+    refuses(cells, "--depth", "--test-only", more=[*deep, "--depth", 2])
+    refuses(cells, "--depth", "--deep-supervision", more=["--test-only", "--depth", 2, "--weights", "x.pth"])
+
+
 @pytest.mark.parametrize("scheduler, expected", [
     ("CosineAnnealingLR", [1e-3, 1e-5 + 99e-5 * (1 + math.cos(math.pi / 4)) / 2, 1e-5 + 99e-5 / 2,
                            1e-5 + 99e-5 * (1 + math.cos(3 * math.pi / 4)) / 2]),
