@@ -534,7 +534,8 @@ def overlay(image, mask):
         if value not in (0, 255):
             inside = (mask == value).astype(np.uint8)
             colour = np.minimum(palette()[int(value) % 256] * 1.33 + 40, 255)  # the palette's own are too dark to see
-            out[inside > 0] = (0.6 * image[inside > 0] + 0.4 * colour).astype(np.uint8)
+            tint = (0.6 * np.arange(256)[:, None] + 0.4 * colour).astype(np.uint8)  # (256, 3): each value, tinted
+            np.copyto(out, cv2.LUT(image, tint[None]), where=inside[..., None] > 0)
             outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(out, outlines, -1, colour.tolist(), max(1, max(mask.shape) // 400))
     return out
