@@ -143,7 +143,7 @@ SAM = "--model demo --weights none --image-size 64 -j 0 --epochs 2 --lr 0.001 --
 def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
     """Nine pictures to train on: the last step has one, and the second process only keeps step.
 
-    Each of the two has a torchrun of its own, as on two hosts.
+    Each of the two has a torchrun of its own, as on two hosts, and the article's options.
     """
     import demo_data
     import train_efficientsam_ddp
@@ -153,8 +153,9 @@ def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
         port = free.getsockname()[1]
     launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
               "--rdzv-id=test", "--local-addr=localhost"]
-    hosts = [torchrun("train_efficientsam_ddp.py", "--data-path", data, "--output-dir", tmp_path / "two", *SAM,
-                      "-b", 1, "--limit", 9, launch=launch) for _ in range(2)]
+    article = "-task_name x -pretrained_checkpoint none -world_size 2 -node_rank 0 -init_method env:// -bucket_cap_mb 25"
+    hosts = [torchrun("train_efficientsam_ddp.py", "-i", data, "-work_dir", tmp_path / "two", *article.split(), *SAM,
+                      "-batch_size", 1, "--limit", 9, launch=launch) for _ in range(2)]
     output = "".join(map(finish, hosts))
     assert output.count("cpu x 2") == 1 and "demo: " in output  # the first rank of all hosts prints
     train_efficientsam_ddp.main(train_efficientsam_ddp.get_args_parser().parse_args(list(map(str, [
