@@ -20,6 +20,7 @@ import glob
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -73,12 +74,11 @@ def get_args_parser():
         help="pictures a batch, with --tile tiles; EfficientSAM takes one at a time (%(default)s)")
     add("--tile", type=utils.number(int, 32), metavar="N",
         help="cut larger pictures into tiles of N of their own pixels, about the size of those trained on")
-    add("--overlap", type=utils.number(float, 0, 0.9), default=0.25, help="share of a tile that its neighbour has too "
-        "(%(default)s)")
+    add("--overlap", type=utils.number(float, 0, 0.9), help="share of a tile that its neighbour has too (0.25)")
     add("--depth", type=utils.number(int, 1, 4), help="levels of a U-Net++ trained with --deep-supervision to compute, "
         "1 to 4; fewer are faster (all)")
     add("--flip", **flag, help="average with the mirrored picture")
-    add("--scales", type=scale_list, default=(1.0,), help="average over these sizes, times that of training (1)")
+    add("--scales", type=numbers(1, 20), default=[1.0], help="average over these sizes, times that of training (1)")
     add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
         help="a click, label 1 object (or left out) or 0 background (which EfficientSAM was not trained on)")
     add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1", help="may be repeated")
@@ -95,19 +95,14 @@ def get_args_parser():
 def numbers(least, most):
     """Type of an option of so many numbers with commas between."""
     def parse(text):
-        values = [float(value) for value in text.split(",")]
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = []
         if not least <= len(values) <= most or not np.isfinite(values).all():
             raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas between")
         return values
     return parse
-
-
-def scale_list(text):
-    """"0.75,1,1.25" -> floats."""
-    scales = tuple(float(scale) for scale in text.split(","))
-    if not all(0.1 <= scale <= 10 for scale in scales):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0.1 to 10 with commas between")
-    return scales
 
 
 # --- Data ---
@@ -122,10 +117,10 @@ def find_inputs(inputs):
         elif Path(text).suffix.lower() == ".txt":
             found = read_list(Path(text))
         else:
-            found = [Path(text)] if Path(text).exists() else [Path(path) for path in sorted(glob.glob(text))]
+            found = [text] if Path(text).exists() else sorted(glob.glob(text, recursive=True))
         if not found:
             raise utils.InputError(f"{text}: no such picture, folder or glob")
-        paths += found
+        paths += map(Path, found)
     return [*dict.fromkeys(paths)]
 
 
@@ -180,57 +175,11 @@ def read_picture(path):
     try:
         if path.suffix.lower() != ".npy":
             return utils.read_image(path)
-        return np.array(to_rgb(read_pixels(path), path), order="C")
+        return np.array(utils.to_rgb(utils.read_pixels(path), path), order="C")
     except utils.InputError:
         raise
     except Exception as error:  # damaged or hostile bytes make the decoders raise a dozen types, MemoryError among them
         raise utils.InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); replace it") from None
-
-
-def read_npy(path, mmap_mode=None):
-    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
-
-    With mmap_mode "r" just the header is read and the file's size looked at.
-    """
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise utils.InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise utils.InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
-            from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
-        raise utils.InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
-    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise utils.InputError(f"{path}: has values that are not finite; replace them")
-    return array
-
-
-def read_pixels(path, mmap_mode=None):
-    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
-    image = read_npy(path, mmap_mode)
-    if image.ndim == 3 and image.shape[2] == 4:
-        image = image[..., :3]
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
-        raise utils.InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
-    return image
-
-
-def to_rgb(image, path):
-    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
-
-    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
-    """
-    if image.dtype.kind == "f":
-        if image.min() < 0 or image.max() > 255:
-            raise utils.InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
-        image = image * (255 if image.max() <= 1 else 1)
-    elif image.dtype != np.uint8:
-        low, high = int(image.min()), int(image.max())
-        image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
-    image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
-    image = image if image.ndim == 3 else image[..., None]
-    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def normalize(image, channels=3):
@@ -262,6 +211,7 @@ def load_model(args, device):
         checkpoint["args"][needed], checkpoint["classes"]
         model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
+        checkpoint.pop("optimizer", None)  # up to two more copies of the weights
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise utils.InputError(f"{path}: not a whole checkpoint ({' '.join(str(error).split())[:200]})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
@@ -396,8 +346,9 @@ def predict_tiled(model, checkpoint, image, device, dtype, args):
 
     blank = torch.zeros(()).expand(1, 1, height, width)  # no memory; MONAI would want the whole picture as float32
     size = [min(args.tile, height), min(args.tile, width)]
-    return sliding_window_inference(blank, size, args.batch_size, predict_windows, args.overlap, "gaussian",
-                                    sw_device=device, device="cpu", with_coord=True)[0]
+    overlap = 0.25 if args.overlap is None else args.overlap
+    return sliding_window_inference(blank, size, args.batch_size, predict_windows, overlap, "gaussian", with_coord=True,
+                                    sw_device=device, device="cpu", progress=sys.stderr.isatty())[0]
 
 
 def predict_batch(model, checkpoint, images, device, dtype, args):
@@ -487,9 +438,9 @@ def read_prompts(name, given, args):
         clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
         if not {label for *_, label in points} <= {0.0, 1.0}:
             raise ValueError("a point's label is 1 or 0")
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
-        raise utils.InputError(f"{args.prompts}: {name}: not as {form} ({error})") from None
+        raise utils.InputError(f"{args.prompts or '--point'}: {name}: not as {form} ({error})") from None
     if len(queries) == 1 and points:
         queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
     elif points:
@@ -708,7 +659,7 @@ NETS = {"unet": (build_unet, predict_unet, write_unet),
 def check_options(args, checkpoint):
     """InputError for an option that is not for this net."""
     sam = checkpoint["net"] == "efficient_sam"
-    ours = {"--flip": args.flip, "--scales": args.scales != (1.0,), "--tile": args.tile, "--depth": args.depth}
+    ours = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile, "--depth": args.depth}
     theirs = {"--box": args.box, "--point": args.point, "--prompts": args.prompts, "--all-masks": args.all_masks,
               "--click": args.click}
     for option, given in (ours if sam else theirs).items():
@@ -718,6 +669,12 @@ def check_options(args, checkpoint):
     if args.depth and not (checkpoint["net"] == "unet" and checkpoint["arch"].get("deep_supervision")):
         raise utils.InputError(f"--depth: is for NestedUNet trained with --deep-supervision; {args.weights} is not; "
                                "leave it out")
+    if not all(0.1 <= scale <= 10 for scale in args.scales):
+        raise utils.InputError(f"--scales {args.scales}: must be from 0.1 to 10")
+    if args.overlap is not None and not args.tile:
+        raise utils.InputError("--overlap: is of tiles; give --tile too")
+    if args.click and args.all_masks:
+        raise utils.InputError("--all-masks: not with --click, which cannot know beforehand what it will write")
     if (args.prompts or args.click) and (args.box or args.point) or (args.prompts and args.click):
         raise utils.InputError("--prompts: takes the place of --box and --point, --click of all; give one or the other")
 
@@ -751,16 +708,28 @@ def plan_outputs(paths, checkpoint, args):
     return [one for one in inputs if one[0] in queries or args.click or not sam], queries, bad
 
 
+def write_tables(output_dir, areas, images, annotations, checkpoint, args):
+    """areas.csv and, with --coco, annotations.json."""
+    with open(output_dir / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["picture", "class", "pixels", "share", "score"], *areas])
+    if args.coco:
+        names = enumerate(checkpoint["classes"], checkpoint["net"] == "unet")
+        names = {1: "object"} if checkpoint["net"] == "efficient_sam" else dict(names)
+        categories = [{"id": k, "name": name} for k, name in names.items() if k > 0]
+        (output_dir / "annotations.json").write_text(json.dumps(
+            {"images": images, "categories": categories, "annotations": annotations}))
+
+
 @torch.no_grad()
 def main(args):
-    """Predicts every input; returns how many masks were written. A bad file is reported, the others are still done."""
+    """Predicts every input; returns {"pictures": how many}. A bad file is reported, the others are still done."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
     model, checkpoint = load_model(args, device)
     check_options(args, checkpoint)
     if args.depth:
         model.forward = partial(model.forward, depth=args.depth)
-    sam, classes, output_dir = checkpoint["net"] == "efficient_sam", checkpoint["classes"], Path(args.output_dir)
+    sam, output_dir = checkpoint["net"] == "efficient_sam", Path(args.output_dir)
     paths = find_inputs(args.inputs)
     inputs, queries, bad = plan_outputs(paths, checkpoint, args)
     figure = open_figure() if args.click else None
@@ -768,47 +737,50 @@ def main(args):
     areas, images, annotations, started = [], [], [], time.perf_counter()
     size = 1 if sam or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
-    for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
-        for (name, path, image), logits in zip(batch, [None] if sam else predict_batch(
-                model, checkpoint, [image for *_, image in batch], device, dtype, args)):
-            utils.check_stop()
-            note = partial(annotate, annotations, args.coco, len(images) + 1)
-            if sam:
-                predict = partial(predict_efficient_sam, keep_embedding(model), checkpoint, image, device, dtype)
-                if args.click:
-                    window = ClickWindow(figure, image, predict)
-                    figure.canvas.start_event_loop()
-                    queries[name] = window.queries
-                    if window.done == "q":
-                        batches.close()
-                    if window.done == "q" or not window.queries:
-                        continue
-                try:
-                    check_prompts(name, queries[name], image.shape)
-                except utils.InputError as error:
-                    bad.append(str(error))
-                    continue
-                rows = write_efficient_sam(predict(queries[name]), image, output_dir / name, note, args.all_masks)
-            else:
-                rows = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name, note)
-            del logits
-            areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in rows]
-            images.append({"id": len(images) + 1, "file_name": path.as_posix(), "width": image.shape[1],
-                           "height": image.shape[0]})
-    with open(output_dir / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([["picture", "class", "pixels", "share", "score"], *areas])
-    if args.coco:
-        names = {1: "object"} if sam else dict(enumerate(classes, checkpoint["net"] == "unet"))
-        categories = [{"id": k, "name": name} for k, name in names.items() if k > 0]
-        (output_dir / "annotations.json").write_text(json.dumps(
-            {"images": images, "categories": categories, "annotations": annotations}))
+    try:
+        for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
+            try:
+                for (name, path, image), logits in zip(batch, [None] if sam else predict_batch(
+                        model, checkpoint, [image for *_, image in batch], device, dtype, args)):
+                    utils.check_stop()
+                    note = partial(annotate, annotations, args.coco, len(images) + 1)
+                    if sam:
+                        predict = partial(predict_efficient_sam, keep_embedding(model), checkpoint, image, device,
+                                          dtype)
+                        if args.click:
+                            window = ClickWindow(figure, image, predict)
+                            figure.canvas.start_event_loop()
+                            queries[name] = window.queries
+                            if window.done == "q":
+                                batches.close()
+                            if window.done == "q" or not window.queries:
+                                continue
+                        check_prompts(name, queries[name], image.shape)
+                        rows = write_efficient_sam(predict(queries[name]), image, output_dir / name, note,
+                                                   args.all_masks)
+                    else:
+                        rows = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name, note)
+                    del logits
+                    areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in rows]
+                    images.append({"id": len(images) + 1, "file_name": path.as_posix(), "width": image.shape[1],
+                                   "height": image.shape[0]})
+            except utils.InputError as error:
+                bad.append(str(error))
+            except (RuntimeError, MemoryError) as error:
+                if not utils.is_out_of_memory(error):
+                    raise
+                done = {image["file_name"] for image in images}
+                bad += [f"{path}: out of memory; try --tile, a smaller -b, or --amp bf16" for _, path, _ in batch
+                        if path.as_posix() not in done]
+    finally:  # however it ends: what has been written is listed
+        write_tables(output_dir, areas, images, annotations, checkpoint, args)
     for _, name, pixels, share, score in areas if len(paths) == 1 else []:
         print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}" + f"  score {score}" * bool(score))
     print(f"{len(images)} of {len(paths)} pictures predicted in {time.perf_counter() - started:.1f} s: {output_dir}/"
           "*_mask.png, *_overlay.png, areas.csv" + ", annotations.json" * bool(args.coco))
     if bad:
-        more = f"; and {len(bad) - 10} more" * (len(bad) > 10)
-        raise utils.InputError(" ".join("; ".join(bad[:10]).splitlines()) + more)
+        more = "; and " + ", ".join(line.split(": ")[0] for line in bad[10:]) if len(bad) > 10 else ""
+        raise utils.InputError(" ".join(("; ".join(bad[:10]) + more).splitlines()))
     return {"pictures": len(images)}
 
 

@@ -196,56 +196,10 @@ def shrink(masks, args):
     return F.pad(soft, (0, whole - size[1], 0, whole - size[0]))
 
 
-def read_npy(path, mmap_mode=None):
-    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
-
-    With mmap_mode "r" just the header is read and the file's size looked at.
-    """
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise utils.InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise utils.InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
-            from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
-        raise utils.InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
-    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise utils.InputError(f"{path}: has values that are not finite; replace them")
-    return array
-
-
-def read_pixels(path, mmap_mode=None):
-    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
-    image = read_npy(path, mmap_mode)
-    if image.ndim == 3 and image.shape[2] == 4:
-        image = image[..., :3]
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
-        raise utils.InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
-    return image
-
-
-def to_rgb(image, path):
-    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
-
-    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
-    """
-    if image.dtype.kind == "f":
-        if image.min() < 0 or image.max() > 255:
-            raise utils.InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
-        image = image * (255 if image.max() <= 1 else 1)
-    elif image.dtype != np.uint8:
-        low, high = int(image.min()), int(image.max())
-        image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
-    image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
-    image = image if image.ndim == 3 else image[..., None]
-    return np.broadcast_to(image, (*image.shape[:2], 3))
-
-
 def read_arrays(item, mmap_mode=None):
     """(name, image path, mask path) -> the arrays as stored, of one height and width; or InputError."""
     _, image_path, path = item
-    image, ids = read_pixels(image_path, mmap_mode), read_npy(path, mmap_mode)
+    image, ids = utils.read_pixels(image_path, mmap_mode), utils.read_npy(path, mmap_mode)
     if ids.shape != image.shape[:2]:
         raise utils.InputError(f"{path}: has shape {ids.shape}, but {image_path} has {image.shape}; masks are (H, W)")
     return image, ids
@@ -257,7 +211,7 @@ def read_item(item):
     image, ids = read_arrays(item)
     if (ids.dtype.kind == "f" and (ids != np.round(ids)).any()) or ids.min() < 0:
         raise utils.InputError(f"{path}: ids must be whole and not negative; 0 is background, each other an object")
-    return to_rgb(image, image_path), ids.astype(np.int64)
+    return utils.to_rgb(image, image_path), ids.astype(np.int64)
 
 
 def find_items(data_path):

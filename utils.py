@@ -102,10 +102,16 @@ def run(main, parser):
     except (RuntimeError, MemoryError) as error:
         if "RANK" in os.environ and "peer" in str(error):  # Gloo's word when another process is gone
             parser.exit(1, f"{parser.prog}: rank {os.environ['RANK']}: lost another process, see its message\n")
-        if not any(words in f"{type(error).__name__} {error}" for words in ("Memory", "of memory", "allocate memory")):
+        if not is_out_of_memory(error):
             raise
         parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller picture, or --amp bf16 "
                      f"({' '.join(str(error).split())[:200]})")
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError or MemoryError says so, of the CPU or a device."""
+    words = ("Memory", "of memory", "allocate memory", "enough memory")
+    return any(one in f"{type(error).__name__} {error}" for one in words)
 
 
 _signals = []
@@ -459,7 +465,9 @@ def _open(path):
         raise InputError(f"{path}: not a picture that can be read") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {error}; save it as .npy, or in parts") from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
         raise InputError(f"{path}: truncated or unreadable ({error}); replace it") from None
 
 
@@ -503,6 +511,52 @@ def read_mask(path):
             raise InputError(f"{path}: colour-coded mask; save one value per pixel (grey or palette PNG)")
         mask = mask[..., 0]
     return mask
+
+
+def read_npy(path, mmap_mode=None):
+    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
+
+    With mmap_mode "r" just the header is read and the file's size looked at.
+    """
+    try:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
+            from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
+        raise InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
+    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"{path}: has values that are not finite; replace them")
+    return array
+
+
+def read_pixels(path, mmap_mode=None):
+    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
+    image = read_npy(path, mmap_mode)
+    if image.ndim == 3 and image.shape[2] == 4:
+        image = image[..., :3]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+        raise InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
+    return image
+
+
+def to_rgb(image, path):
+    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
+
+    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
+    """
+    if image.dtype.kind == "f":
+        if image.min() < 0 or image.max() > 255:
+            raise InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
+        image = image * (255 if image.max() <= 1 else 1)
+    elif image.dtype != np.uint8:
+        low, high = int(image.min()), int(image.max())
+        image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
+    image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
+    image = image if image.ndim == 3 else image[..., None]
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def palette():

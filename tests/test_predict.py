@@ -1,4 +1,5 @@
 """predict.py: masks at the picture's own size from a checkpoint alone; a bad picture does not stop the others."""
+import math
 import shutil
 
 import numpy as np
@@ -365,6 +366,21 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
     assert (masks[depth - 1] != masks[3]).any()
 
 
+@pytest.mark.parametrize("preprocess, scale", [("official", [2, 4]), ("article", [2, 2])])
+def test_prompts_follow_a_wide_picture_into_the_nets_square(monkeypatch, preprocess, scale):
+    checkpoint = {"args": {"preprocess": preprocess}, "arch": {"image_size": 64}}
+    monkeypatch.setattr(predict, "predict_masks",
+                        lambda model, image, points, labels, size, *rest: (image, points, size))
+    image, points, size = predict.predict_efficient_sam(None, checkpoint, noise(16, 32), None, None,
+                                                        [([[3, 5], [20, 12]], [2, 3])])
+    assert image.shape == (1, 3, 64, 64) and tuple(size) == (16, 32)
+    assert points.tolist() == [[[[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]]]
+    assert (image[..., 32:, :] == 0).all() == (preprocess == "article")
+    predict.check_prompts("x", [([[30, 15]], [1])], (16, 32, 3))
+    with pytest.raises(utils.InputError, match="outside its 32x16 pixels"):
+        predict.check_prompts("x", [([[15, 30]], [1])], (16, 32, 3))
+
+
 def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_path):
     deep = save_unet(tmp_path / "plain.pth", model="NestedUNet", deep_supervision=False)
     deeplab, sam = scenes_run[0] / "run/last.pth", objects_run[0] / "run/last.pth"
@@ -374,7 +390,8 @@ def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_p
             (deeplab, "--depth 2", "--depth: is for NestedUNet"), (sam, "--depth 2", "--depth: is for U-Net"),
             (sam, "--tile 64 --box 1,1,9,9", "--tile: is for U-Net and DeepLab"), (tiny, "--click", "--click: is for"),
             (tiny, "--box 1,1,9,9", "--box: is for EfficientSAM"), (sam, "--click --box 1,1,9,9", "one or the other"),
-            (sam, "--click", "--click: no display.*--point or --box")]:
+            (sam, "--click", "--click: no display.*--point or --box"), (sam, "--click --all-masks", "--all-masks: not"),
+            (tiny, "--overlap 0.5", "--overlap: is of tiles"), (tiny, "--scales 1,20", "--scales.*from 0.1 to 10")]:
         with pytest.raises(utils.InputError, match=words):
             run("--weights", weights, tmp_path / "x.png", *option.split(), "--output-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -506,9 +523,64 @@ def test_a_file_that_vanishes_or_is_too_large_is_one_of_the_errors_and_many_are_
     with pytest.raises(utils.InputError) as error:
         run("--weights", tiny, tmp_path / "in", "--output-dir", tmp_path / "out")
     lines = str(error.value)
-    assert "p00.png: no such file; " in lines and "decompression bomb" in lines and lines.endswith("; and 4 more")
-    assert "p09.png" in lines and "p10.png" not in lines and "\n" not in lines
+    assert "p00.png: no such file; " in lines and "decompression bomb" in lines and "; and " in lines
+    assert lines.endswith("p13.png") and lines.count(".png: ") == 10 and lines.count(".png") == 14 and "\n" not in lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["areas.csv"]
+
+
+def test_what_is_done_is_listed_however_the_run_ends(tiny, tmp_path, monkeypatch):
+    for k in range(4):
+        Image.fromarray(noise(20, 20)).save(tmp_path / f"p{k}.png")
+    theirs, asked = predict.predict_batch, []
+
+    def predict_batch(model, checkpoint, images, *rest):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return theirs(model, checkpoint, images, *rest)
+    monkeypatch.setattr(predict, "predict_batch", predict_batch)
+    with pytest.raises(utils.InputError, match="^[^;]*p1.png: out of memory; try --tile"):
+        run("--weights", tiny, tmp_path, "--output-dir", tmp_path / "out")
+    rows = (tmp_path / "out/areas.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["picture", "p0", "p2", "p3"]
+
+    def check_stop():
+        if (tmp_path / "stopped/p1_mask.png").exists():
+            raise utils.Stopped
+    monkeypatch.setattr(utils, "check_stop", check_stop)
+    with pytest.raises(utils.Stopped):
+        run("--weights", tiny, tmp_path, "--output-dir", tmp_path / "stopped", "--coco")
+    rows = (tmp_path / "stopped/areas.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["picture", "p0", "p1"]
+    assert len(coco(tmp_path / "stopped")["images"]) == 2
+
+
+def test_options_reach_the_net(tiny, tmp_path, monkeypatch):
+    import monai.inferers
+    Image.fromarray(noise(100, 90)).save(tmp_path / "x.png")
+    theirs, seen = monai.inferers.sliding_window_inference, []
+    monkeypatch.setattr(monai.inferers, "sliding_window_inference", lambda *args, **more: (
+        seen.append(args[2:5:2]), theirs(*args, **more))[1])
+    normal, dtypes = predict.forward, set()
+    monkeypatch.setattr(predict, "forward", lambda model, batch, dtype: (
+        dtypes.add((dtype, len(batch))), normal(model, batch, dtype))[1])
+    run("--weights", tiny, tmp_path / "x.png", tmp_path / "x.png", "--tile", 64, "-b", 3, "--overlap", 0.5, "--amp",
+        "bf16", "--output-dir", tmp_path / "out")
+    assert seen == [(3, 0.5)] and {dtype for dtype, _ in dtypes} == {torch.bfloat16} and max(dtypes, key=str)[1] == 3
+
+
+@pytest.mark.parametrize("net", ["unet", "deeplabv3"])
+def test_views_are_averaged_as_probabilities(monkeypatch, net):
+    """Two scales whose logits are 0 and 4 for the first class, 0 for the second."""
+    def predict_one(model, checkpoint, images, scale, device, dtype):
+        return [torch.stack([torch.full((4, 4), 4.0 * (scale == 2)), torch.zeros(4, 4)])]
+    monkeypatch.setitem(predict.NETS, net, (None, predict_one, None))
+    args = predict.get_args_parser().parse_args(["x", "--weights", "x", "--scales", "1,2"])
+    logits = next(predict.predict_averaged(None, {"net": net}, [np.zeros((4, 4, 3), np.uint8)], None, None, args))
+    sure = 1 / (1 + math.exp(-4))
+    prob = logits.sigmoid() if net == "unet" else logits.exp()
+    assert prob[0].tolist() == [[pytest.approx((0.5 + sure) / 2)] * 4] * 4
+    assert prob[1].tolist() == [[pytest.approx(0.5 if net == "unet" else (1.5 - sure) / 2)] * 4] * 4
 
 
 # --- COCO ---

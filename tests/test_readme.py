@@ -30,12 +30,12 @@ def test_recipe_makes_the_three_layouts(kind, tmp_path):
     for file in files:
         utils.save_picture(tmp_path / "pictures" / file, np.full((48, 60, 3), 90, np.uint8))
     if kind == "coco":
-        found = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+        found = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 9, "name": "bird"}],
                  "images": [{"id": 10 + i, "file_name": file} for i, file in enumerate(files)],
                  "annotations": [{"image_id": 10 + i, "category_id": category, "segmentation": shapes}
                                  for i in range(6) for category, shapes in (
                                      (7, [TRIANGLE, BOX]), (3, [[50, 0, 60, 0, 60, 10, 50, 10]]),
-                                     (7, {"size": [48, 60], "counts": [48 * 60]}))]}
+                                     (7, {"size": [48, 60], "counts": [48 * 60]}), (9, [BOX]))]}
         (tmp_path / "annotations.json").write_text(json.dumps(found))
         found = names["from_coco"](tmp_path / "annotations.json")
     else:

@@ -153,7 +153,8 @@ def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
         port = free.getsockname()[1]
     launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
               "--rdzv-id=test", "--local-addr=localhost"]
-    article = "-task_name x -pretrained_checkpoint none -world_size 2 -node_rank 0 -init_method env:// -bucket_cap_mb 25"
+    article = ("-task_name x -pretrained_checkpoint none -world_size 2 -node_rank 0 -init_method env:// "
+               "-bucket_cap_mb 25")
     hosts = [torchrun("train_efficientsam_ddp.py", "-i", data, "-work_dir", tmp_path / "two", *article.split(), *SAM,
                       "-batch_size", 1, "--limit", 9, launch=launch) for _ in range(2)]
     output = "".join(map(finish, hosts))
