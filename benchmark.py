@@ -448,14 +448,14 @@ def main(args):
             print(f"{machine}\n\n" + table(["script", "pictures", "seconds to check it", "memory, MB"], [
                 [script, str(args.start_up), digits(seconds), f"{mb:.0f}"] for script, (seconds, mb) in found.items()]))
             return found
-        results = {name: measure(name, args, device, folder, fresh_process) for name in names}
+        ratios, figures, loaders, output_dir = {}, [], [], Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            ratios[name], *rows = measure(name, args, device, folder, fresh_process)
+            figures, loaders = figures + rows[0], loaders + rows[1]
+            text = report(machine, left_out, ratios, figures, loaders, args, device)
+            (output_dir / "benchmark.md").write_text(text)  # so far: the next case may run out of memory
 
-    ratios = {name: result[0] for name, result in results.items()}
-    figures, loaders = [[row for result in results.values() for row in result[i]] for i in (1, 2)]
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = report(machine, left_out, ratios, figures, loaders, args, device)
-    (output_dir / "benchmark.md").write_text(text)
     plot_ratios(output_dir / "benchmark.png", ratios, machine)
     print(f"{text}\nwrote {output_dir}/benchmark.md {output_dir}/benchmark.png")
     return ratios

@@ -646,6 +646,9 @@ def open_figure():
     if not there:
         raise utils.InputError("--click: no display to open a window on; give --point or --box")
     figure.show()
+    figure.timer = figure.canvas.new_timer(200)  # milliseconds; a toolkit's loop sees no Ctrl-C
+    figure.timer.add_callback(lambda: utils.stop_asked() and figure.canvas.stop_event_loop())
+    figure.timer.start()
     return figure
 
 
@@ -750,6 +753,7 @@ def main(args):
                         if args.click:
                             window = ClickWindow(figure, image, predict)
                             figure.canvas.start_event_loop()
+                            utils.check_stop()
                             queries[name] = window.queries
                             if window.done == "q":
                                 batches.close()
