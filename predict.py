@@ -68,7 +68,7 @@ def get_args_parser():
     add("--model", choices=OFFICIAL, help="the net that an official file is of; our checkpoints know theirs")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add("--overwrite", **flag, help="replace files in --output-dir")
-    add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"],
+    add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"], metavar="[polygon|rle]",
         help="also write annotations.json: each connected part of a class, or each object; a polygon holds no holes")
     add("-b", "--batch-size", type=utils.number(int, 1), default=1,
         help="pictures a batch, with --tile tiles; EfficientSAM takes one at a time (%(default)s)")
@@ -78,7 +78,8 @@ def get_args_parser():
     add("--depth", type=utils.number(int, 1, 4), help="levels of a U-Net++ trained with --deep-supervision to compute, "
         "1 to 4; fewer are faster (all)")
     add("--flip", **flag, help="average with the mirrored picture")
-    add("--scales", type=numbers(1, 20), default=[1.0], help="average over these sizes, times that of training (1)")
+    add("--scales", type=numbers(1, 20), default=[1.0], metavar="S[,S...]",
+        help="average over these sizes, times that of training (1)")
     add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
         help="a click, label 1 object (or left out) or 0 background (which EfficientSAM was not trained on)")
     add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1", help="may be repeated")
