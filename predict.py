@@ -490,7 +490,9 @@ def placed_size(size, args):
 def preprocess(image, args):
     """Picture (3, H, W) uint8 -> (3, S, S) float32 in 0..1, by --preprocess; the net subtracts ImageNet's mean."""
     size = placed_size(image.shape[1:], args)
-    image = F.interpolate(image[None] / 255, size, mode="bilinear", align_corners=False)[0]
+    image = image / 255
+    if [*image.shape[1:]] != size:
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
     if args.preprocess == "official":
         return image
     image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
