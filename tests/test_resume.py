@@ -138,7 +138,8 @@ def test_sigterm_in_the_first_step_saves_it_and_exits_143(straight, tmp_path, on
     process = straight.start(tmp_path / "run", "-j", 0)
     process.terminate()
     assert process.wait(60) == 143
-    assert process.stderr.read() == f"{straight.name}.py: stopped by SIGTERM\n"
+    said = process.stderr.read()  # older versions warn of this and that before
+    assert said.endswith(f"{straight.name}.py: stopped by SIGTERM\n") and "Traceback" not in said
     checkpoint = torch.load(tmp_path / "run/last.pth", weights_only=True)
     assert checkpoint["epoch"] == 0 and (checkpoint["step"] >= 1 or checkpoint.get("before") == {})
     straight.run(tmp_path / "run", "-j", 0, "--resume", "auto")
@@ -152,7 +153,8 @@ def test_a_signal_to_the_whole_group_ends_no_loader_before_its_step_is_saved(str
     time.sleep(0.5)
     os.killpg(process.pid, sent)
     assert process.wait(60) == code, process.stderr.read()
-    assert process.stderr.read() == f"{straight.name}.py: stopped by {sent.name}\n"
+    said = process.stderr.read()
+    assert said.endswith(f"{straight.name}.py: stopped by {sent.name}\n") and "Traceback" not in said
     straight.run(tmp_path / "run", "-j", 0, "--save-every", 0, "--resume", "auto")
 
 
