@@ -12,6 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
+QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # monai 1.5 and torch 2.15 warn of what is not ours
 
 
 def pytest_addoption(parser):
@@ -74,7 +75,7 @@ def script():
     def call(name, *options, cwd=ROOT, **kwargs):
         command = [sys.executable, str(name), *map(str, options)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, **kwargs)
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **QUIET}, **kwargs)
     return call
 
 

@@ -1,5 +1,6 @@
 """All scripts alike: one shape, one spelling of options, one body for functions of one name; each runs alone."""
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import QUIET, ROOT
 
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
 SCRIPTS = [*TRAINING, "predict"]
@@ -115,7 +116,8 @@ def test_no_habit_that_bit_the_articles(path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_importing_a_script_does_nothing(name, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **QUIET})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
