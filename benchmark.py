@@ -376,8 +376,9 @@ def report(machine, left_out, ratios, figures, loaders, args, device):
 
 {machine}
 
-- article: float32, contiguous, torch's plain optimizer; DeepLab: torchvision's net; EfficientSAM: pictures of {PICTURE}
-  pixels enlarged to 1024 inside the net, an object a picture, attention written out
+- article: float32, contiguous, torch's plain optimizer; the losses of U-Net and EfficientSAM are ours;
+  DeepLab: torchvision's net; EfficientSAM: pictures of {PICTURE} pixels enlarged to 1024 inside the net, an object a
+  picture, attention written out
 - MONAI: BasicUNet and BasicUNetPlusPlus of the same widths, trained as in the article
 - ours: bf16 autocast, channels_last, fused optimizer{told}
   EfficientSAM: fused attention, the picture at the side named

@@ -218,12 +218,10 @@ def load_model(args, device):
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def fetch_sam(name):
+def fetch_official(name, url):
     """Path of the authors' file; that of the larger net comes in a zip, and is unpacked beside it."""
-    path = utils.fetch_weights(name, SAM_WEIGHTS[name])
-    if path.suffix != ".zip":
-        return path
-    return utils.unzip(path, f"{name}.pt")
+    path = utils.fetch_weights(name, url)
+    return utils.unzip(path, f"{name}.pt") if path.suffix == ".zip" else path
 
 
 def refuse_ours(path):
@@ -235,7 +233,7 @@ def refuse_ours(path):
 def official_checkpoint(path, name):
     """An official file, or any bare weights of this net, as a checkpoint of ours."""
     if name in SAM_WEIGHTS:
-        path = fetch_sam(path) if path in SAM_WEIGHTS else path
+        path = fetch_official(path, SAM_WEIGHTS[path]) if path in SAM_WEIGHTS else path
         refuse_ours(path)
         return {"net": "efficient_sam", "model": utils.read_weights(path, {}), "classes": [],
                 "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
@@ -252,10 +250,6 @@ def official_checkpoint(path, name):
     return {"net": "deeplabv3", "model": state, "args": {"base_size": 520},
             "classes": VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)],
             "arch": {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}}
-
-
-def build_unet(model, **arch):
-    return UNETS[model](**arch)
 
 
 def forward(model, image, dtype):
@@ -335,7 +329,7 @@ def predict_tiled(model, checkpoint, image, device, dtype, args):
     """RGB (H, W, 3) uint8 -> logits (K, H, W) on the CPU, of overlapping tiles, each predicted as a picture of its own.
 
     Memory: 3 bytes a pixel for the picture, 4 (K + 1) for the logits and their weights, and a batch of tiles; no other
-    float copy. What comes after adds about 10 bytes a pixel, and 55 for each that the overlay tints in one colour.
+    float copy. What comes after, mask and overlay, adds about 10 bytes a pixel.
     """
     from monai.inferers import sliding_window_inference  # late: it takes seconds
     height, width = image.shape[:2]
@@ -393,37 +387,25 @@ def run_lengths(part, left, top, size):
     return {"size": [*size], "counts": counts.tolist()}
 
 
-def write_unet(logits, image, checkpoint, prefix, note):
-    """Mask of the likeliest class where any is likelier than not, overlay; with several classes a mask of each too.
+def write_classes(logits, image, checkpoint, prefix, note):
+    """Mask of the likeliest class, overlay. Returns [class, pixels, ""] of each class.
 
-    Returns [class, pixels, ""] of each class.
+    U-Net's classes may overlap and count from 1: 0 is where none is likelier than not; if several, a mask of each too.
     """
-    mask = torch.cat([((rows.argmax(0) + 1) * (rows.amax(0) > 0)).byte() for rows in logits.split(256, 1)])
-    mask = mask.cpu().numpy()
+    unet = checkpoint["net"] == "unet"
+    mask = torch.cat([((rows.argmax(0) + unet) * (rows.amax(0) > 0 if unet else 1)).byte()
+                      for rows in logits.split(256, 1)]).cpu().numpy()
     utils.save_mask(f"{prefix}_mask.png", mask)
     utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
-    rows = []
+    found = []
     for k, name in enumerate(checkpoint["classes"]):
-        one = (logits[k] > 0).cpu().numpy()
-        if len(logits) > 1:
+        one = (logits[k] > 0).cpu().numpy() if unet else mask == k
+        if unet and len(logits) > 1:
             utils.save_picture(f"{prefix}_mask_{name}.png", one * np.uint8(255))
-        rows.append([name, np.count_nonzero(one), ""])
-        note(k + 1, one)
-    return rows
-
-
-def write_deeplabv3(logits, image, checkpoint, prefix, note):
-    """Mask of the likeliest class; overlay. Returns [class, pixels, ""] of each class."""
-    mask = torch.cat([rows.argmax(0).byte() for rows in logits.split(256, 1)]).cpu().numpy()
-    utils.save_mask(f"{prefix}_mask.png", mask)
-    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
-    for k in range(1, len(logits)):
-        note(k, mask == k)
-    return [[name, np.count_nonzero(mask == k), ""] for k, name in enumerate(checkpoint["classes"])]
-
-
-def build_efficient_sam(model, image_size):
-    return SAM_NETS[model](image_size)
+        found.append([name, np.count_nonzero(one), ""])
+        if unet or k:  # DeepLab's background is no object
+            note(k + unet, one)
+    return found
 
 
 def read_prompts(name, given, args):
@@ -531,13 +513,8 @@ def write_efficient_sam(parts, image, prefix, note, all_masks):
             utils.save_picture(f"{prefix}_{k}_{i + 1}.png", three[i] * np.uint8(255))
             rows.append([f"object {k} mask {i + 1}", int(three[i].sum()), f"{own[i]:.4f}"])
     utils.save_mask(f"{prefix}_mask.png", mask)
-    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, color_ids(mask)))
+    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
     return rows
-
-
-def color_ids(ids):
-    """Ids of any size -> 1..20, and 0, for drawing."""
-    return np.where(ids > 0, (ids - 1) % 20 + 1, 0)
 
 
 def keep_embedding(model):
@@ -628,7 +605,7 @@ class ClickWindow:
         ids = np.zeros(self.image.shape[:2], np.uint8)
         for k, mask in enumerate(self.masks, 1):
             ids[mask if mask is not None else ids > 255] = k
-        shown, size = utils.overlay(self.image, color_ids(ids)), max(2, max(ids.shape) // 200)
+        shown, size = utils.overlay(self.image, ids), max(2, max(ids.shape) // 200)
         for points, labels in self.queries:
             for point, label in zip(np.round(points).astype(int).tolist(), labels):
                 cv2.circle(shown, point, size, [(255, 0, 0), (0, 255, 0), (255, 255, 0), (255, 255, 0)][label], -1)
@@ -655,9 +632,11 @@ def open_figure():
     return figure
 
 
-NETS = {"unet": (build_unet, predict_unet, write_unet),
-        "deeplabv3": (deeplabv3, predict_deeplabv3, write_deeplabv3),
-        "efficient_sam": (build_efficient_sam, None, None)}
+NETS = {  # how to build it from a checkpoint's "arch", and what predicts a batch
+    "unet": (lambda model, **arch: UNETS[model](**arch), predict_unet),
+    "deeplabv3": (deeplabv3, predict_deeplabv3),
+    "efficient_sam": (lambda model, image_size: SAM_NETS[model](image_size), None),  # see do_prompts
+}
 
 
 # --- Main ---
@@ -726,6 +705,32 @@ def write_tables(output_dir, areas, images, annotations, checkpoint, args):
             {"images": images, "categories": categories, "annotations": annotations}))
 
 
+def do_classes(batch, model, checkpoint, note, device, dtype, args):
+    """Predicts and writes a batch by U-Net or DeepLab; yields name, path, picture, areas of each."""
+    pictures = [image for *_, image in batch]
+    for (name, path, image), logits in zip(batch, predict_batch(model, checkpoint, pictures, device, dtype, args)):
+        utils.check_stop()
+        yield name, path, image, write_classes(logits, image, checkpoint, Path(args.output_dir, name), note)
+
+
+def do_prompts(batch, model, checkpoint, note, device, dtype, args, queries, figure, quit_):
+    """Cuts out one picture by its queries, or by clicks into figure; yields as do_classes, or nothing."""
+    (name, path, image), = batch
+    predict = partial(predict_efficient_sam, keep_embedding(model), checkpoint, image, device, dtype)
+    own = queries.get(name)
+    if figure:
+        window = ClickWindow(figure, image, predict)
+        figure.canvas.start_event_loop()
+        utils.check_stop()
+        own = window.queries if window.done == "s" else []
+        if window.done == "q":
+            quit_()
+    if own:
+        check_prompts(name, own, image.shape)
+        rows = write_efficient_sam(predict(own), image, Path(args.output_dir, name), note, args.all_masks)
+        yield name, path, image, rows
+
+
 @torch.no_grad()
 def main(args):
     """Predicts every input; returns {"pictures": how many}. A bad file is reported, the others are still done."""
@@ -741,34 +746,18 @@ def main(args):
     figure = open_figure() if args.click else None
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
+
+    def note(category, mask, score=None):  # what --coco wants to know of the picture that is being done
+        annotate(annotations, args.coco, len(images) + 1, category, mask, score)
+
     size = 1 if sam or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
+    do = partial(do_prompts, queries=queries, figure=figure, quit_=batches.close) if sam else do_classes
     try:
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
             try:
-                for (name, path, image), logits in zip(batch, [None] if sam else predict_batch(
-                        model, checkpoint, [image for *_, image in batch], device, dtype, args)):
-                    utils.check_stop()
-                    note = partial(annotate, annotations, args.coco, len(images) + 1)
-                    if sam:
-                        predict = partial(predict_efficient_sam, keep_embedding(model), checkpoint, image, device,
-                                          dtype)
-                        if args.click:
-                            window = ClickWindow(figure, image, predict)
-                            figure.canvas.start_event_loop()
-                            utils.check_stop()
-                            queries[name] = window.queries
-                            if window.done == "q":
-                                batches.close()
-                            if window.done == "q" or not window.queries:
-                                continue
-                        check_prompts(name, queries[name], image.shape)
-                        rows = write_efficient_sam(predict(queries[name]), image, output_dir / name, note,
-                                                   args.all_masks)
-                    else:
-                        rows = NETS[checkpoint["net"]][2](logits, image, checkpoint, output_dir / name, note)
-                    del logits
-                    areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in rows]
+                for name, path, image, found in do(batch, model, checkpoint, note, device, dtype, args):
+                    areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in found]
                     images.append({"id": len(images) + 1, "file_name": path.as_posix(), "width": image.shape[1],
                                    "height": image.shape[0]})
             except utils.InputError as error:

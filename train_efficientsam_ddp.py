@@ -374,7 +374,7 @@ def create_model(args, checkpoint=None):
         utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
         model.load_state_dict(checkpoint["model"])
     elif args.weights != "none":
-        path = fetch_official(args.weights) if args.weights in WEIGHTS else args.weights
+        path = fetch_official(args.weights, WEIGHTS[args.weights]) if args.weights in WEIGHTS else args.weights
         utils.load_weights(model, utils.read_weights(path, {"net": "efficient_sam", **arch}), path)
     model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)  # of the mask that is never asked for
     if args.freeze == "encoder":
@@ -383,12 +383,10 @@ def create_model(args, checkpoint=None):
     return model, arch
 
 
-def fetch_official(name):
+def fetch_official(name, url):
     """Path of the authors' file; that of the larger net comes in a zip, and is unpacked beside it."""
-    path = utils.fetch_weights(name, WEIGHTS[name])
-    if path.suffix != ".zip":
-        return path
-    return utils.unzip(path, f"{name}.pt")
+    path = utils.fetch_weights(name, url)
+    return utils.unzip(path, f"{name}.pt") if path.suffix == ".zip" else path
 
 
 # --- Loss ---

@@ -85,8 +85,8 @@ def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
 def test_overlapping_classes_get_a_mask_each(tmp_path):
     logits = torch.full((2, 1, 3), -1.0)
     logits[0, 0, :2], logits[1, 0, 1:] = 1.0, 2.0  # pixel 0: class a, pixel 1: both, b likelier, pixel 2: b
-    predict.write_unet(logits, np.zeros((1, 3, 3), np.uint8), {"classes": ["a", "b"]}, tmp_path / "x",
-                       lambda *_: None)
+    predict.write_classes(logits, np.zeros((1, 3, 3), np.uint8), {"net": "unet", "classes": ["a", "b"]}, tmp_path / "x",
+                          lambda *_: None)
     assert np.array(Image.open(tmp_path / "x_mask.png")).tolist() == [[1, 2, 2]]
     assert np.array(Image.open(tmp_path / "x_mask_a.png")).tolist() == [[255, 255, 0]]
     assert np.array(Image.open(tmp_path / "x_mask_b.png")).tolist() == [[0, 255, 255]]
@@ -269,7 +269,7 @@ def save_unet(path, classes=("a",), image_size=32, model="UNet", **arch):
     """A checkpoint of random weights, whose logits on noise lie on both sides of 0."""
     arch = {"model": model, "num_classes": len(classes), "input_channels": 3, **arch}
     torch.manual_seed(0)
-    net = predict.build_unet(**arch).eval()
+    net = predict.NETS["unet"][0](**arch).eval()
     with torch.no_grad():
         noise = net(torch.randn(1, 3, 64, 64))
         for head, logits in zip([one for name, one in net.named_children() if name.startswith("final")],
@@ -574,7 +574,7 @@ def test_views_are_averaged_as_probabilities(monkeypatch, net):
     """Two scales whose logits are 0 and 4 for the first class, 0 for the second."""
     def predict_one(model, checkpoint, images, scale, device, dtype):
         return [torch.stack([torch.full((4, 4), 4.0 * (scale == 2)), torch.zeros(4, 4)])]
-    monkeypatch.setitem(predict.NETS, net, (None, predict_one, None))
+    monkeypatch.setitem(predict.NETS, net, (None, predict_one))
     args = predict.get_args_parser().parse_args(["x", "--weights", "x", "--scales", "1,2"])
     logits = next(predict.predict_averaged(None, {"net": net}, [np.zeros((4, 4, 3), np.uint8)], None, None, args))
     sure = 1 / (1 + math.exp(-4))

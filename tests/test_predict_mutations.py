@@ -147,7 +147,7 @@ def check(folder, name, data, kind, message):
 
 
 def test_there_are_a_hundred_cases():
-    assert len({name for name, *_ in CASES}) == len(CASES) >= 92 and len(CASES) + 8 >= 100
+    assert len({name for name, *_ in CASES}) == len(CASES) >= 92  # and eight checkpoints, sixteen prompts below
 
 
 @pytest.mark.parametrize("name, data, kind", CASES, ids=[name for name, *_ in CASES])

@@ -312,14 +312,14 @@ def test_official_files_load_by_path_and_offline_the_url_is_told(tmp_path, monke
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(utils.InputError, match="efficient_sam_vits.pt.zip.*put it at"):
-        script_.fetch_official("efficient_sam_vits")
+        script_.fetch_official("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
 
     def online(url, path, **kwargs):
         import zipfile
         with zipfile.ZipFile(path, "w") as archive:
             archive.write(tmp_path / "vitt.pt", "weights/efficient_sam_vits.pt")
     monkeypatch.setattr(torch.hub, "download_url_to_file", online)
-    path = script_.fetch_official("efficient_sam_vits")
+    path = script_.fetch_official("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
     assert path.name == "efficient_sam_vits.pt" and path.read_bytes() == (tmp_path / "vitt.pt").read_bytes()
 
 

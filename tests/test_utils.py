@@ -320,7 +320,8 @@ def test_two_processes_join_and_sum(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "sums.py"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.stdout.count("silent but on the first\n") == 1 and "0 2 3.0\n" in done.stderr and "1 2 3.0\n" in done.stderr
+    assert done.stdout.count("silent but on the first\n") == 1  # torch 2.10's Gloo prints there too
+    assert "0 2 3.0\n" in done.stderr and "1 2 3.0\n" in done.stderr
     assert utils.start_process_group(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert utils.sum_over_ranks(torch.tensor([5.0])).item() == 5.0
 
