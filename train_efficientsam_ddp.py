@@ -677,7 +677,8 @@ def main(args):
         row = {"epoch": state["epoch"] + 1, "step": (state["epoch"] + 1) * state["step"],
                "lr": optimizer.param_groups[0]["lr"], "loss": state["loss"] / (state["objects"] or math.nan), **figures,
                "skipped": state["skipped"], "seconds": seconds,
-               "images_per_s": args.world_size * (state["images"] - images_before) / seconds,
+               "images_per_s": (min(args.world_size * state["images"], len(train_set))  # without those that fill up
+                                - args.world_size * images_before) / seconds,
                "peak_mb": utils.peak_memory_mb(device)}
         print(f"epoch {state['epoch'] + 1}/{args.epochs}  " + "  ".join(f"{key} {row[key]:.4g}" for key in (
             "lr", "loss", "val_iou", "val_dice", "val_oracle_iou", "val_iou_error")) + f"  {seconds:.1f} s")
