@@ -11,7 +11,6 @@ Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, c
         truth | prediction), results*.txt (as the article), record_mAP.txt (figures of each class), args.json.
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -526,11 +525,11 @@ def train_one_epoch(net, loader, optimizer, scaler, device, dtype, args, state, 
             buffers = [buffer.clone() for buffer in model.buffers()]
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         names += [loader.dataset.items[index][0] for index in indices]
-        with contextlib.nullcontext() if len(names) == pending or net is model else net.no_sync():
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                outputs = net(images.contiguous(memory_format=torch.channels_last))
-            loss = criterion(outputs, labels)
-            scaler.scale(loss * len(images) / pending).backward()
+        net.require_backward_grad_sync = len(names) == pending  # else --accumulate: no need to talk yet
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs = net(images.contiguous(memory_format=torch.channels_last))
+        loss = criterion(outputs, labels)
+        scaler.scale(loss * len(images) / pending).backward()
         labelled = (labels != VOID).sum()
         loss_sum += loss.detach() * labelled
         pixels += labelled
