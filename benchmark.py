@@ -37,8 +37,8 @@ import utils
 from nets.unet import CHANNELS
 
 MONAI_NETS = {"UNet": BasicUNet, "NestedUNet": BasicUNetPlusPlus}
-PICTURE = 256  # side in pixels of the pictures in EfficientSAM's cases, as the article's
-SCRIPTS = {  # name: script, what draws its pictures, where pictures and masks lie, its options for their side
+IMAGE_SIDE = 256  # side in pixels of the images in EfficientSAM's cases, as the article's
+SCRIPTS = {  # name: script, what draws its images, where images and masks lie, its options for their side
     "train_unet": (train_unet, demo_data.draw_cells, ("images/{}.png", "masks/{}.png"), ["--image-size={}"]),
     "train_deeplabv3": (train_deeplabv3, demo_data.draw_scene, (
         "VOCdevkit/VOC2012/JPEGImages/{}.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}.png"),
@@ -52,25 +52,25 @@ SCRIPTS = {  # name: script, what draws its pictures, where pictures and masks l
 
 def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0])
-    add, flag = parser.add_argument, {"nargs": "?", "const": True, "default": False, "type": utils.switch}
+    add, add_switch = parser.add_argument, parser.add_switch
     add("--output-dir", default="runs/benchmark", help="folder for benchmark.md and benchmark.png (%(default)s)")
-    add("--quick", **flag, help=f"{len(QUICK)} cases, three steps, small batches: a good minute on two idle CPU cores")
+    add_switch("--quick", help=f"{len(QUICK)} cases, three steps, small batches: a good minute on two idle CPU cores")
     add("--cases", nargs="+", metavar="CASE", choices=CASES, help=f"{', '.join(CASES)} (all, fewer with --quick)")
-    add("--parts", **flag, help="also measure the ways in between: channels_last, bf16 or fused attention alone")
+    add_switch("--parts", help="also measure the ways in between: channels_last, bf16 or fused attention alone")
     add("--steps", type=utils.number(int, 1), help="timed steps of each way (10, at 1024 pixels and with --quick 3)")
     add("-b", "--batch-size", type=utils.number(int, 1),
-        help="pictures a batch (U-Net 16 at 96 pixels, 4 at 256, DeepLab 4, EfficientSAM 1; less with --quick)")
+        help="images per batch (U-Net 16 at 96 pixels, 4 at 256, DeepLab 4, EfficientSAM 1; less with --quick)")
     add("-j", "--workers", type=utils.number(int, 1), default=min(4, os.cpu_count()),
         help="loader processes, measured beside none (%(default)s)")
     add("--threads", type=utils.number(int, 1), default=2, help="CPU threads of torch (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
     add("--start-up", type=utils.number(int, 10), metavar="N",
-        help="instead: seconds and memory until each script has checked a data set of N tiny pictures")
+        help="instead: seconds and memory until each script has checked a data set of N tiny images")
     return parser
 
 
 # --- Ways ---
-# One function a script: settings of a way -> net, optimizer, function that computes the training loss, function that
+# One function per script: settings of a way -> net, optimizer, function that computes the training loss, function that
 # predicts. plain: optimizer, DeepLab's net and loss, and EfficientSAM's attention as in the article; else all is ours.
 
 def unet(batch, net, size, monai=False, plain=False, dtype=None, channels_last=False):
@@ -118,10 +118,10 @@ def deeplabv3(batch, net, size, plain=False, dtype=None, channels_last=False):
 
 
 def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
-    """plain: pictures of PICTURE pixels that the net itself enlarges to `size`; else the loader has made them so."""
+    """plain: images of IMAGE_SIDE pixels that the net itself enlarges to `size`; else the loader has made them so."""
     args = train_efficientsam.get_args_parser().parse_args(
         ["--model", net, "--weights", "none", f"--image-size={size}"])
-    side, mask_side = (PICTURE, PICTURE) if plain else (size, min(size, train_efficientsam.MASK_SIZE))
+    side, mask_side = (IMAGE_SIDE, IMAGE_SIDE) if plain else (size, min(size, train_efficientsam.MASK_SIZE))
     image, masks = torch.rand(batch, 3, side, side), torch.rand(batch, objects, mask_side, mask_side) > 0.5
     points = (side * torch.tensor([[0.2, 0.3], [0.7, 0.8]])).expand(batch, objects, 2, 2)  # the corners of a box
     labels, valid = torch.tensor([2, 3]).expand(batch, objects, 2), torch.ones(batch, objects, dtype=torch.bool)
@@ -137,14 +137,14 @@ def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
             return model.predict_masks(embedding, points, labels, True, side, side, output_side, output_side)
 
     def compute_loss():
-        logits, iou = forward(PICTURE if plain else -1)
+        logits, iou = forward(IMAGE_SIDE if plain else -1)
         logits = logits.float()
         if logits.shape[-2:] != masks.shape[-2:]:
             logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
                                    align_corners=False).unflatten(0, logits.shape[:2])
         return train_efficientsam.criterion(logits, iou.float(), masks, valid, args) / (batch * objects)
 
-    return model, optimizer, compute_loss, lambda: forward(PICTURE)
+    return model, optimizer, compute_loss, lambda: forward(IMAGE_SIDE)
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def time_steps(steps, warm_up, count, device, title):
     seconds = {way: [] for way in steps}
     for _ in tqdm(range(warm_up + count), title, leave=False, disable=None):
         for way, step in steps.items():
-            utils.check_stop()
+            utils.raise_if_stopped()
             started = time.perf_counter()
             step()
             if device.type != "cpu":
@@ -241,13 +241,13 @@ def peak_memory(create, device, settings, threads):
     return utils.peak_memory_mb(device) - before, sum(p.numel() for p in model.parameters())
 
 
-def draw_pictures(script, folder, count, size, different):
-    """`count` pictures in the script's layout: as many drawn as are to be different, hard links to them after those."""
+def draw_images(script, folder, count, size, different):
+    """`count` images in the script's layout: as many drawn as are to be different, hard links to them after those."""
     _, draw, places, _ = SCRIPTS[script]
     for place in places:
         Path(folder, place).parent.mkdir(parents=True)
     for index in range(count):
-        utils.check_stop()
+        utils.raise_if_stopped()
         for place, pixels in zip(places, draw(index, size) if index < different else places):
             path = Path(folder, place.format(index))
             if index >= different:
@@ -255,7 +255,7 @@ def draw_pictures(script, folder, count, size, different):
             elif path.suffix == ".npy":
                 np.save(path, pixels)
             else:
-                utils.save_picture(path, pixels)
+                utils.save_image(path, pixels)
     if script == "train_deeplabv3":
         lists = Path(folder, "VOCdevkit/VOC2012/ImageSets/Segmentation")
         lists.mkdir(parents=True)
@@ -264,7 +264,7 @@ def draw_pictures(script, folder, count, size, different):
 
 
 def create_loader(script, folder, size, batch, workers):
-    """The script's training loader of the pictures in folder, at this size."""
+    """The script's training loader of the images in folder, at this size."""
     module, *_, options = SCRIPTS[script]
     options = [f"--data-path={folder}", f"--batch-size={batch}", f"--workers={workers}"] + [
         option.format(size) for option in options]
@@ -274,13 +274,13 @@ def create_loader(script, folder, size, batch, workers):
 @functools.cache  # ways of one size share it
 def loader_speed(script, size, folder, batch, workers):
     """Images/s of three epochs of the loader with nothing else going on, the start of its workers included."""
-    picture = PICTURE if script == "train_efficientsam" else size
-    folder = Path(folder, f"{script}_{picture}_{batch}")
+    image = IMAGE_SIDE if script == "train_efficientsam" else size
+    folder = Path(folder, f"{script}_{image}_{batch}")
     if not folder.exists():  # 16 batches, the rest is for validation
-        draw_pictures(script, folder, 20 * batch, picture, 20 * batch)
+        draw_images(script, folder, 20 * batch, image, 20 * batch)
     loader, speeds = create_loader(script, folder, size, batch, workers), []
     for epoch in range(3):
-        utils.check_stop()
+        utils.raise_if_stopped()
         loader.sampler.set_epoch(epoch)
         started = time.perf_counter()
         for _ in loader:
@@ -302,7 +302,7 @@ def call_fresh(fresh_process, title, function, *args):
     try:
         return fresh_process.submit(function, *args).result()
     except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed: by Ctrl-C, or by the system
-        utils.check_stop()
+        utils.raise_if_stopped()
         raise utils.InputError(f"{title}: ran out of memory; give a smaller --batch-size, or other --cases") from None
 
 
@@ -377,18 +377,18 @@ def report(machine, left_out, ratios, figures, loaders, args, device):
 {machine}
 
 - article: float32, contiguous, torch's plain optimizer; the losses of U-Net and EfficientSAM are ours;
-  DeepLab: torchvision's net; EfficientSAM: pictures of {PICTURE} pixels enlarged to 1024 inside the net, an object a
-  picture, attention written out
+  DeepLab: torchvision's net; EfficientSAM: images of {IMAGE_SIDE} pixels enlarged to 1024 inside the net, an object a
+  image, attention written out
 - MONAI: BasicUNet and BasicUNetPlusPlus of the same widths, trained as in the article
 - ours: bf16 autocast, channels_last, fused optimizer{told}
-  EfficientSAM: fused attention, the picture at the side named
-- objects: of one picture of EfficientSAM-Ti, both ways ours; ratios of time and items/s are for each object
+  EfficientSAM: fused attention, the image at the side named
+- objects: of one image of EfficientSAM-Ti, both ways ours; ratios of time and items/s are for each object
 {left_out}
 Ratios, other / ours: above 1 ours takes less time or memory; they say little where the spreads below overlap much.
 Loader / step: images/s of the faster loader / images/s of our training step; above 1 the loader alone outruns the step.
 
 {table(["case", "ratio of", "training step", "inference", "peak memory", "loader / step"], ratio_rows)}
-Seconds a batch: median (smallest to largest) of the steps. Memory: peak of training{beyond}.
+Seconds per batch: median (smallest to largest) of the steps. Memory: peak of training{beyond}.
 
 {table(["case", "batch", "way", "M parameters", "training, s", "items/s", "memory, MB", "inference, s", "items/s"],
        figures)}
@@ -443,10 +443,10 @@ def main(args):
             1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL), max_tasks_per_child=1) as fresh_process:
         if args.start_up:
             for script in SCRIPTS:
-                draw_pictures(script, Path(folder, script), args.start_up, 32, args.start_up // 1000 + 10)
+                draw_images(script, Path(folder, script), args.start_up, 32, args.start_up // 1000 + 10)
             found = {script: call_fresh(fresh_process, f"--start-up {args.start_up}: {script}", start_up, script,
                                         Path(folder, script)) for script in SCRIPTS}
-            print(f"{machine}\n\n" + table(["script", "pictures", "seconds to check it", "memory, MB"], [
+            print(f"{machine}\n\n" + table(["script", "images", "seconds to check it", "memory, MB"], [
                 [script, str(args.start_up), digits(seconds), f"{mb:.0f}"] for script, (seconds, mb) in found.items()]))
             return found
         ratios, figures, loaders, output_dir = {}, [], [], Path(args.output_dir)

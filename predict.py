@@ -1,21 +1,23 @@
-"""Masks and overlays of pictures, from a checkpoint of one of the training scripts or an official one.
+"""Masks and overlays of images, from a checkpoint of one of the training scripts or an official one.
 
-    python predict.py --weights runs/train_unet/best.pth pictures/ --output-dir out
-    python predict.py --weights runs/train_deeplabv3/best.pth pictures/ --flip --scales 0.75,1,1.25
-    python predict.py --weights coco --model deeplabv3_resnet50 picture.jpg
-    python predict.py --weights runs/train_efficientsam/best.pth picture.jpg --box 75,275,340,450 --box 20,30,90,120
+    python predict.py --weights runs/train_unet/best.pth images/ --output-dir out
+    python predict.py --weights runs/train_deeplabv3/best.pth images/ --flip --scales 0.75,1,1.25
+    python predict.py --weights coco --model deeplabv3_resnet50 image.jpg
+    python predict.py --weights runs/train_efficientsam/best.pth image.jpg --box 75,275,340,450
 
-Inputs: pictures, .npy arrays (as train_efficientsam.py reads them), folders of both, globs, and .txt lists of them, a
-path a line, relative to the list's folder or else to where one is. Writes for each picture, at its own size:
-NAME_mask.png (palette PNG of class ids, 0 background; the classes of train_unet.py count from 1), NAME_overlay.png and,
-where classes may overlap, NAME_mask_CLASS.png (0 and 255); and areas.csv, the pixels of each class in each picture;
-with --coco annotations.json too. NAME is the file's, with its extension and folders where others have the same.
-EfficientSAM wants to be told what to cut out, and numbers it from 1: each --box is an object; the --points together are
-one, or say more about a single box. --prompts gives a folder's: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points":
-[[x, y, label]]}}; in pixels. Or show it with the mouse: --click.
+Inputs: image files, .npy arrays (as train_efficientsam.py reads them), folders of both, globs, and
+.txt lists of them: one path per line, relative to the list's folder or to the working directory.
+Writes for each image, at its own size: NAME_mask.png (palette PNG of class ids, 0 background; classes
+of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png
+(0 and 255); also areas.csv (pixels of each class in each image) and, with --coco, annotations.json.
+NAME is the file's, with its extension and folders where others have the same.
+EfficientSAM needs prompts, and numbers what they cut out from 1: each --box is an object; the --points
+together are one, or belong to a single box. --prompts gives those of a folder, in pixels: {"NAME":
+{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}. --click takes them from the mouse.
 """
 import argparse
 import csv
+import functools
 import glob
 import json
 import math
@@ -24,9 +26,9 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import cv2
 import numpy as np
@@ -37,59 +39,51 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.deeplabv3 import deeplabv3
+from nets.deeplabv3 import COCO_WEIGHTS, VOC_CLASSES, deeplabv3
 from nets.efficient_sam import NETS as SAM_NETS
+from nets.efficient_sam import WEIGHTS as SAM_WEIGHTS
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
 
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-COCO_WEIGHTS = {  # of torchvision, 21 outputs, with the auxiliary head; a name ends in the start of its sha256
-    "resnet50": "https://download.pytorch.org/models/deeplabv3_resnet50_coco-cd0a2569.pth",
-    "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
-    "mobilenet_v3_large": "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
-}
-SAM_WEIGHTS = {  # of the authors, who publish no hash: that every key and shape fits is the check
-    "efficient_sam_vits": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
-    "efficient_sam_vitt": "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
-}
 OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *SAM_WEIGHTS]
 
 
 # --- Options ---
 
 def get_args_parser():
-    parser = utils.ArgumentParser(__doc__.splitlines()[0], "%(prog)s --weights CHECKPOINT INPUT [INPUT ...] [options]")
-    add = parser.add_argument
-    flag = {"nargs": "?", "const": True, "default": False, "type": utils.switch}
-    add("inputs", nargs="+", metavar="INPUT", help="picture, .npy array, folder of them, glob, or .txt list of paths")
-    add("--weights", required=True, help="best.pth or last.pth of a training script; with --model an official file, or "
-        f"its name: coco (DeepLab's), {', '.join(SAM_WEIGHTS)}, fetched once")
-    add("--model", choices=OFFICIAL, help="the net that an official file is of; our checkpoints know theirs")
+    parser = utils.ArgumentParser(__doc__.splitlines()[0],
+                                  "%(prog)s --weights CHECKPOINT INPUT [INPUT ...] [options]")
+    add, add_switch = parser.add_argument, parser.add_switch
+    add("inputs", nargs="+", metavar="INPUT",
+        help="image, .npy array, folder of them, glob, or .txt list of paths")
+    add("--weights", required=True,
+        help="best.pth or last.pth of a training script; with --model an official file, or its name: "
+             f"coco (DeepLab's), {', '.join(SAM_WEIGHTS)}, fetched once")
+    add("--model", choices=OFFICIAL, help="the net of an official file; our checkpoints name theirs")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
-    add("--overwrite", **flag, help="replace files in --output-dir")
+    add_switch("--overwrite", help="replace files in --output-dir")
     add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"], metavar="[polygon|rle]",
-        help="also write annotations.json: each connected part of a class, or each object; a polygon holds no holes")
+        help="also write annotations.json: each connected part of a class, or each object; polygons "
+             "cannot represent holes")
     add("-b", "--batch-size", type=utils.number(int, 1), default=1,
-        help="pictures a batch, with --tile tiles; EfficientSAM takes one at a time (%(default)s)")
+        help="images per batch, with --tile tiles; EfficientSAM takes one at a time (%(default)s)")
     add("--tile", type=utils.number(int, 32), metavar="N",
-        help="cut larger pictures into tiles of N of their own pixels, about the size of those trained on")
-    add("--overlap", type=utils.number(float, 0, 0.9), help="share of a tile that its neighbour has too (0.25)")
-    add("--depth", type=utils.number(int, 1, 4), help="levels of a U-Net++ trained with --deep-supervision to compute, "
-        "1 to 4; fewer are faster (all)")
-    add("--flip", **flag, help="average with the mirrored picture")
+        help="cut larger images into tiles of N x N pixels, about the size of those trained on")
+    add("--overlap", type=utils.number(float, 0, 0.9), help="fraction by which tiles overlap (0.25)")
+    add("--depth", type=utils.number(int, 1, 4),
+        help="levels to compute of a U-Net++ trained with --deep-supervision; fewer are faster (all)")
+    add_switch("--flip", help="average with the mirrored image")
     add("--scales", type=numbers(1, 20), default=[1.0], metavar="S[,S...]",
         help="average over these sizes, times that of training (1)")
     add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
-        help="a click, label 1 object (or left out) or 0 background (which EfficientSAM was not trained on)")
-    add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1", help="may be repeated")
-    add("--prompts", help="json file of points and boxes for each picture")
-    add("--click", **flag, help="show each picture in a window, to click on")
-    add("--all-masks", **flag,
-        help="also write the three masks of each object, NAME_OBJECT_1.png to _3.png, scores in areas.csv")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
-    add("--amp", nargs="?", const="auto", default="auto", type=utils.amp_mode, metavar="MODE",
-        help="precision: auto (bf16 on CUDA that has it, else off), bf16, fp16 or off (%(default)s)")
+        help="a click: label 1 object (default), 0 background (EfficientSAM was not trained on it)")
+    add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1",
+        help="may be repeated")
+    add("--prompts", help="json file of points and boxes for each image")
+    add_switch("--click", help="show each image in a window, to click on")
+    add_switch("--all-masks", help="also write all three masks of each object, NAME_OBJECT_1.png to "
+                                   "_3.png")
+    parser.add_device_options()
     return parser
 
 
@@ -101,7 +95,8 @@ def numbers(least, most):
         except ValueError:
             values = []
         if not least <= len(values) <= most or not np.isfinite(values).all():
-            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas between")
+            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas "
+                                             "between")
         return values
     return parse
 
@@ -109,40 +104,44 @@ def numbers(least, most):
 # --- Data ---
 
 def find_inputs(inputs):
-    """Paths of all pictures and arrays named, each once; those that a list names may be missing."""
-    paths, kinds = [], {*utils.PICTURES, ".npy"}
+    """Paths of all images and arrays named, each once; those that a list names may be missing."""
+    paths, kinds = [], {*utils.IMAGES, ".npy"}
     for text in inputs:
         if Path(text).is_dir():
             found = sorted(path for path in Path(text).iterdir() if path.suffix.lower() in kinds
                            and not path.is_dir() and not path.name.startswith("."))
         elif Path(text).suffix.lower() == ".txt":
             found = read_list(Path(text))
+        elif Path(text).exists():
+            found = [text]
         else:
-            found = [text] if Path(text).exists() else sorted(glob.glob(text, recursive=True))
+            found = sorted(glob.glob(text, recursive=True))
         if not found:
-            raise utils.InputError(f"{text}: no such picture, folder or glob")
+            raise utils.InputError(f"{text}: no such image, folder or glob")
         paths += map(Path, found)
     return [*dict.fromkeys(paths)]
 
 
 def read_list(path):
-    """Paths in a text file, one a line; not its blank lines nor those that begin with #."""
+    """Paths in a text file, one per line; not its blank lines nor those that begin with #."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise utils.InputError(f"{path}: no list that can be read ({error}); write a path a line") from None
-    paths = [line for line in lines if line and not line.startswith("#")]
-    return [path.parent / one if (path.parent / one).exists() else Path(one) for one in paths]
+        raise utils.InputError(f"{path}: no list that can be read ({error}); write one path per "
+                               "line") from None
+    names = [line for line in lines if line and not line.startswith("#")]
+    return [path.parent / name if (path.parent / name).exists() else Path(name) for name in names]
 
 
 def name_outputs(paths, endings):
-    """A name for each path, so that no NAME + ending is another's, on file systems that ignore case too."""
+    """A name for each path: no NAME + ending is another's, on file systems that ignore case too."""
     names = [path.stem for path in paths]
     for depth in range(1, 20):  # first the extension, then one folder more each time
         counts = Counter(name.casefold() for name in names)
-        names = [name if counts[name.casefold()] == 1 else
-                 "_".join([*path.absolute().parts[1:-1][1 - depth:][:depth - 1], path.name.replace(".", "_")])
-                 for name, path in zip(names, paths)]
+        for i, path in enumerate(paths):
+            if counts[names[i].casefold()] > 1:
+                folders = path.absolute().parts[1:-1][1 - depth:][:depth - 1]
+                names[i] = "_".join([*folders, path.name.replace(".", "_")])
     taken = set()
     for i, name in enumerate(names):
         number = 1
@@ -154,16 +153,16 @@ def name_outputs(paths, endings):
 
 
 def read_batches(inputs, size, bad):
-    """Yields lists of up to `size` (name, path, picture), as many read ahead by threads; bad gets a line a bad file."""
+    """Yields lists of up to `size` (name, path, image), read ahead; bad gets a line per bad file."""
     with ThreadPoolExecutor(2) as pool:
         waiting, batch = deque(), []
         for i in range(len(inputs) + size):
             if i < len(inputs):
-                waiting.append((inputs[i], pool.submit(read_picture, inputs[i][1])))
+                waiting.append((inputs[i], pool.submit(read_image, inputs[i][1])))
             if i >= size and waiting:
-                (name, path), picture = waiting.popleft()
+                (name, path), image = waiting.popleft()
                 try:
-                    batch.append((name, path, picture.result()))
+                    batch.append((name, path, image.result()))
                 except utils.InputError as error:
                     bad.append(str(error))
             if len(batch) == size or (batch and not waiting):
@@ -171,16 +170,15 @@ def read_batches(inputs, size, bad):
                 batch.clear()
 
 
-def read_picture(path):
-    """Picture or .npy array -> RGB uint8 (H, W, 3); InputError whatever is wrong with it."""
+def read_image(path):
+    """Image file or .npy array -> RGB uint8 (H, W, 3); InputError whatever is wrong with it."""
     try:
-        if path.suffix.lower() != ".npy":
-            return utils.read_image(path)
-        return np.array(utils.to_rgb(utils.read_pixels(path), path), order="C")
+        return utils.read_image(path)
     except utils.InputError:
         raise
-    except Exception as error:  # damaged or hostile bytes make the decoders raise a dozen types, MemoryError among them
-        raise utils.InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); replace it") from None
+    except Exception as error:  # damaged or hostile bytes: a dozen types, MemoryError among them
+        raise utils.InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); replace "
+                               "it") from None
 
 
 def normalize(image, channels=3):
@@ -192,70 +190,92 @@ def normalize(image, channels=3):
 
 # --- Model ---
 
-def load_model(args, device):
-    """The net that --weights holds, ready to predict, and its checkpoint."""
+class Net(NamedTuple):
+    """What this script has to know of a net; NETS has one of each."""
+    build: Callable            # the "arch" of a checkpoint -> the net
+    predict: Callable          # see predict_unet; with prompts see predict_efficient_sam
+    needs: str                 # option of its training that predicting needs
+    overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
+    prompts: bool = False      # it cuts out what prompts show
+
+
+class Loaded(NamedTuple):
+    """A net with its weights, and its checkpoint's name of the net, arguments, options and classes."""
+    model: torch.nn.Module
+    net: Net
+    name: str
+    arch: dict
+    args: SimpleNamespace
+    classes: list
+    device: torch.device
+    dtype: torch.dtype  # of autocast, None for float32
+
+
+def load_model(args):
+    """The net that --weights holds."""
+    device = utils.pick_device(args.device)
+    dtype, _ = utils.pick_precision(args.amp, device)
     path = args.weights
     if path == "coco" and not args.model:
         raise utils.InputError(f"--weights coco: of which net? give --model ({', '.join(OFFICIAL)})")
-    args.model = args.model or (path if path in SAM_WEIGHTS else None)
-    if args.model:
-        checkpoint = official_checkpoint(path, args.model)
-    else:
-        checkpoint = utils.load_checkpoint(path)
-        if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
-            raise utils.InputError(f"{path}: does not say what net it is of; give a training script's best.pth or "
-                                   f"last.pth, or --model ({', '.join(OFFICIAL)})")
-    if str(checkpoint.get("net")) not in NETS:
-        raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script knows {', '.join(NETS)}")
+    name = args.model or (path if path in SAM_WEIGHTS else None)
+    checkpoint = official_checkpoint(path, name) if name else utils.load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
+        raise utils.InputError(f"{path}: does not say what net it is of; give a training script's "
+                               f"best.pth or last.pth, or --model ({', '.join(OFFICIAL)})")
+    net = NETS.get(str(checkpoint["net"]))
+    if not net:
+        raise utils.InputError(f"{path}: holds the net {checkpoint['net']}; this script knows "
+                               f"{', '.join(NETS)}")
     try:
-        needed = {"unet": "image_size", "deeplabv3": "base_size", "efficient_sam": "preprocess"}[checkpoint["net"]]
-        checkpoint["args"][needed], checkpoint["classes"]
-        model = NETS[checkpoint["net"]][0](**checkpoint["arch"])
+        trained_with = SimpleNamespace(**checkpoint["args"])
+        getattr(trained_with, net.needs)
+        model = net.build(**checkpoint["arch"])
         model.load_state_dict(checkpoint["model"])
-        checkpoint.pop("optimizer", None)  # up to two more copies of the weights
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise utils.InputError(f"{path}: not a whole checkpoint ({' '.join(str(error).split())[:200]})") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
-
-
-def fetch_official(name, url):
-    """Path of the authors' file; that of the larger net comes in a zip, and is unpacked beside it."""
-    path = utils.fetch_weights(name, url)
-    return utils.unzip(path, f"{name}.pt") if path.suffix == ".zip" else path
-
-
-def refuse_ours(path):
-    checkpoint = utils.load_checkpoint(path)
-    if isinstance(checkpoint, dict) and "format" in checkpoint:
-        raise utils.InputError(f"{path}: knows what net it is of; leave --model out")
+        model = model.to(device, memory_format=torch.channels_last).eval()
+        loaded = Loaded(model, net, checkpoint["net"], checkpoint["arch"], trained_with,
+                        checkpoint["classes"], device, dtype)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise utils.InputError(f"{path}: not a whole checkpoint "
+                               f"({' '.join(str(error).split())[:200]})") from None
+    if args.depth:
+        if not checkpoint["arch"].get("deep_supervision"):
+            raise utils.InputError(f"--depth: is for NestedUNet trained with --deep-supervision; {path} "
+                                   "is not; leave it out")
+        model.forward = functools.partial(model.forward, depth=args.depth)
+    return loaded
 
 
 def official_checkpoint(path, name):
     """An official file, or any bare weights of this net, as a checkpoint of ours."""
-    if name in SAM_WEIGHTS:
-        path = fetch_official(path, SAM_WEIGHTS[path]) if path in SAM_WEIGHTS else path
-        refuse_ours(path)
-        return {"net": "efficient_sam", "model": utils.read_weights(path, {}), "classes": [],
-                "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
     backbone = name.removeprefix("deeplabv3_")
-    if path == "coco":
+    file = path
+    if path in SAM_WEIGHTS:
+        file = utils.fetch_weights(path, SAM_WEIGHTS[path])
+    elif path == "coco":
         url = COCO_WEIGHTS[backbone]
-        path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
-    refuse_ours(path)
-    state = utils.read_weights(path, {})
+        file = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
+    checkpoint = utils.load_checkpoint(file)
+    if isinstance(checkpoint, dict) and "format" in checkpoint:
+        raise utils.InputError(f"{path}: names its own net; leave --model out")
+    state = utils.read_weights(file, {})
+    if name in SAM_WEIGHTS:
+        return {"format": 0, "net": "efficient_sam", "model": state, "classes": [],
+                "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
     try:
         num_classes = len(state["classifier.4.bias"])
     except (KeyError, TypeError):
         raise utils.InputError(f"{path}: not weights of {name}: has no classifier.4.bias") from None
-    return {"net": "deeplabv3", "model": state, "args": {"base_size": 520},
-            "classes": VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)],
-            "arch": {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}}
+    arch = {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}
+    classes = VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)]
+    return {"format": 0, "net": "deeplabv3", "model": state, "classes": classes, "arch": arch,
+            "args": {"base_size": 520}}
 
 
 def forward(model, image, dtype):
     """Image (B, C, H, W) of any size -> list of float32 logits (B, K, H, W), the prediction last.
 
-    The net wants multiples of 16: the border is repeated to the right and below, and what it yields is cut off again.
+    The net needs multiples of 16: right and lower borders are replicated, the output is cropped back.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
@@ -267,27 +287,30 @@ def forward(model, image, dtype):
 
 # --- Prediction ---
 
-def predict_unet(model, checkpoint, images, scale, device, dtype):
-    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each as train_unet.py validates: all resized to --image-size."""
-    width, height = [max(32, round(scale * side)) for side in checkpoint["args"]["image_size"]]
-    resized = [v2.functional.resize(tv_tensors.Image(image.transpose(2, 0, 1)), [height, width], antialias=True)
-               for image in images]
-    batch = torch.stack([normalize(image, checkpoint["arch"]["input_channels"]) for image in resized]).to(device)
-    return [*forward(model, batch, dtype)[-1]]
+def predict_unet(loaded, images, scale):
+    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each, resized as train_unet.py validates."""
+    width, height = [max(32, round(scale * side)) for side in loaded.args.image_size]
+    resized = []
+    for image in images:
+        image = tv_tensors.Image(image.transpose(2, 0, 1))
+        image = v2.functional.resize(image, [height, width], antialias=True)
+        resized.append(normalize(image, loaded.arch["input_channels"]))
+    return [*forward(loaded.model, torch.stack(resized).to(loaded.device), loaded.dtype)[-1]]
 
 
-def predict_deeplabv3(model, checkpoint, images, scale, device, dtype):
-    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each as train_deeplabv3.py validates: shorter side --base-size."""
-    side = max(32, round(scale * checkpoint["args"]["base_size"]))
-    resized = [normalize(resize(torch.from_numpy(image.transpose(2, 0, 1).copy()), side)) for image in images]
+def predict_deeplabv3(loaded, images, scale):
+    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each, resized as train_deeplabv3.py validates."""
+    side = max(32, round(scale * loaded.args.base_size))
+    resized = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
+    resized = [normalize(resize(image, side)) for image in resized]
     outputs = [None] * len(images)
     for shape in {image.shape for image in resized}:
-        own = [i for i, image in enumerate(resized) if image.shape == shape]
-        batch = torch.stack([resized[i] for i in own]).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(batch.contiguous(memory_format=torch.channels_last))["out"]
-        for i, one in zip(own, logits.float()):
-            outputs[i] = one
+        places = [i for i, image in enumerate(resized) if image.shape == shape]
+        batch = torch.stack([resized[i] for i in places]).to(loaded.device)
+        with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+            logits = loaded.model(batch.contiguous(memory_format=torch.channels_last))["out"]
+        for i, output in zip(places, logits.float()):
+            outputs[i] = output
     return outputs
 
 
@@ -303,75 +326,85 @@ def scaled_size(image, side):
 
 
 @torch.no_grad()
-def predict_averaged(model, checkpoint, images, device, dtype, args):
-    """RGB (H, W, 3) uint8 each -> yields logits (K, H, W) of each, those of the probabilities' mean over all views.
+def predict_averaged(loaded, images, args):
+    """RGB (H, W, 3) uint8 each -> yields logits (K, H, W) of the mean probability of all views.
 
-    Views are --scales and --flip. Only what the net yields is there for the whole batch, the picture's size for one.
+    Views are --scales and --flip. The net's own outputs are there for the whole batch; those of the
+    image's size for one image at a time.
     """
-    unet, views = checkpoint["net"] == "unet", []
+    views = []
     for scale in args.scales:
-        for flip in [False, True][:1 + args.flip]:
-            seen = [np.ascontiguousarray(image[:, ::-1]) if flip else image for image in images]
-            outputs = NETS[checkpoint["net"]][1](model, checkpoint, seen, scale, device, dtype)
-            views.append([one.flip(-1) for one in outputs] if flip else outputs)
+        views.append(loaded.net.predict(loaded, images, scale))
+        if args.flip:
+            mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+            outputs = loaded.net.predict(loaded, mirrored, scale)
+            views.append([logits.flip(-1) for logits in outputs])
     for image, *outputs in zip(images, *views):
-        sized = (F.interpolate(one[None], image.shape[:2], mode="bilinear", align_corners=False)[0] for one in outputs)
+        size = image.shape[:2]
+        sized = (F.interpolate(logits[None], size, mode="bilinear")[0] for logits in outputs)
         if len(views) == 1:
             yield next(sized)
             continue
         prob = 0
         for logits in sized:
-            prob += (logits.sigmoid_() if unet else logits.softmax(0)) / len(views)
-        yield torch.logit(prob, 1e-7) if unet else prob.clamp_(min=1e-12).log_()  # finite, for blending
+            share = logits.sigmoid_() if loaded.net.overlapping else logits.softmax(0)
+            prob += share / len(views)
+        if loaded.net.overlapping:
+            yield torch.logit(prob, 1e-7)
+        else:
+            yield prob.clamp_(min=1e-12).log_()  # finite, for blending
 
 
-def predict_tiled(model, checkpoint, image, device, dtype, args):
-    """RGB (H, W, 3) uint8 -> logits (K, H, W) on the CPU, of overlapping tiles, each predicted as a picture of its own.
+def predict_tiled(loaded, image, args):
+    """RGB (H, W, 3) uint8 -> logits (K, H, W) on the CPU; overlapping tiles are done as images.
 
-    Memory: 3 bytes a pixel for the picture, 4 (K + 1) for the logits and their weights, and a batch of tiles; no other
-    float copy. What comes after, mask and overlay, adds about 10 bytes a pixel.
+    Memory: 3 bytes per pixel for the image, 4 (K + 1) for the logits and their weights, and a batch
+    of tiles. What comes after, mask and overlay, adds about 12 bytes per pixel.
     """
     from monai.inferers import sliding_window_inference  # late: it takes seconds
     height, width = image.shape[:2]
 
     def predict_windows(_, places):
-        utils.check_stop()
+        utils.raise_if_stopped()
         tiles = [image[rows, columns] for *_, rows, columns in places]
-        return torch.stack([*predict_averaged(model, checkpoint, tiles, device, dtype, args)])
+        return torch.stack([*predict_averaged(loaded, tiles, args)])
 
-    blank = torch.zeros(()).expand(1, 1, height, width)  # no memory; MONAI would want the whole picture as float32
+    blank = torch.zeros(()).expand(1, 1, height, width)  # no memory; MONAI wants the image as float32
     size = [min(args.tile, height), min(args.tile, width)]
     overlap = 0.25 if args.overlap is None else args.overlap
-    return sliding_window_inference(blank, size, args.batch_size, predict_windows, overlap, "gaussian", with_coord=True,
-                                    sw_device=device, device="cpu", progress=sys.stderr.isatty())[0]
+    return sliding_window_inference(
+        blank, size, args.batch_size, predict_windows, overlap, "gaussian", with_coord=True,
+        sw_device=loaded.device, device="cpu", progress=sys.stderr.isatty())[0]
 
 
-def predict_batch(model, checkpoint, images, device, dtype, args):
-    """RGB (H, W, 3) uint8 each -> logits (K, H, W) of each; only what is larger than a tile is cut into tiles."""
+def predict_batch(loaded, images, args):
+    """RGB (H, W, 3) uint8 each -> logits (K, H, W) of each; larger images are cut into tiles."""
     if args.tile and max(images[0].shape) > args.tile:
-        return [predict_tiled(model, checkpoint, images[0], device, dtype, args)]
-    return predict_averaged(model, checkpoint, images, device, dtype, args)
+        return [predict_tiled(loaded, images[0], args)]
+    return predict_averaged(loaded, images, args)
 
 
 def annotate(annotations, kind, image_id, category, mask, score=None):
-    """Appends COCO's annotations of mask (H, W) bool: one if it has a score, else one for each connected part of it."""
+    """Appends COCO's annotations of mask (H, W) bool: one, or without score one per connected part."""
     if not kind or not mask.any():
         return
     mask = mask.astype(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask) if score is None else (
-        2, mask, [None, [*cv2.boundingRect(mask), cv2.countNonZero(mask)]], None)
+    if score is None:
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
+    else:
+        count, labels, stats = 2, mask, [None, [*cv2.boundingRect(mask), cv2.countNonZero(mask)]]
     for k in range(1, count):
         x, y, width, height, area = map(int, stats[k])
         part = (labels[y:y + height, x:x + width] == k).astype(np.uint8)
         shape = run_lengths(part, x, y, mask.shape) if kind == "rle" else polygons(part, x, y)
-        annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0,
-                            "bbox": [x, y, width, height], "area": area, "segmentation": shape,
-                            **({} if score is None else {"score": score})})
+        annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
+                      "iscrowd": 0, "bbox": [x, y, width, height], "area": area, "segmentation": shape}
+        annotations.append(annotation if score is None else {**annotation, "score": score})
 
 
 def polygons(part, left, top):
-    """Outlines [[x, y, x, y ...]] of part (h, w), along the pixels' edges, without holes; (left, top) is its corner."""
-    nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i covers nodes 2i to 2i + 2
+    """Outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
+    nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i: nodes 2i to 2i + 2
     nodes[1:] |= nodes[:-1].copy()
     nodes[:, 1:] |= nodes[:, :-1].copy()
     outlines, _ = cv2.findContours(nodes, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -379,39 +412,44 @@ def polygons(part, left, top):
 
 
 def run_lengths(part, left, top, size):
-    """COCO's uncompressed RLE of part (h, w) in a picture of this size (H, W): lengths of 0, 1, 0 ... down columns."""
+    """COCO's uncompressed RLE of part (h, w) in an image (H, W): runs of 0, 1, 0 ... by columns."""
     columns, rows = np.nonzero(part.T)
     places = (left + columns) * size[0] + top + rows
-    starts, ends = places[np.diff(places, prepend=-2) != 1], places[np.diff(places, append=-2) != 1] + 1
+    starts = places[np.diff(places, prepend=-2) != 1]
+    ends = places[np.diff(places, append=-2) != 1] + 1
     counts = np.diff(np.stack([starts, ends], 1).ravel(), prepend=0, append=size[0] * size[1])
     return {"size": [*size], "counts": counts.tolist()}
 
 
-def write_classes(logits, image, checkpoint, prefix, note):
+def write_classes(logits, image, loaded, prefix, note):
     """Mask of the likeliest class, overlay. Returns [class, pixels, ""] of each class.
 
-    U-Net's classes may overlap and count from 1: 0 is where none is likelier than not; if several, a mask of each too.
+    Overlapping classes count from 1, 0 is where none is likelier than not; of several a mask each.
     """
-    unet = checkpoint["net"] == "unet"
-    mask = torch.cat([((rows.argmax(0) + unet) * (rows.amax(0) > 0 if unet else 1)).byte()
-                      for rows in logits.split(256, 1)]).cpu().numpy()
+    overlapping, masks = loaded.net.overlapping, []
+    for rows in logits.split(256, 1):  # so many rows at a time, for memory
+        mask = rows.argmax(0)
+        if overlapping:
+            mask = (mask + 1) * (rows.amax(0) > 0)
+        masks.append(mask.byte())
+    mask = torch.cat(masks).cpu().numpy()
     utils.save_mask(f"{prefix}_mask.png", mask)
-    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
+    utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
     found = []
-    for k, name in enumerate(checkpoint["classes"]):
-        one = (logits[k] > 0).cpu().numpy() if unet else mask == k
-        if unet and len(logits) > 1:
-            utils.save_picture(f"{prefix}_mask_{name}.png", one * np.uint8(255))
-        found.append([name, np.count_nonzero(one), ""])
-        if unet or k:  # DeepLab's background is no object
-            note(k + unet, one)
+    for k, name in enumerate(loaded.classes):
+        class_mask = (logits[k] > 0).cpu().numpy() if overlapping else mask == k
+        if overlapping and len(logits) > 1:
+            utils.save_image(f"{prefix}_mask_{name}.png", class_mask * np.uint8(255))
+        found.append([name, np.count_nonzero(class_mask), ""])
+        if overlapping or k:  # background is no object
+            note(k + overlapping, class_mask)
     return found
 
 
 def read_prompts(name, given, args):
-    """[(points [[x, y]], labels)], an object each, of a picture: by --prompts under its name, else --box and --point.
+    """[(points [[x, y]], labels)] of an image, one per object, by --prompts or --box and --point.
 
-    Each box is an object; the points are one more, or, beside a single box, belong to it. InputError if there are none.
+    Each box is an object; the points are one more or, beside a single box, belong to it.
     """
     own = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
     try:
@@ -423,102 +461,54 @@ def read_prompts(name, given, args):
             raise ValueError("a point's label is 1 or 0")
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
-        raise utils.InputError(f"{args.prompts or '--point'}: {name}: not as {form} ({error})") from None
+        raise utils.InputError(f"{args.prompts or '--point'}: {name}: not like {form} "
+                               f"({error})") from None
     if len(queries) == 1 and points:
         queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
     elif points:
         queries.append(clicks)
     if len(queries) > 254:
-        raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask tells 254 apart, give fewer at a time")
+        raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask can hold 254, give "
+                               "fewer at a time")
     if not queries:
-        raise utils.InputError(f"{args.prompts or '--box'}: nothing to cut out of {name}; give --box, --point, "
+        raise utils.InputError(f"{args.prompts or '--box'}: no prompts for {name}; give --box, --point, "
                                "--prompts or --click")
     if max(len(labels) for _, labels in queries) > 6:
-        raise utils.InputError(f"{name}: more than six points for an object, corners of its box included; the net "
-                               "takes no more")
+        raise utils.InputError(f"{name}: more than six points for one object, corners of its box "
+                               "included; the net takes no more")
     return queries
 
 
 def check_prompts(name, queries, shape):
-    """InputError if any lie outside the picture of this shape (H, W, 3)."""
+    """InputError if any lie outside the image of this shape (H, W, 3)."""
     corners = np.array([point for points, _ in queries for point in points])
     empty = any(labels[0] == 2 and not np.less(*points[:2]).all() for points, labels in queries)
     if empty or not ((corners >= 0) & (corners <= [shape[1], shape[0]])).all():
-        raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} pixels, or a box is "
-                               "empty (x0,y0 is its upper left corner, x1,y1 its lower right one)")
+        raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} pixels, "
+                               "or a box is empty (x0,y0 is its upper left corner, x1,y1 the lower right "
+                               "one)")
 
 
-def predict_efficient_sam(model, checkpoint, image, device, dtype, queries):
-    """RGB (H, W, 3) uint8, prompts -> yields logits (q, 3, H, W), scores (q, 3) as train_efficientsam.py validates."""
-    args = argparse.Namespace(**{**checkpoint["args"], "image_size": checkpoint["arch"]["image_size"]})
+def predict_efficient_sam(loaded, image, queries):
+    """RGB (H, W, 3) uint8, prompts -> yields first, logits (q, 3, H, W), scores (q, 3).
+
+    As train_efficientsam.py validates.
+    """
+    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    height, width = placed_size(image.shape[1:], args)
+    height, width = content_size(image.shape[1:], args)
     scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
     most = max(len(labels) for _, labels in queries)
     points, labels = torch.full((len(queries), most, 2), -1.0), torch.full((len(queries), most), -1)
     for i, (query, kinds) in enumerate(queries):
-        points[i, :len(kinds)], labels[i, :len(kinds)] = torch.tensor(query) * scale, torch.tensor(kinds)
-    return predict_masks(model, preprocess(image, args)[None].to(device), points[None].to(device),
-                         labels[None].to(device), image.shape[-2:], args, dtype)
-
-
-def placed_size(size, args):
-    """[height, width] that a picture of this size (H, W) fills of the net's square."""
-    if args.preprocess == "official":
-        return [args.image_size, args.image_size]
-    return [max(1, round(side * args.image_size / max(size))) for side in size]
-
-
-def preprocess(image, args):
-    """Picture (3, H, W) uint8 -> (3, S, S) float32 in 0..1, by --preprocess; the net subtracts ImageNet's mean."""
-    size = placed_size(image.shape[1:], args)
-    image = image / 255
-    if [*image.shape[1:]] != size:
-        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-    if args.preprocess == "official":
-        return image
-    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
-    return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
-
-
-def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
-
-    At the picture's own size, and for eight queries at a time from number `first` on, which fit in memory.
-    """
-    side = args.image_size
-    height, width = placed_size(size, args)
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        embedding = model.get_image_embeddings(image)
-    for i in range(0, points.shape[1], 8):
-        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8], True, side, side)
-        logits = logits[0].float()
-        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
-            logits = F.interpolate(logits, (side, side), mode="bicubic", align_corners=False)[..., :height, :width]
-        yield i, F.interpolate(logits, size, mode="bicubic", align_corners=False), iou[0].float()
-
-
-def write_efficient_sam(parts, image, prefix, note, all_masks):
-    """Mask of object ids 1, 2 ... (where they overlap the later one), overlay; returns [object, pixels, score]."""
-    mask, rows = np.zeros(image.shape[:2], np.uint8), []
-    found = ((three.cpu().numpy(), own.cpu().numpy()) for _, logits, scores in parts
-             for three, own in zip(logits > 0, scores))
-    for k, (three, own) in enumerate(found, 1):
-        best = own.argmax()
-        mask[three[best]] = k
-        note(1, three[best], round(float(own[best]), 4))
-        rows.append([f"object {k}", int(three[best].sum()), f"{own[best]:.4f}"])
-        for i in range(3) if all_masks else []:
-            utils.save_picture(f"{prefix}_{k}_{i + 1}.png", three[i] * np.uint8(255))
-            rows.append([f"object {k} mask {i + 1}", int(three[i].sum()), f"{own[i]:.4f}"])
-    utils.save_mask(f"{prefix}_mask.png", mask)
-    utils.save_picture(f"{prefix}_overlay.png", utils.overlay(image, mask))
-    return rows
+        points[i, :len(kinds)] = torch.tensor(query) * scale
+        labels[i, :len(kinds)] = torch.tensor(kinds)
+    inputs = [part[None].to(loaded.device) for part in (preprocess(image, args), points, labels)]
+    return predict_masks(loaded.model, *inputs, image.shape[-2:], args, loaded.dtype)
 
 
 def keep_embedding(model):
-    """The net for one picture: its embedding is computed at the first call."""
+    """The net for one image: its embedding is computed at the first call."""
     kept = []
 
     def embed(image):
@@ -527,21 +517,78 @@ def keep_embedding(model):
     return SimpleNamespace(get_image_embeddings=embed, predict_masks=model.predict_masks)
 
 
-class ClickWindow:
-    """A picture in a matplotlib figure, to click on: `queries` are then as read_prompts gives them; s or q end it.
+def content_size(size, args):
+    """[height, width] that an image of this size (H, W) fills of the net's square."""
+    if args.preprocess == "official":
+        return [args.image_size, args.image_size]
+    return [max(1, round(side * args.image_size / max(size))) for side in size]
 
-    predict([query]) yields 0, logits (1, 3, H, W), scores (1, 3); the best mask is drawn after each change.
+
+def preprocess(image, args):
+    """Image (3, H, W) uint8 -> (3, S, S) float32 in 0..1; the net subtracts ImageNet's mean."""
+    size = content_size(image.shape[1:], args)
+    image = image / 255
+    if [*image.shape[1:]] != size:
+        image = F.interpolate(image[None], size, mode="bilinear")[0]
+    if args.preprocess == "official":
+        return image
+    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
+    return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
+
+
+def predict_masks(model, image, points, labels, size, args, dtype):
+    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou.
+
+    At the image's own size, and for q = 8 queries at a time, from number `first` on, to fit in memory.
+    """
+    side = args.image_size
+    height, width = content_size(size, args)
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        embedding = model.get_image_embeddings(image)
+    for i in range(0, points.shape[1], 8):
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8],
+                                              True, side, side)
+        logits = logits[0].float()
+        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
+            logits = F.interpolate(logits, (side, side), mode="bicubic")[..., :height, :width]
+        yield i, F.interpolate(logits, size, mode="bicubic"), iou[0].float()
+
+
+def write_objects(parts, image, prefix, note, all_masks):
+    """Mask of object ids 1, 2 ... (a later one lies above), overlay; returns [object, pixels, score]."""
+    mask, rows, k = np.zeros(image.shape[:2], np.uint8), [], 0
+    for _, logits, scores in parts:
+        for masks, ratings in zip((logits > 0).cpu().numpy(), scores.cpu().numpy()):  # three of an object
+            k, best = k + 1, ratings.argmax()
+            mask[masks[best]] = k
+            note(1, masks[best], round(float(ratings[best]), 4))
+            rows.append([f"object {k}", int(masks[best].sum()), f"{ratings[best]:.4f}"])
+            for i in range(3 if all_masks else 0):
+                utils.save_image(f"{prefix}_{k}_{i + 1}.png", masks[i] * np.uint8(255))
+                rows.append([f"object {k} mask {i + 1}", int(masks[i].sum()), f"{ratings[i]:.4f}"])
+    utils.save_mask(f"{prefix}_mask.png", mask)
+    utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
+    return rows
+
+
+class ClickWindow:
+    """An image in a matplotlib figure, to click on: `queries` as of read_prompts; s or q end it.
+
+    predict([query]) yields 0, logits (1, 3, H, W), scores (1, 3); the best mask is drawn.
     """
 
-    KEYS = "left: object   right: background   drag: box   u: undo   enter: next object   s: save   q: quit"
+    KEYS = ("left: object   right: background   drag: box   u: undo   enter: next object   s: save   "
+            "q: quit")
 
     def __init__(self, figure, image, predict):
-        self.figure, self.image, self.predict, self.pressed, self.done = figure, image, predict, None, None
-        self.objects, self.masks = [[]], [None]  # of each object its boxes and clicks in order, and what they cut out
+        self.figure, self.image, self.predict = figure, image, predict
+        self.pressed = self.done = None
+        self.objects, self.masks = [[]], [None]  # of each object its boxes and clicks, and its mask
         figure.clear()
         self.axes = figure.add_axes([0, 0, 1, 0.93])
         self.axes.axis("off")
-        self.picture = self.axes.imshow(image)
+        self.shown = self.axes.imshow(image)
         for event in ("button_press_event", "button_release_event", "key_press_event", "close_event"):
             figure.canvas.mpl_connect(event, getattr(self, event))
         self.draw()
@@ -551,13 +598,15 @@ class ClickWindow:
         return [self.query(prompts) for prompts in self.objects if prompts]
 
     def query(self, prompts):
-        """What one object was shown by; of several boxes the last counts."""
+        """The prompts of one object; of several boxes the last counts."""
         boxes, clicks = [p for p in prompts if len(p) == 4][-1:], [p for p in prompts if len(p) == 3]
         corners = [[*box[i:i + 2]] for box in boxes for i in (0, 2)]
-        return corners + [[x, y] for x, y, _ in clicks], [2, 3][:len(corners)] + [label for *_, label in clicks]
+        points = corners + [[x, y] for x, y, _ in clicks]
+        return points, [2, 3][:len(corners)] + [label for *_, label in clicks]
 
     def button_press_event(self, event):
-        if event.inaxes is self.axes and not getattr(self.figure.canvas.toolbar, "mode", ""):  # neither pan nor zoom
+        panning = getattr(self.figure.canvas.toolbar, "mode", "")  # or zooming
+        if event.inaxes is self.axes and not panning:
             self.pressed = event
 
     def button_release_event(self, event):
@@ -567,7 +616,8 @@ class ClickWindow:
         places = self.axes.transData.inverted().transform([(first.x, first.y), (event.x, event.y)])
         start, stop = places.clip(0, np.array(self.image.shape[1::-1]) - 1)
         prompt = (*start.tolist(), int(first.button == 1))
-        if first.button == 1 and max(abs(event.x - first.x), abs(event.y - first.y)) > 4:  # pixels of the screen
+        dragged = max(abs(event.x - first.x), abs(event.y - first.y)) > 4  # pixels of the screen
+        if first.button == 1 and dragged:
             prompt = (*np.minimum(start, stop).tolist(), *np.maximum(start, stop).tolist())
         area = len(prompt) == 3 or (stop != start).all()
         if area and len(self.query([*self.objects[-1], prompt])[1]) <= 6:  # the net takes no more
@@ -594,7 +644,7 @@ class ClickWindow:
         self.figure.canvas.stop_event_loop()
 
     def change(self):
-        """The object last shown is cut out anew."""
+        """The last object is cut out anew."""
         self.masks[-1] = None
         if self.objects[-1]:
             _, logits, scores = next(self.predict([self.query(self.objects[-1])]))
@@ -604,12 +654,14 @@ class ClickWindow:
     def draw(self):
         ids = np.zeros(self.image.shape[:2], np.uint8)
         for k, mask in enumerate(self.masks, 1):
-            ids[mask if mask is not None else ids > 255] = k
+            if mask is not None:
+                ids[mask] = k
         shown, size = utils.overlay(self.image, ids), max(2, max(ids.shape) // 200)
+        colours = [(255, 0, 0), (0, 255, 0), (255, 255, 0), (255, 255, 0)]  # by label
         for points, labels in self.queries:
             for point, label in zip(np.round(points).astype(int).tolist(), labels):
-                cv2.circle(shown, point, size, [(255, 0, 0), (0, 255, 0), (255, 255, 0), (255, 255, 0)][label], -1)
-        self.picture.set_data(shown)
+                cv2.circle(shown, point, size, colours[label], -1)
+        self.shown.set_data(shown)
         self.figure.suptitle(f"object {len(self.objects)}   {self.KEYS}", fontsize=9)
         self.figure.canvas.draw_idle()
 
@@ -618,12 +670,12 @@ def open_figure():
     """An empty figure on the screen; InputError where there is none."""
     try:
         import matplotlib.pyplot as plt  # late: it takes a second
-        plt.rcParams.update({key: [] for key in plt.rcParams if key.startswith("keymap.")})  # s and q are ours
+        plt.rcParams.update({key: [] for key in plt.rcParams if key.startswith("keymap.")})
         figure = plt.figure("predict.py", figsize=(10, 8))
-        there = figure.canvas.required_interactive_framework
+        on_screen = figure.canvas.required_interactive_framework
     except Exception:  # each toolkit has errors of its own
-        there = None
-    if not there:
+        on_screen = None
+    if not on_screen:
         raise utils.InputError("--click: no display to open a window on; give --point or --box")
     figure.show()
     figure.timer = figure.canvas.new_timer(200)  # milliseconds; a toolkit's loop sees no Ctrl-C
@@ -632,152 +684,167 @@ def open_figure():
     return figure
 
 
-NETS = {  # how to build it from a checkpoint's "arch", and what predicts a batch
-    "unet": (lambda model, **arch: UNETS[model](**arch), predict_unet),
-    "deeplabv3": (deeplabv3, predict_deeplabv3),
-    "efficient_sam": (lambda model, image_size: SAM_NETS[model](image_size), None),  # see do_prompts
+NETS = {
+    "unet": Net(lambda model, **arch: UNETS[model](**arch), predict_unet, "image_size",
+                overlapping=True),
+    "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
+    "efficient_sam": Net(lambda model, image_size: SAM_NETS[model](image_size), predict_efficient_sam,
+                         "preprocess", prompts=True),
 }
 
 
 # --- Main ---
 
-def check_options(args, checkpoint):
-    """InputError for an option that is not for this net."""
-    sam = checkpoint["net"] == "efficient_sam"
-    ours = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile, "--depth": args.depth}
-    theirs = {"--box": args.box, "--point": args.point, "--prompts": args.prompts, "--all-masks": args.all_masks,
-              "--click": args.click}
-    for option, given in (ours if sam else theirs).items():
+def check_options(args, loaded):
+    """InputError for an option that is not for this net, or not beside another."""
+    dense = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile}
+    prompts = {"--box": args.box, "--point": args.point, "--prompts": args.prompts,
+               "--all-masks": args.all_masks, "--click": args.click}
+    wanted = "nets without prompts" if loaded.net.prompts else "nets with prompts"
+    for option, given in (dense if loaded.net.prompts else prompts).items():
         if given:
-            raise utils.InputError(f"{option}: is for {'U-Net and DeepLab' if sam else 'EfficientSAM'}; {args.weights} "
-                                   f"is {checkpoint['net']}; leave it out")
-    if args.depth and not (checkpoint["net"] == "unet" and checkpoint["arch"].get("deep_supervision")):
-        raise utils.InputError(f"--depth: is for NestedUNet trained with --deep-supervision; {args.weights} is not; "
-                               "leave it out")
+            raise utils.InputError(f"{option}: is for {wanted}; {args.weights} is {loaded.name}; leave "
+                                   "it out")
     if not all(0.1 <= scale <= 10 for scale in args.scales):
         raise utils.InputError(f"--scales {args.scales}: must be from 0.1 to 10")
     if args.overlap is not None and not args.tile:
         raise utils.InputError("--overlap: is of tiles; give --tile too")
     if args.click and args.all_masks:
-        raise utils.InputError("--all-masks: not with --click, which cannot know beforehand what it will write")
-    if (args.prompts or args.click) and (args.box or args.point) or (args.prompts and args.click):
-        raise utils.InputError("--prompts: takes the place of --box and --point, --click of all; give one or the other")
+        raise utils.InputError("--all-masks: not with --click, which cannot know what it will write")
+    given = [args.box or args.point, args.prompts, args.click]
+    if sum(map(bool, given)) > 1:
+        raise utils.InputError("--prompts: takes the place of --box and --point, --click of all; give "
+                               "one or the other")
 
 
-def plan_outputs(paths, checkpoint, args):
-    """[(name, path)], prompts by name, errors of those that have none; InputError if a file must not be written."""
-    sam, endings = checkpoint["net"] == "efficient_sam", ["_mask.png", "_overlay.png"]
-    prompts, queries, bad = {}, {}, []
-    if checkpoint["net"] == "unet" and len(checkpoint["classes"]) > 1:
-        endings += [f"_mask_{name}.png" for name in checkpoint["classes"]]
+def plan_outputs(paths, loaded, args):
+    """[(name, path)], prompts by name, errors; InputError if a file must not be written."""
+    endings, prompts, queries, bad = ["_mask.png", "_overlay.png"], {}, {}, []
+    if loaded.net.overlapping and len(loaded.classes) > 1:
+        endings += [f"_mask_{name}.png" for name in loaded.classes]
     if args.prompts:
         try:
             prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise utils.InputError(f"{args.prompts}: no json of prompts that can be read ({error})") from None
+            raise utils.InputError(f"{args.prompts}: no json of prompts that can be read "
+                                   f"({error})") from None
     inputs = [*zip(name_outputs(paths, endings), paths)]
     files = [name + ending for name, _ in inputs for ending in endings] + ["areas.csv"]
-    files += ["annotations.json"] if args.coco else []
-    for name, _ in inputs if sam and not args.click else []:
-        try:
-            queries[name] = read_prompts(name, prompts, args)
-            files += [f"{name}_{k + 1}_{i}.png" for k in range(len(queries[name])) for i in (1, 2, 3) if args.all_masks]
-        except utils.InputError as error:
-            bad.append(str(error))
-    read = {os.stat(path)[1:3] for path in [*paths, args.weights, args.prompts or ""] if os.path.exists(path)}
+    if args.coco:
+        files.append("annotations.json")
+    if loaded.net.prompts and not args.click:
+        for name, _ in inputs:
+            try:
+                queries[name] = read_prompts(name, prompts, args)
+            except utils.InputError as error:
+                bad.append(str(error))
+        inputs = [(name, path) for name, path in inputs if name in queries]
+        if args.all_masks:
+            files += [f"{name}_{k}_{i}.png" for name, own in queries.items()
+                      for k in range(1, len(own) + 1) for i in (1, 2, 3)]
+    sources = [*paths, args.weights, args.prompts or ""]
+    read = {os.stat(path)[1:3] for path in sources if os.path.exists(path)}  # inode and device
     for path in (Path(args.output_dir, file) for file in files):
-        if path.exists() and os.stat(path)[1:3] in read:  # inode and device: it may be spelt otherwise
+        if path.exists() and os.stat(path)[1:3] in read:
             raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
         if path.exists() and not args.overwrite:
-            raise utils.InputError(f"{path}: is there already; give --overwrite or --output-dir")
-    return [one for one in inputs if one[0] in queries or args.click or not sam], queries, bad
+            raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
+    return inputs, queries, bad
 
 
-def write_tables(output_dir, areas, images, annotations, checkpoint, args):
+def write_tables(output_dir, areas, images, annotations, loaded, args):
     """areas.csv and, with --coco, annotations.json."""
-    with open(output_dir / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([["picture", "class", "pixels", "share", "score"], *areas])
+    path = output_dir / "areas.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *areas])
     if args.coco:
-        names = enumerate(checkpoint["classes"], checkpoint["net"] == "unet")
-        names = {1: "object"} if checkpoint["net"] == "efficient_sam" else dict(names)
+        names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
+        names = {1: "object"} if loaded.net.prompts else names
         categories = [{"id": k, "name": name} for k, name in names.items() if k > 0]
         (output_dir / "annotations.json").write_text(json.dumps(
             {"images": images, "categories": categories, "annotations": annotations}))
 
 
-def do_classes(batch, model, checkpoint, note, device, dtype, args):
-    """Predicts and writes a batch by U-Net or DeepLab; yields name, path, picture, areas of each."""
-    pictures = [image for *_, image in batch]
-    for (name, path, image), logits in zip(batch, predict_batch(model, checkpoint, pictures, device, dtype, args)):
-        utils.check_stop()
-        yield name, path, image, write_classes(logits, image, checkpoint, Path(args.output_dir, name), note)
+def do_classes(batch, loaded, note, args):
+    """Predicts and writes a batch of images; yields name, path, image, areas of each."""
+    images = [image for *_, image in batch]
+    for (name, path, image), logits in zip(batch, predict_batch(loaded, images, args)):
+        utils.raise_if_stopped()
+        prefix = Path(args.output_dir, name)
+        yield name, path, image, write_classes(logits, image, loaded, prefix, note)
 
 
-def do_prompts(batch, model, checkpoint, note, device, dtype, args, queries, figure, quit_):
-    """Cuts out one picture by its queries, or by clicks into figure; yields as do_classes, or nothing."""
+def do_prompts(batch, loaded, note, args, queries, figure, stop):
+    """Cuts out one image by its queries, or by clicks into figure; yields as do_classes, or nothing."""
     (name, path, image), = batch
-    predict = partial(predict_efficient_sam, keep_embedding(model), checkpoint, image, device, dtype)
+    loaded = loaded._replace(model=keep_embedding(loaded.model))
     own = queries.get(name)
     if figure:
-        window = ClickWindow(figure, image, predict)
+        window = ClickWindow(figure, image, functools.partial(loaded.net.predict, loaded, image))
         figure.canvas.start_event_loop()
-        utils.check_stop()
+        utils.raise_if_stopped()
         own = window.queries if window.done == "s" else []
         if window.done == "q":
-            quit_()
+            stop()
     if own:
         check_prompts(name, own, image.shape)
-        rows = write_efficient_sam(predict(own), image, Path(args.output_dir, name), note, args.all_masks)
-        yield name, path, image, rows
+        parts = loaded.net.predict(loaded, image, own)
+        prefix = Path(args.output_dir, name)
+        yield name, path, image, write_objects(parts, image, prefix, note, args.all_masks)
 
 
 @torch.no_grad()
 def main(args):
-    """Predicts every input; returns {"pictures": how many}. A bad file is reported, the others are still done."""
-    device = utils.pick_device(args.device)
-    dtype, _ = utils.pick_precision(args.amp, device)
-    model, checkpoint = load_model(args, device)
-    check_options(args, checkpoint)
-    if args.depth:
-        model.forward = partial(model.forward, depth=args.depth)
-    sam, output_dir = checkpoint["net"] == "efficient_sam", Path(args.output_dir)
+    """Predicts every input; returns {"images": how many}. A bad file is reported, the others are done."""
+    loaded = load_model(args)
+    check_options(args, loaded)
     paths = find_inputs(args.inputs)
-    inputs, queries, bad = plan_outputs(paths, checkpoint, args)
+    inputs, queries, bad = plan_outputs(paths, loaded, args)
     figure = open_figure() if args.click else None
+    output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
 
-    def note(category, mask, score=None):  # what --coco wants to know of the picture that is being done
+    def note(category, mask, score=None):  # for --coco, of the image that is being done
         annotate(annotations, args.coco, len(images) + 1, category, mask, score)
 
-    size = 1 if sam or args.tile else args.batch_size
+    size = 1 if loaded.net.prompts or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
-    do = partial(do_prompts, queries=queries, figure=figure, quit_=batches.close) if sam else do_classes
+    do = do_classes
+    if loaded.net.prompts:
+        do = functools.partial(do_prompts, queries=queries, figure=figure, stop=batches.close)
     try:
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
             try:
-                for name, path, image, found in do(batch, model, checkpoint, note, device, dtype, args):
-                    areas += [[name, of, pixels, pixels / image[..., 0].size, score] for of, pixels, score in found]
-                    images.append({"id": len(images) + 1, "file_name": path.as_posix(), "width": image.shape[1],
-                                   "height": image.shape[0]})
+                for name, path, image, found in do(batch, loaded, note, args):
+                    total = image.shape[0] * image.shape[1]
+                    areas += [[name, label, pixels, pixels / total, score]
+                              for label, pixels, score in found]
+                    images.append({"id": len(images) + 1, "file_name": path.as_posix(),
+                                   "width": image.shape[1], "height": image.shape[0]})
             except utils.InputError as error:
                 bad.append(str(error))
             except (RuntimeError, MemoryError) as error:
                 if not utils.is_out_of_memory(error):
                     raise
                 done = {image["file_name"] for image in images}
-                bad += [f"{path}: out of memory; try --tile, a smaller -b, or --amp bf16" for _, path, _ in batch
-                        if path.as_posix() not in done]
+                bad += [f"{path}: out of memory; try --tile, a smaller -b, or --amp bf16"
+                        for _, path, _ in batch if path.as_posix() not in done]
     finally:  # however it ends: what has been written is listed
-        write_tables(output_dir, areas, images, annotations, checkpoint, args)
-    for _, name, pixels, share, score in areas if len(paths) == 1 else []:
-        print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}" + f"  score {score}" * bool(score))
-    print(f"{len(images)} of {len(paths)} pictures predicted in {time.perf_counter() - started:.1f} s: {output_dir}/"
-          "*_mask.png, *_overlay.png, areas.csv" + ", annotations.json" * bool(args.coco))
+        write_tables(output_dir, areas, images, annotations, loaded, args)
+    if len(paths) == 1:
+        for _, name, pixels, share, score in areas:
+            rating = f"  score {score}" if score else ""
+            print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}{rating}")
+    seconds = time.perf_counter() - started
+    print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s: {output_dir}/*_mask.png, "
+          "*_overlay.png, areas.csv" + (", annotations.json" if args.coco else ""))
     if bad:
-        more = "; and " + ", ".join(line.split(": ")[0] for line in bad[10:]) if len(bad) > 10 else ""
-        raise utils.InputError(" ".join(("; ".join(bad[:10]) + more).splitlines()))
-    return {"pictures": len(images)}
+        message = "; ".join(bad[:10])
+        if len(bad) > 10:
+            message += "; and " + ", ".join(line.split(": ")[0] for line in bad[10:])
+        raise utils.InputError(" ".join(message.splitlines()))
+    return {"images": len(images)}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
-"""What every script needs and no article teaches: errors, seeds, devices, checkpoints, pictures, logs, processes.
+"""What every script needs and no article teaches. Data, losses, metrics and loops are in the scripts.
 
-Data sets, transforms, losses, metrics, schedules and training steps are the lesson: they stand in the scripts.
+Command line    ArgumentParser  Obsolete  number  run  InputError  Stopped
+A training run  Run: device, precision, seeds, resume, checkpoints, log, signals
+Data            split_items  create_loader  seeded  draw_demo
+Weights         fetch_, read_, load_weights  check_net  load_checkpoint  save_checkpoint
+Images          read_image  read_mask  image_size  save_image  save_mask  overlay  save_panel
+Processes       ranks  sum_over_ranks  first_rank_first  stop_asked  raise_if_stopped  hide_bar
+Below them      what these are made of
 """
 import argparse
 import contextlib
+import copy
 import csv
 import hashlib
+import io
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,6 +25,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,36 +34,29 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torchvision.utils import make_grid
+from tqdm import tqdm
 
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+FORMAT = 2      # of checkpoints; a last.pth of format 1 cannot be continued, its weights still load
+MAY_CHANGE = {  # options that may differ when a run is continued
+    "resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
+    "early_stopping", "save_every", "workers", "device"}
+_signals = []   # SIGTERM or SIGINT, once they have come
 
 
-# --- Command line, errors, signals ---
+# --- Command line ---
 
 class InputError(Exception):
-    """A mistake of the user: one line that names the file or option and the remedy; `run` makes it exit status 2."""
+    """A mistake of the user: one line that names file or option and the remedy; exit status 2."""
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; raised by `check_stop` where it is safe to save."""
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """One line an option: all its spellings, its value once."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=48, width=140)
-
-    def _format_action_invocation(self, action):
-        names = ", ".join(action.option_strings)
-        if not names:
-            return super()._format_action_invocation(action)
-        value = action.metavar or ("" if action.nargs in ("?", 0) else "N" if action.type else None)
-        return f"{names} {self._format_args(action, action.dest.upper()) if value is None else value}"
+    """SIGTERM or SIGINT has come; raised by `raise_if_stopped` where it is safe to save."""
 
 
 class Obsolete(argparse.Action):
-    """An option of an article that has no meaning left: accepted, and its help, which says what to use, is printed."""
+    """An article's option without meaning left: accepted, and its help, what to use, is printed."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if os.environ.get("RANK", "0") == "0":
@@ -60,171 +64,409 @@ class Obsolete(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors of one line, no abbreviations; with --demo the given demo settings are the defaults."""
+    """Errors of one line; no abbreviations; --batch-size may be spelt --batch_size or -batch_size.
+
+    With --demo the settings in `demo` take the place of the defaults.
+    """
 
     def __init__(self, description, usage="%(prog)s [options]", demo=None):
-        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter)
+        super().__init__(
+            description=description, usage=usage, allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=48, width=140))
         self.demo = demo or {}
 
+    def add_switch(self, *names, default=False, help):
+        """An on/off option: --aux, --aux True and --aux False all mean what they say."""
+        self.add_argument(*names, nargs="?", const=True, default=default, type=switch,
+                          metavar="BOOL", help=help)
+
+    def add_device_options(self):
+        self.add_argument("--device", default="auto",
+                          help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
+        self.add_argument("--amp", nargs="?", const="auto", default="auto", type=amp_mode, metavar="MODE",
+                          help="precision: auto (bf16 on CUDA devices that support it, else off), "
+                               "bf16, fp16 or off (%(default)s)")
+
+    def add_run_options(self, output_dir):
+        """The options of every training script that no article teaches."""
+        add, add_switch = self.add_argument, self.add_switch
+        add_switch("--demo", help="train on generated data with small settings; no download")
+        add_switch("--sanity-check", help="read the whole data set, print counts, "
+                                          "write sanity_check.png; no training")
+        add_switch("--test-only", help="evaluate --weights or --resume; no training")
+        add("--limit", type=number(int, 1), metavar="N", help="use the first N items of each split")
+        add("--overfit", type=number(int, 1), metavar="N",
+            help="train and validate on the same N items, without augmentation")
+        add("--output-dir", default=output_dir,
+            help="folder for checkpoints, log and images (%(default)s)")
+        add_switch("--overwrite", help="replace an earlier run in --output-dir")
+        add("--resume", help="continue a run: auto (from last.pth if there is one) or a path")
+        add("--save-every", type=number(int, 0), default=0, metavar="N",
+            help="also save last.pth every N steps, 0 only after each epoch (%(default)s)")
+        add("--early-stopping", type=int, default=-1, metavar="N",
+            help="stop after N epochs without a better validation score, -1 never (%(default)s)")
+        add("-j", "--workers", "--num-workers", type=number(int, 0), default=min(4, os.cpu_count()),
+            help="loader processes, 0 for none (%(default)s)")
+        self.add_device_options()
+        add("--seed", type=number(int, 0, 2**32 - 1), default=41,
+            help="seed of weights, order and augmentation (%(default)s)")
+        add_switch("--deterministic", help="bit-identical results on CUDA too; slower")
+        add_switch("--compile", help="torch.compile the net")
+
     def parse_known_args(self, args=None, namespace=None):
+        args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
         parsed = super().parse_known_args(args, namespace)
         if getattr(parsed[0], "demo", False):
             self.set_defaults(**self.demo)
             parsed = super().parse_known_args(args, namespace)
         return parsed
 
+    def known_spelling(self, word):
+        """-batch_size or --batch_size=4 -> --batch-size or --batch-size=4; else word itself."""
+        name, equals, value = word.partition("=")
+        known = "--" + name.lstrip("-").replace("_", "-")
+        if not name.startswith("-") or name in self._option_string_actions:
+            return word
+        return known + equals + value if known in self._option_string_actions else word
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def run(main, parser):
-    """main(parsed arguments). InputError and lack of memory: one line and exit 2; SIGINT 130, SIGTERM 143."""
-    def remember(number, frame):
-        if _signals:  # the second time: at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        _signals.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
-    try:
-        main(parser.parse_args())
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except InputError as error:  # from a loader process it comes with that process's traceback before it
-        parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
-    except OSError as error:  # a folder that cannot be written, a full disk: the system's words, with the file
-        if error.errno is None:
-            raise
-        parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another file or folder")
-    except Stopped:
-        parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {signal.Signals(_signals[0]).name}\n")
-    except (RuntimeError, MemoryError) as error:
-        if "RANK" in os.environ and "peer" in str(error):  # Gloo's word when another process is gone
-            parser.exit(1, f"{parser.prog}: rank {os.environ['RANK']}: lost another process, see its message\n")
-        if not is_out_of_memory(error):
-            raise
-        parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller picture, or --amp bf16 "
-                     f"({' '.join(str(error).split())[:200]})")
-
-
-def is_out_of_memory(error):
-    """Whether a RuntimeError or MemoryError says so, of the CPU or a device."""
-    words = ("Memory", "of memory", "allocate memory", "enough memory")
-    return any(one in f"{type(error).__name__} {error}" for one in words)
-
-
-_signals = []
-
-
-def stop_asked():
-    """Whether SIGTERM or SIGINT has come to this process."""
-    return bool(_signals)
-
-
-def check_stop(device=None):
-    """Raises Stopped if SIGTERM or SIGINT has come; called between steps, so that what is saved is whole.
-
-    With a device: if it has come to any of the processes, and then in all of them; each must call it equally often.
-    """
-    if stop_asked() if device is None else sum_over_ranks(torch.tensor(float(stop_asked()), device=device)):
-        raise Stopped
-
-
-def outlive_signals(worker):
-    """worker_init_fn of loaders: a signal to the whole group must not end them before the step that needs them.
-
-    SIGTERM of the script itself still does: Python sends it to the processes that are left when a script ends.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux: tells the sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def switch(text):
-    """Type of on/off options: true/false, yes/no, 1/0 in any case (to Python bool("False") is True)."""
-    values = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-    if str(text).lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[str(text).lower()]
-
-
-def number(kind, low=-sys.float_info.max, high=sys.float_info.max):
-    """Type of an int or float option with bounds: number(int, 1) takes 1, 2, 3 ...; never nan or inf."""
+def number(kind, low, high=math.inf):
+    """Type of an int or float option within bounds: number(int, 1) takes 1, 2 ...; never nan, inf."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}" + f" and at most {high}" * (high < 1e300))
+        if not low <= value <= high or math.isinf(value):
+            wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return value
     parse.__name__ = kind.__name__  # argparse says: invalid int value
     return parse
 
 
-def amp_mode(text):
-    """Type of --amp; the articles' `--amp True` and `--amp False` mean auto and off."""
-    mode = {"true": "auto", "false": "off"}.get(text.lower(), text.lower())
-    if mode not in ("auto", "bf16", "fp16", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp16, off")
-    return mode
+def run(main, parser):
+    """main(parsed arguments). Mistake or lack of memory: one line, exit 2; SIGINT 130, SIGTERM 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember_signal)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    try:
+        main(parser.parse_args())
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except InputError as error:  # from a loader process: after that one's traceback
+        parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
+    except OSError as error:  # a folder that cannot be written, a full disk: the system's words
+        if error.errno is None:
+            raise
+        parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another "
+                     "file or folder")
+    except Stopped:
+        name = signal.Signals(_signals[0]).name
+        parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {name}\n")
+    except (RuntimeError, MemoryError) as error:
+        if "RANK" in os.environ and "peer" in str(error):  # Gloo: another process is gone
+            rank = os.environ["RANK"]
+            parser.exit(1, f"{parser.prog}: rank {rank}: lost another process, see its message\n")
+        if not is_out_of_memory(error):
+            raise
+        parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller image "
+                     f"size, or --amp bf16 ({' '.join(str(error).split())[:200]})")
 
 
-# --- Seeds ---
+# --- A training run ---
 
-def seed_everything(seed, deterministic=False):
-    """Seeds torch; deterministic forbids CUDA algorithms whose sums depend on timing, else cuDNN picks the fastest."""
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
+class Run:
+    """One run of a training script: device, progress, folder. It never calls the script.
 
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Yields (epoch, index) for the data set, in an order given by (seed, epoch) alone; rank r of n takes every n-th.
-
-    set_epoch(epoch, skip) leaves out the first skip items: those that an interrupted epoch has already trained on.
-    So that every rank has as many: keep only so many items of each epoch's order, or pad it with (epoch, -1).
+    device; dtype of autocast, None for float32; scaler: a GradScaler; checkpoint: what --resume
+    continues, or None. progress: epoch, step, best ... and the sums of the running epoch over all
+    processes: images, loss, count (what the mean loss is over), skipped steps, and those that the
+    script adds. Every checkpoint holds it.
     """
 
-    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None, pad=False):
-        self.num_items, self.seed, self.shuffle, self.rank, self.world_size = num_items, seed, shuffle, rank, world_size
-        self.keep, self.pad = keep, -num_items % world_size if pad else 0
-        self.set_epoch(0)
+    def __init__(self, args, net, several=False):
+        """Joins torchrun's processes, seeds, picks device and precision, reads --resume.
 
-    def set_epoch(self, epoch, skip=0):
-        self.epoch, self.skip = epoch, skip
+        several: the script can train in several processes; if not, torchrun is an InputError.
+        """
+        self.args, self.net, self.folder = args, net, Path(args.output_dir)
+        self.device = start_process_group(pick_device(args.device), several)
+        self.rank, args.world_size = ranks()
+        torch.manual_seed(args.seed)  # of the weights; `steps` seeds each step
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True)
+        self.dtype, self.scaler = pick_precision(args.amp, self.device)
+        self.checkpoint = find_checkpoint(args.resume, self.folder)
+        if self.checkpoint:
+            args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
 
-    def order(self):
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order = torch.randperm(self.num_items, generator=generator).tolist() if self.shuffle else range(self.num_items)
-        return [*order[:self.keep], *[-1] * self.pad][self.rank::self.world_size]
+    def describe(self, name, model, train_set, val_set):
+        """Prints the start line: parameters, images, device."""
+        self.args.data_hash = data_hash(train_set.items + val_set.items)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{name}: {trained:,} of {total:,} parameters trained; {len(train_set)} train and "
+              f"{len(val_set)} val images (data hash {self.args.data_hash}); {self.device} x "
+              f"{self.args.world_size}, {self.dtype or torch.float32}, torch {torch.__version__}")
 
-    def __iter__(self):
-        return iter([(self.epoch, index) for index in self.order()[self.skip:]])
+    def check_test(self, same):
+        """InputError unless --test-only has weights and the options `same` are as in training."""
+        args, checkpoint = self.args, self.checkpoint
+        if not checkpoint and (args.weights == "none" or args.resume):
+            raise InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
+        if not checkpoint:  # a file, or an official name
+            checkpoint = load_checkpoint(args.weights) if Path(args.weights).is_file() else {}
+        trained_with = checkpoint.get("args", {})
+        for option in same:
+            now, before = getattr(args, option), trained_with.get(option, getattr(args, option))
+            if json.dumps(now) != json.dumps(before):
+                raise InputError(f"--{option.replace('_', '-')} {now}: trained with {before}")
+        if trained_with.get("data_hash", args.data_hash) != args.data_hash:
+            print("note: other images or another split than in training: some may have been trained "
+                  "on")
 
-    def __len__(self):
-        return max(len(self.order()) - self.skip, 0)  # skip counts a last, smaller batch as a full one
+    def start(self, arch, train_set, val_set, sums=None, **parts):
+        """Restores what --resume continues, makes the folder ready, returns progress.
+
+        sums: further entries of progress, which start anew each epoch. parts: the model, the
+        optimizer and whatever else has a state_dict that checkpoints are to hold.
+        """
+        self.sums = {"step": 0, "images": 0, "loss": 0.0, "count": 0.0, "skipped": 0}
+        self.sums.update(sums or {})
+        self.progress = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "bad_steps": 0}
+        self.progress.update(copy.deepcopy(self.sums))
+        self.parts = {**parts, "scaler": self.scaler}
+        self.head = {"format": FORMAT, "net": self.net, "arch": arch, "classes": train_set.classes}
+        if self.checkpoint:
+            check_resume(self.checkpoint, self.args)
+            for name, part in self.parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            others = self.checkpoint.keys() - {*self.head, *self.parts, "lr_scheduler", "args"}
+            self.progress.update({key: self.checkpoint[key] for key in others})
+            epoch, step = self.progress["epoch"] + 1, self.progress["step"]
+            print(f"resumed in epoch {epoch} after step {step}")
+        if self.rank == 0:
+            prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
+                                       "val": [item[0] for item in val_set.items]})
+        return self.progress
+
+    def is_over(self):
+        """Whether --epochs are done, or --early-stopping says that it is enough."""
+        epoch, patience = self.progress["epoch"], self.args.early_stopping
+        if 0 < patience <= epoch - self.progress["best_epoch"]:
+            print(f"early stopping: no better validation score in {patience} epochs")
+            return True
+        return epoch >= self.args.epochs
+
+    def steps(self, loader):
+        """Yields the --accumulate batches of each optimizer step left of this epoch, as a list.
+
+        A batch ends with the indices of its items, -1 for one that only fills up. Between steps: the
+        progress bar, last.pth every --save-every steps, Stopped once a signal has come to any process.
+        Randomness on the device (dropout) derives from (seed, epoch, step, rank) alone.
+        """
+        args, progress = self.args, self.progress
+        loader.sampler.set_epoch(progress["epoch"])
+        self.steps_per_epoch = math.ceil(len(loader) / args.accumulate)
+        done = progress["step"] * args.batch_size * args.accumulate
+        loader.sampler.set_epoch(progress["epoch"], skip=done)
+        batches, started, self.images_before = iter(loader), time.perf_counter(), progress["images"]
+        bar = tqdm(total=self.steps_per_epoch, initial=progress["step"], leave=False,
+                   desc=f"epoch {progress['epoch'] + 1}", disable=hide_bar())
+        while group := list(itertools.islice(batches, args.accumulate)):
+            indices = [index for batch in group for index in batch[-1] if index >= 0]
+            self.items = [loader.dataset.items[index] for index in indices]
+            self.buffers = [buffer.clone() for buffer in self.parts["model"].buffers()]
+            torch.manual_seed(mix(args.seed, progress["epoch"], progress["step"], self.rank))
+            yield group
+            progress["step"] += 1
+            bar.set_postfix(loss=f"{self.mean_loss():.4f}", lr=f"{self.learning_rate():.2g}",
+                            mem=f"{peak_memory_mb(self.device):.0f}M", refresh=False)
+            bar.update()
+            raise_if_stopped(self.device)
+            if args.save_every and progress["step"] % args.save_every == 0:
+                self.save_last()
+        bar.close()
+        self.seconds = time.perf_counter() - started
+
+    def accepts(self, optimizer, loss_sum, count, clip_grad=0.0):
+        """Turns the gradient of loss_sum into that of the mean over count; whether it is to be used.
+
+        loss_sum, count (of images, labelled pixels, objects ...): of this process's batches of the
+        step; gradient and mean are those of all processes. If either is not finite, the weights
+        would be ruined: batch statistics are put back, the step is counted, ten in a row end the run.
+        """
+        model, progress = self.parts["model"], self.progress
+        self.scaler.unscale_(optimizer)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        own = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
+               for value in (loss_sum, count, len(self.items))]
+        loss_sum, count, images = sum_over_ranks(torch.stack(own))
+        # DistributedDataParallel took the mean over processes; if nothing counts, gradients are 0
+        torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
+        if clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        loss_sum, count, images, norm = torch.stack([loss_sum, count, images, norm]).tolist()
+        if math.isfinite(loss_sum + norm):
+            progress["bad_steps"] = 0
+            progress["images"] += int(images)
+            progress["loss"] += loss_sum
+            progress["count"] += count
+            return True
+        for buffer, before in zip(model.buffers(), self.buffers):
+            buffer.copy_(before)
+        progress["skipped"] += 1
+        if not (self.scaler.get_scale() > 1 and math.isfinite(loss_sum)):  # fp16's scale adapts
+            progress["bad_steps"] += 1
+        if progress["bad_steps"] == 10:
+            names = ", ".join(item[0] for item in self.items)
+            raise InputError(f"loss or gradient not finite ten times in a row, last on {names}; "
+                             "lower --lr, or look at these files")
+        return False
+
+    def mean_loss(self):
+        """Of the epoch so far, over the images, labelled pixels or objects that count."""
+        return self.progress["loss"] / (self.progress["count"] or math.nan)
+
+    def learning_rate(self):
+        return self.parts["optimizer"].param_groups[0]["lr"]
+
+    def end_epoch(self, figures, show):
+        """Prints the figures in `show`, writes all numbers to log.csv, begins the next epoch."""
+        progress, epoch = self.progress, self.progress["epoch"] + 1
+        row = {"epoch": epoch, "step": epoch * self.steps_per_epoch, "lr": self.learning_rate(),
+               "loss": self.mean_loss(),
+               **{name: value for name, value in figures.items() if isinstance(value, float)},
+               "skipped": progress["skipped"], "seconds": self.seconds,
+               "images_per_s": (progress["images"] - self.images_before) / self.seconds,
+               "peak_mb": peak_memory_mb(self.device)}
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in ["lr", "loss", *show])
+        print(f"epoch {epoch}/{self.args.epochs}  {shown}  {self.seconds:.1f} s")
+        if progress["skipped"]:
+            skipped, steps = progress["skipped"], progress["step"]
+            print(f"  {skipped} of {steps} steps skipped: loss or gradient not finite")
+        if self.rank == 0:
+            self.rows = log_row(self.folder / "log.csv", row)
+        progress.update(epoch=epoch, **copy.deepcopy(self.sums))
+
+    def is_best(self, value):
+        """Whether value is the highest so far; if so it is remembered, with its epoch."""
+        if not value > self.progress["best"]:  # NaN is never the best
+            return False
+        self.progress.update(best=value, best_epoch=self.progress["epoch"])
+        return True
+
+    def save_best(self):
+        """best.pth, the file to share: the weights and what predict.py needs."""
+        self.save("best.pth", {"model": self.parts["model"].state_dict()})
+
+    def save_last(self):
+        """last.pth, which --resume continues to the bit."""
+        self.save("last.pth", {name: part.state_dict() for name, part in self.parts.items()})
+
+    def save(self, name, states):
+        if self.rank == 0:
+            save_checkpoint(self.folder / name,
+                            {**self.head, **states, "args": vars(self.args), **self.progress})
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self):
+        """A signal that `steps` or `raise_if_stopped` notices inside saves last.pth first."""
+        try:
+            yield
+        except Stopped:
+            self.save_last()
+            raise
+
+    def plot_curves(self, *groups):
+        """curves.png: one plot for each group of columns of log.csv, over the epochs."""
+        if self.rank:
+            return
+        import matplotlib  # late: it takes a second
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
+        for axis, names in zip(axes[0], groups):
+            for name in names:
+                values = [float(row[name] or "nan") for row in self.rows]
+                axis.plot([int(row["epoch"]) for row in self.rows], values, ".-", label=name)
+            axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.tight_layout()
+        figure.savefig(self.folder / "curves.png", dpi=100)
+        plt.close(figure)
+
+    def finish(self, name):
+        """Prints the last lines: the best value of the figure `name`, and the files of --demo."""
+        best, epoch = self.progress["best"], self.progress["best_epoch"]
+        print(f"best {name} {best:.4f} in epoch {epoch}: {self.folder}/best.pth")
+        if self.args.demo:
+            print("wrote " + " ".join(map(str, sorted(self.folder.glob("*.*")))))
 
 
-def _mix(*numbers):
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+# --- Data ---
+
+def split_items(items, args, val_items=None):
+    """Training and validation items: val_items (--val-path), else by --split, else 80:20 by --seed.
+
+    Then --limit. Items begin with their name. The 80:20 is what sklearn's train_test_split draws:
+    seed 41 is the article's split. InputError if a part is empty or an image is in both.
+    """
+    train_items = items
+    if val_items is None and args.split:
+        by_name = {item[0]: item for item in items}
+        try:
+            split = json.loads(Path(args.split).read_text())
+            train_items = [by_name[name] for name in split["train"]]
+            val_items = [by_name[name] for name in split["val"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{args.split}: not a split of {args.data_path} ({error}); "
+                             "give another") from None
+    elif val_items is None:
+        order = np.random.RandomState(args.seed).permutation(len(items)).tolist()
+        num_val = math.ceil(0.2 * len(items))
+        train_items = [items[i] for i in sorted(order[num_val:])]
+        val_items = [items[i] for i in sorted(order[:num_val])]
+    train_items, val_items = train_items[:args.limit], val_items[:args.limit]
+    shared = {item[1] for item in train_items} & {item[1] for item in val_items}
+    if shared or not train_items or not val_items:
+        raise InputError(f"{args.split or args.val_path or args.data_path}: {len(train_items)} "
+                         f"training and {len(val_items)} validation images, {len(shared)} in both; "
+                         "each needs some, none may be in both: add images, or give --val-path or "
+                         "another --split")
+    if args.overfit:
+        train_items = val_items = train_items[:args.overfit]
+    return train_items, val_items
+
+
+def create_loader(dataset, args, shuffle, batch_size=None, **sampling):
+    """DataLoader of this process's share; its randomness derives from (seed, epoch, index) alone.
+
+    sampling: keep and pad of EpochSampler. The data set's `collate`, if any, makes the batches.
+    """
+    sampler = EpochSampler(len(dataset), args.seed, shuffle, *ranks(), **sampling)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size or args.batch_size, sampler=sampler, num_workers=args.workers,
+        worker_init_fn=outlive_signals, collate_fn=getattr(dataset, "collate", None),
+        pin_memory=pick_device(args.device).type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed))
 
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Inside, torch's CPU generator (which torchvision's transforms use) depends on these numbers alone.
+    """Inside, torch's CPU generator, which transforms use, depends on these numbers alone.
 
-    On one thread, as in loader processes: a mean over the pixels, summed by two threads, can differ in its last bit.
+    On one thread, as in loader processes: a sum by two threads can differ in its last bit.
     """
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.default_generator.manual_seed(_mix(*numbers))
+    torch.default_generator.manual_seed(mix(*numbers))
     torch.set_num_threads(1)
     try:
         yield
@@ -233,190 +475,25 @@ def seeded(*numbers):
         torch.set_rng_state(state)
 
 
-def rng_state():
-    """torch's generators in each process, for a checkpoint, to be called by all; the data need none: see `seeded`."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    state = {"cpu": torch.get_rng_state(), "cuda": cuda}
-    if not torch.distributed.is_initialized():
-        return [state]
-    states = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
-
-
-def set_rng_state(states, rank=0):
-    state = states[rank]
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# --- Device and precision ---
-
-def pick_device(text):
-    """--device: auto takes cuda, then mps, then cpu; a number N means cuda:N. InputError if it is not there."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def draw_demo(kind, folder, count):
+    """--demo: writes the generated data set of this kind; returns its folder."""
     try:
-        device = torch.device(f"cuda:{text}" if text.isdigit() else text)
-    except RuntimeError:
-        raise InputError(f"--device {text}: no such device; give auto, cpu, cuda, cuda:N or mps") from None
-    there = {"cpu": True, "mps": torch.backends.mps.is_available(),
-             "cuda": (device.index or 0) < torch.cuda.device_count()}.get(device.type, False)
-    if not there:
-        raise InputError(f"--device {text}: not on this machine ({torch.cuda.device_count()} CUDA devices); give auto")
-    return device
+        import demo_data
+    except ImportError:
+        raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give "
+                         "--data-path") from None
+    with first_rank_first():
+        if ranks()[0] == 0:
+            demo_data.write(kind, folder, count)
+    return str(folder)
 
 
-def pick_precision(amp, device):
-    """--amp -> (autocast dtype or None for plain float32, GradScaler); only fp16 on CUDA scales the loss."""
-    if amp == "fp16" and device.type != "cuda":
-        raise InputError(f"--amp fp16: needs CUDA, device is {device}; give bf16 or off")
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
-def peak_memory_mb(device):
-    """Most memory in use since the process started: of a CUDA device, else resident (nan where it is not Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # getrusage would count what the process that started this one had in use
-    words = status.read_text().split() if status.exists() else []
-    return int(words[words.index("VmHWM:") + 1]) / 2**10 if "VmHWM:" in words else float("nan")
-
-
-# --- Checkpoints and weights ---
-
-def save_checkpoint(path, state):
-    """torch.save under a temporary name, fsync, rename: at any moment path is the old file or the new one, whole.
-
-    The zip's own CRCs leave its headers unguarded, so the file ends in a zip comment with the CRC of all before it.
-    """
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            torch.save(state, file)
-            file.seek(-2, os.SEEK_END)
-            file.write(struct.pack("<H", len("crc32=00000000")))  # the length of the comment that follows
-            file.flush()
-            file.seek(0)
-            crc = crc32(file, os.path.getsize(temporary))
-            file.write(b"crc32=%08x" % crc)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name must reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) and "write" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        needed, free = num_bytes(state) / 2**20, shutil.disk_usage(path.parent).free / 2**20
-        reason = getattr(error, "strerror", None) or "no space left"
-        raise InputError(f"{path}: cannot be written ({reason}): {needed:.1f} MB needed, {free:.1f} MB free; "
-                         "the former file is whole (make room, then --resume auto)") from None
-
-
-def num_bytes(value):
-    """Bytes of the tensors in nested dicts and lists."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(num_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
-
-
-def crc32(file, size):
-    """CRC of the next size bytes of an open file, which are left behind."""
-    crc = 0
-    for start in range(0, size, 2**20):
-        crc = zlib.crc32(file.read(min(2**20, size - start)), crc)
-    return crc
-
-
-def load_checkpoint(path):
-    """A file of save_checkpoint, or anybody's state dict, on the CPU; verified, and never a pickle that runs code."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-                ours = archive.comment.startswith(b"crc32=")
-                whole = archive.comment == b"crc32=%08x" % crc32(file, os.path.getsize(path) - len(archive.comment)) \
-                    if ours else not archive.comment and archive.testzip() is None
-            if not whole:
-                raise InputError(f"{path}: damaged (checksum differs); restore it from a copy")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError:
-        raise
-    except Exception as error:  # the zip and pickle readers raise a dozen types on damaged or hostile bytes
-        unsafe = "Unsupported global" in str(error) or "Unsupported class" in str(error)
-        reason = "holds Python objects that could run code (save a plain state dict)" if unsafe else \
-            "not a checkpoint, or a damaged one (restore it from a copy)"
-        raise InputError(f"{path}: {reason}") from None
-
-
-def find_checkpoint(resume, output_dir):
-    """The checkpoint that --resume means: a path, or auto for output_dir/last.pth if it is there; else None."""
-    last = Path(output_dir if resume == "auto" else resume or "", "last.pth")
-    if not resume or (resume == "auto" and not last.exists()):
-        return None
-    checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
-    needed = {"format", "net", "arch", "args", "model", "optimizer", "lr_scheduler", "scaler", "rng"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with --weights")
-    return checkpoint
-
-
-def read_weights(path, wanted):
-    """Tensors by name: from a checkpoint of ours (which must be as wanted), {"model": ...} or a bare state dict."""
-    checkpoint = load_checkpoint(path)
-    check_net(checkpoint, path, wanted)
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    state = state if isinstance(state, dict) else {}
-    return {str(key).removeprefix("module."): value for key, value in state.items()}  # DataParallel's prefix
-
-
-def load_weights(model, state, path):
-    """Strictly load the tensors that were read from path; InputError if they are another net's or of other shapes."""
-    own = model.state_dict()
-    differing = [f"{key} {tuple(getattr(state.get(key), 'shape', ()))} instead of {tuple(own[key].shape)}"
-                 if key in state else f"{key} missing" for key in own
-                 if not isinstance(state.get(key), torch.Tensor) or state[key].shape != own[key].shape]
-    differing += [f"{key} unknown" for key in state if key not in own]
-    if differing:
-        raise InputError(f"{path}: weights of another net than {type(model).__name__}: {len(differing)} of {len(own)} "
-                         f"tensors differ ({', '.join(differing[:3])} ...)")
-    model.load_state_dict(state)
-
-
-def check_net(checkpoint, path, wanted):
-    """InputError unless a checkpoint of ours has the net and constructor arguments wanted; bare weights pass."""
-    if isinstance(checkpoint, dict) and "format" in checkpoint:
-        found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
-        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-        if differing:
-            holds, asked = (", ".join(f"{k} {side[k]}" for k in differing if k in side) for side in (found, wanted))
-            raise InputError(f"{path}: holds {holds}; asked for {asked} (give the options it was trained with)")
-
-
-def check_resume(checkpoint, args, free):
-    """InputError if an option that shapes the run is not what it was; those in free may change."""
-    for key, value in json.loads(json.dumps(vars(args))).items():
-        before = checkpoint["args"].get(key, value)  # an option that is new since then
-        if key not in free and json.loads(json.dumps(before)) != value:
-            option = {"data_hash": "pictures of data hash", "world_size": "torchrun --nproc_per_node"}.get(
-                key, "--" + key.replace("_", "-"))
-            raise InputError(f"--resume {args.resume}: trained with {option} {before}, now {value}; give the same, or "
-                             "start a new run from it with --weights")
-
+# --- Weights ---
 
 def fetch_weights(name, url, sha256=None, size=None):
-    """Path of an official file in the torch hub cache, downloaded once, verified on every call.
+    """Path of an official file in the torch hub cache: fetched once, verified always, unzipped.
 
-    sha256: hex digest or the first part of it; size in bytes; each None where it is not published.
+    sha256: hex digest or the first part of it; size in bytes; None where it is not published.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     with first_rank_first():
@@ -425,138 +502,183 @@ def fetch_weights(name, url, sha256=None, size=None):
             try:
                 torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
             except OSError as error:  # URLError is one
-                raise InputError(f"--weights {name}: cannot fetch {url} ({getattr(error, 'reason', error)}); "
-                                 f"download it elsewhere and put it at {path}") from None
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.stat().st_size != (size or path.stat().st_size) or not digest.startswith(sha256 or ""):
-        raise InputError(f"{path}: not the published {name}: {path.stat().st_size} bytes, sha256 {digest[:8]} instead "
-                         f"of {size or 'any'}, {sha256 or 'any'}; delete it and run again")
-    return path
+                reason = getattr(error, "reason", error)
+                raise InputError(f"--weights {name}: cannot fetch {url} ({reason}); download it "
+                                 f"elsewhere and put it at {path}") from None
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = path.stat().st_size
+        if found != (size or found) or not digest.startswith(sha256 or ""):
+            raise InputError(f"{path}: not the published {name}: {found} bytes, sha256 {digest[:8]} "
+                             f"instead of {size or 'any'}, {sha256 or 'any'}; delete it and run "
+                             "again")
+        if path.suffix != ".zip":
+            return path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                member = next(name for name in archive.namelist() if name.endswith(path.stem))
+                path.with_suffix(".tmp").write_bytes(archive.read(member))
+        except (zipfile.BadZipFile, StopIteration):
+            raise InputError(f"{path}: not the published file; delete it and run again") from None
+        return path.with_suffix(".tmp").replace(path.with_suffix(""))
 
 
-def unzip(path, ending):
-    """Path of the member of a zip file whose name ends so, unpacked beside it under that name, anew on every call."""
-    target = Path(path).with_name(ending)
+def read_weights(path, wanted):
+    """Tensors by name: a bare state dict, {"model": ...}, or our checkpoint of the wanted net."""
+    checkpoint = load_checkpoint(path)
+    check_net(checkpoint, path, wanted)
+    return state_of(checkpoint)
+
+
+def state_of(checkpoint):
+    """Tensors by name of what load_checkpoint read; {} if it is no state dict."""
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+    state = state if isinstance(state, dict) else {}
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def load_weights(model, state, path):
+    """Strictly loads the tensors that were read from path; InputError if they are another net's."""
+    own, differing = model.state_dict(), []
+    for key, wanted in own.items():
+        found = state.get(key)
+        if key not in state:
+            differing.append(f"{key} missing")
+        elif not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+            shape = tuple(getattr(found, "shape", ()))
+            differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
+    differing += [f"{key} unknown" for key in state if key not in own]
+    if differing:
+        raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
+                         f"{len(differing)} of {len(own)} tensors differ "
+                         f"({', '.join(differing[:3])} ...)")
+    model.load_state_dict(state)
+
+
+def check_net(checkpoint, path, wanted):
+    """InputError unless our checkpoint is of the wanted net and arguments; bare weights pass."""
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        return
+    found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if differing:
+        holds = ", ".join(f"{key} {found[key]}" for key in differing if key in found)
+        asked = ", ".join(f"{key} {wanted[key]}" for key in differing if key in wanted)
+        raise InputError(f"{path}: holds {holds}; asked for {asked} (give the options it was "
+                         "trained with)")
+
+
+def load_checkpoint(path):
+    """A checkpoint or state dict, on the CPU; verified, and never a pickle that runs code."""
     try:
-        with zipfile.ZipFile(path) as archive, first_rank_first():
-            member = next(member for member in archive.namelist() if member.endswith(ending))
-            temporary = Path(f"{target}.{os.getpid()}.tmp")
-            temporary.write_bytes(archive.read(member))
-            os.replace(temporary, target)
-    except (zipfile.BadZipFile, StopIteration):
-        raise InputError(f"{path}: not the published file; delete it and run again") from None
-    return target
-
-
-# --- Pictures ---
-
-@contextlib.contextmanager
-def _open(path):
-    """The opened picture; whatever PIL makes of a bad file becomes one line."""
-    try:
-        with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a phone's JPEG with a preview
-                raise InputError(f"{path}: holds {picture.n_frames} pictures; save each as a file of its own")
-            yield picture
-    except InputError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture that can be read") from None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # torch.load itself checks no CRC
+                    raise InputError(f"{path}: damaged (checksum differs); restore it from a copy")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}; save it as .npy, or in parts") from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(f"{path}: truncated or unreadable ({error}); replace it") from None
+    except InputError:
+        raise
+    except Exception as error:  # the readers raise a dozen types on damaged or hostile bytes
+        reason = "not a checkpoint, or a damaged one (restore it from a copy)"
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            reason = "holds Python objects that could run code (save a plain state dict)"
+        raise InputError(f"{path}: {reason}") from None
 
 
-def image_size(path):
-    """(width, height) from the header alone, after EXIF rotation."""
-    with _open(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return picture.size[::-1] if turned else picture.size
+def save_checkpoint(path, state):
+    """torch.save to a temporary name, fsync, rename: path is always the old file or the new."""
+    path, temporary, buffer = Path(path), Path(f"{path}.tmp"), io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        needed, free = buffer.tell() / 2**20, shutil.disk_usage(path.parent).free / 2**20
+        raise InputError(f"{path}: cannot be written ({error.strerror}): {needed:.1f} MB needed, "
+                         f"{free:.1f} MB free; the previous file is intact (make room, then "
+                         "--resume auto)") from None
 
+
+# --- Images ---
 
 def read_image(path):
-    """Picture of any mode -> RGB uint8 (H, W, 3): EXIF rotation applied, 16-bit scaled by its own range."""
-    with _open(path) as picture:
-        deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16") or ";16" in str(picture.tile[:1])
-        if deep:
-            pixels = np.asarray(ImageOps.exif_transpose(picture))
-            if pixels.dtype == np.uint8:  # PIL cut 16-bit colour down to 8 bits
-                pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)[..., 2::-1]
-            pixels = pixels.astype(np.float64)
-            low, high = pixels.min(), pixels.max()
-            if not np.isfinite(high - low):
-                raise InputError(f"{path}: has pixels that are not finite; replace them")
-            pixels = ((pixels - low) * (255 / max(high - low, 1e-12)) + 0.5).astype(np.uint8)
-            return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "P" and "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-        return np.array(picture.convert("RGB"))
+    """Image file of any mode, or .npy array (H, W) or (H, W, 1, 3 or 4) -> RGB uint8 (H, W, 3).
+
+    EXIF rotation is applied, transparency left out. 8 bits stay as they are; 16-bit files and
+    other integers are scaled by their own range; floats in an array are 0..1, or 0..255 if any is
+    above 1.
+    """
+    is_array = Path(path).suffix.lower() == ".npy"
+    pixels = read_array(path) if is_array else read_file(path)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
+        raise InputError(f"{path}: has shape {pixels.shape}; an image is (H, W, 3) or (H, W)")
+    if pixels.dtype != np.uint8:
+        low, high = float(pixels.min()), float(pixels.max())
+        if is_array and pixels.dtype.kind == "f":
+            if low < 0 or high > 255:
+                raise InputError(f"{path}: floats from {low:g} to {high:g}; give 0..1 or 0..255")
+            low, high = 0, 1 if high <= 1 else 255
+        pixels = (pixels.astype(float) - low) * (255 / max(high - low, 1e-12))
+        pixels = (pixels + 0.5).astype(np.uint8)
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, 2)
+    return np.ascontiguousarray(pixels[..., :3])
 
 
 def read_mask(path):
-    """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files. InputError if colour-coded."""
-    with _open(path) as picture:
-        mode, mask = picture.mode, np.array(ImageOps.exif_transpose(picture))
+    """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files, .npy.
+
+    InputError if it is colour-coded or transparent.
+    """
+    if Path(path).suffix.lower() == ".npy":
+        mask = read_array(path)
+        if mask.ndim != 2:
+            raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
+        return mask
+    with open_image(path) as image:
+        mode, mask = image.mode, np.array(ImageOps.exif_transpose(image))
+    remedy = "save one value per pixel (grey or palette PNG)"
     if mode in ("LA", "RGBA"):
         if (mask[..., -1] != mask[0, 0, -1]).any():
-            raise InputError(f"{path}: mask with transparency; save one value per pixel (grey or palette PNG)")
+            raise InputError(f"{path}: mask with transparency; {remedy}")
         mask = mask[..., :-1]
     if mask.ndim == 3:
         if mode == "CMYK" or (mask != mask[..., :1]).any():
-            raise InputError(f"{path}: colour-coded mask; save one value per pixel (grey or palette PNG)")
+            raise InputError(f"{path}: colour-coded mask; {remedy}")
         mask = mask[..., 0]
     return mask
 
 
-def read_npy(path, mmap_mode=None):
-    """The array in a .npy file; InputError if it is none, or holds Python objects, which could run code.
-
-    With mmap_mode "r" just the header is read and the file's size looked at.
-    """
-    try:
-        array = np.load(path, mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an array of numbers that can be read ({error}); save it by numpy.save") \
-            from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
-        raise InputError(f"{path}: not an array of numbers; save one picture a file by numpy.save")
-    if not mmap_mode and array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError(f"{path}: has values that are not finite; replace them")
-    return array
+def image_size(path):
+    """(width, height) from the header alone, after EXIF rotation."""
+    if Path(path).suffix.lower() == ".npy":
+        return read_array(path, header_only=True).shape[1::-1]
+    with open_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
-def read_pixels(path, mmap_mode=None):
-    """The array of a picture as stored, (H, W), (H, W, 1) or (H, W, 3); a fourth channel is left out."""
-    image = read_npy(path, mmap_mode)
-    if image.ndim == 3 and image.shape[2] == 4:
-        image = image[..., :3]
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
-        raise InputError(f"{path}: has shape {image.shape}; an image is (H, W, 3) or (H, W)")
-    return image
+def save_image(path, pixels):
+    """uint8 (H, W) or RGB (H, W, 3) -> image file."""
+    Image.fromarray(pixels).save(path)
 
 
-def to_rgb(image, path):
-    """What read_pixels read from path -> (H, W, 3) uint8 RGB.
-
-    uint8 as it is; floats are 0..1, or 0..255 if any is above 1; other integers are scaled by their own range.
-    """
-    if image.dtype.kind == "f":
-        if image.min() < 0 or image.max() > 255:
-            raise InputError(f"{path}: floats from {image.min():g} to {image.max():g}; give 0..1 or 0..255")
-        image = image * (255 if image.max() <= 1 else 1)
-    elif image.dtype != np.uint8:
-        low, high = int(image.min()), int(image.max())
-        image = (image.astype(np.float64) - low) * (255 / max(high - low, 1))
-    image = (image + 0.5).astype(np.uint8) if image.dtype != np.uint8 else image
-    image = image if image.ndim == 3 else image[..., None]
-    return np.broadcast_to(image, (*image.shape[:2], 3))
+def save_mask(path, mask):
+    """Mask (H, W) of ids 0..255 -> PNG with VOC's palette; the stored values are the ids."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    image.putpalette(palette().tobytes())
+    image.save(path)
 
 
 def palette():
@@ -569,86 +691,287 @@ def palette():
     return colours
 
 
-def save_mask(path, mask):
-    """Mask (H, W) of ids 0..255 -> PNG with VOC's palette; the stored values are the ids."""
-    picture = Image.fromarray(mask.astype(np.uint8))
-    picture.putpalette(palette().tobytes())
-    picture.save(path)
-
-
-def save_picture(path, pixels):
-    """uint8 (H, W) or RGB (H, W, 3) -> picture file."""
-    Image.fromarray(pixels).save(path)
-
-
 def overlay(image, mask):
-    """RGB image (H, W, 3) with mask ids (H, W) tinted and outlined; 0 and 255 stay clear."""
-    out = image.copy()
-    for value in np.unique(mask):
-        if value not in (0, 255):
-            inside = (mask == value).astype(np.uint8)
-            colour = np.minimum(palette()[int(value) % 256] * 1.33 + 40, 255)  # the palette's own are too dark to see
-            tint = (0.6 * np.arange(256)[:, None] + 0.4 * colour).astype(np.uint8)  # (256, 3): each value, tinted
-            np.copyto(out, cv2.LUT(image, tint[None]), where=inside[..., None] > 0)
-            outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-            cv2.drawContours(out, outlines, -1, colour.tolist(), max(1, max(mask.shape) // 400))
-    return out
+    """RGB image (H, W, 3) uint8 with ids (H, W) in 1..254 tinted and outlined; 0, 255 stay clear.
+
+    torchvision's draw_segmentation_masks takes a mask per id and two float images: gigabytes at
+    25 megapixels.
+    """
+    ids = np.where(mask == 255, 0, mask).astype(np.uint8)
+    colours = (palette() * 0.75 + 64).astype(np.uint8)  # the palette's own are too dark to see
+    tinted = cv2.addWeighted(image, 0.6, colours[ids], 0.4, 0)
+    width = 2 * max(1, max(ids.shape) // 800) + 1
+    outline = cv2.erode(ids, np.ones((width, width), np.uint8)) != ids
+    tinted[outline] = colours[ids[outline]]
+    return np.where(ids[..., None] > 0, tinted, image)
 
 
-def save_panel(path, rows, titles, height=224):
-    """PNG of {name: RGB pictures}, a row each, scaled to this height, under their column titles."""
-    scaled = [[cv2.resize(picture, (max(1, round(picture.shape[1] * height / picture.shape[0])), height),
-                          interpolation=cv2.INTER_AREA) for picture in row] for row in rows.values()]
-    lefts = np.cumsum([0] + [max(row[i].shape[1] for row in scaled) + 4 for i in range(len(titles))]).tolist()
-    sheet = np.full((24 + len(rows) * (height + 4), lefts[-1], 3), 255, np.uint8)
-    for i, row in enumerate(scaled):
-        for left, picture in zip(lefts, row):
-            sheet[24 + i * (height + 4):][:height, left:left + picture.shape[1]] = picture
-    texts = [(title, left + 4, 17) for title, left in zip(titles, lefts)]
-    texts += [(name.encode("ascii", "replace").decode(), 4, 40 + i * (height + 4)) for i, name in enumerate(rows)]
-    for text, left, bottom in texts:
-        sheet[bottom - 13:bottom + 4, left:left + 9 * len(text)] = 255
-        cv2.putText(sheet, text, (left, bottom), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    save_picture(path, sheet)
+def save_panel(path, rows, titles, side=256):
+    """PNG of {name: RGB images}, one row each, one title per column; by the first process."""
+    cells = []
+    for name, images in rows.items():
+        for title, image in zip(titles, images):
+            scale = side / max(image.shape[:2])
+            width, height = [max(1, round(scale * length)) for length in image.shape[1::-1]]
+            cell = np.full((side + 20, side, 3), 255, np.uint8)
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+            cell[20:20 + height, :width] = image
+            text = f"{title}  {name}".encode("ascii", "replace").decode()
+            cv2.putText(cell, text, (2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 0, 1, cv2.LINE_AA)
+            cells.append(torch.from_numpy(cell).permute(2, 0, 1))
+    if ranks()[0] == 0:
+        sheet = make_grid(cells, nrow=len(titles), padding=4, pad_value=255)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_image(path, np.ascontiguousarray(sheet.permute(1, 2, 0)))
 
 
-# --- Run folder ---
+# --- Processes ---
 
-def draw_demo(kind, folder, count):
-    """--demo: the drawn data set of this kind; InputError where the script was copied without demo_data.py."""
+def ranks():
+    """(rank of this process, number of processes): (0, 1) without torchrun."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def sum_over_ranks(tensor):
+    """The sum of this tensor over all processes, in place; alone, the tensor itself."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The body runs in the first process, then in the others, which find its files."""
+    rank, world_size = ranks()
+    if rank:
+        torch.distributed.barrier()
+    yield
+    if rank == 0 and world_size > 1:
+        torch.distributed.barrier()
+
+
+def stop_asked():
+    """Whether SIGTERM or SIGINT has come to this process."""
+    return bool(_signals)
+
+
+def raise_if_stopped(device=None):
+    """Raises Stopped if SIGTERM or SIGINT has come; called where what is saved is whole.
+
+    With a device: if one has come to any process, and then in all; each must call it equally often.
+    """
+    stopped = stop_asked()
+    if device is not None and ranks()[1] > 1:
+        stopped = sum_over_ranks(torch.tensor(float(stopped), device=device)).item()
+    if stopped:
+        raise Stopped
+
+
+def hide_bar():
+    """For tqdm's `disable`: a bar only on the first rank, and where stderr is a terminal."""
+    return True if os.environ.get("RANK", "0") != "0" else None
+
+
+# --- Below: what the functions above are made of ---
+
+def switch(text):
+    """Type of on/off options, as to Python bool("False") is True."""
+    value = text.lower()
+    if value not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return value in ("true", "yes", "1", "on")
+
+
+def amp_mode(text):
+    """Type of --amp; the articles' `--amp True` and `--amp False` mean auto and off."""
+    mode = {"true": "auto", "false": "off"}.get(text.lower(), text.lower())
+    if mode not in ("auto", "bf16", "fp16", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp16, off")
+    return mode
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError or MemoryError says so, of the CPU or a device."""
+    words = ("Memory", "of memory", "allocate memory", "enough memory")
+    return any(word in f"{type(error).__name__} {error}" for word in words)
+
+
+def remember_signal(number, frame):
+    if _signals:  # the second time: at once
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    _signals.append(number)
+
+
+def outlive_signals(worker):
+    """worker_init_fn of loaders: a signal to all processes must not end them before the step.
+
+    SIGTERM of the script itself still does: Python sends it to what is left when a script ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def mix(*numbers):
+    """A seed made of these numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Yields (epoch, index) in an order given by (seed, epoch) alone; rank r of n takes every n-th.
+
+    set_epoch(epoch, skip) leaves out the first items, which an interrupted epoch has trained on.
+    For ranks with equally many: keep only so many of each epoch, or pad it with (epoch, -1).
+    """
+
+    def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None, pad=False):
+        self.num_items, self.seed, self.shuffle = num_items, seed, shuffle
+        self.rank, self.world_size, self.keep, self.pad = rank, world_size, keep, pad
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, skip=0):
+        order = list(range(self.num_items))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            order = torch.randperm(self.num_items, generator=generator).tolist()
+        order = order[:self.keep]
+        if self.pad:
+            order += [-1] * (-len(order) % self.world_size)
+        self.keys = [(epoch, index) for index in order[self.rank::self.world_size][skip:]]
+
+    def __iter__(self):
+        return iter(self.keys)
+
+    def __len__(self):
+        return len(self.keys)
+
+
+def pick_device(text):
+    """--device: auto takes cuda, then mps, then cpu; a number N means cuda:N."""
+    if text == "auto":
+        text = "mps" if torch.backends.mps.is_available() else "cpu"
+        text = "cuda" if torch.cuda.is_available() else text
     try:
-        import demo_data
-    except ImportError:
-        raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give --data-path") from None
-    with first_rank_first():
-        if os.environ.get("RANK", "0") == "0":
-            demo_data.write(kind, folder, count)
-    return folder
+        device = torch.device(f"cuda:{text}" if text.isdigit() else text)
+    except RuntimeError:
+        raise InputError(f"--device {text}: no such device; give auto, cpu, cuda, cuda:N or "
+                         "mps") from None
+    available = {"cpu": True, "mps": torch.backends.mps.is_available(),
+                 "cuda": (device.index or 0) < torch.cuda.device_count()}
+    if not available.get(device.type, False):
+        raise InputError(f"--device {text}: not on this machine ({torch.cuda.device_count()} CUDA "
+                         "devices); give auto")
+    return device
 
 
-def start_run(args, split=None):
-    """Make --output-dir ready: remove stale temporaries, refuse a finished run's folder; args.json and split.json."""
+def pick_precision(amp, device):
+    """--amp -> (autocast dtype or None for float32, GradScaler); only fp16 scales the loss."""
+    if amp == "fp16" and device.type != "cuda":
+        raise InputError(f"--amp fp16: needs CUDA, device is {device}; give bf16 or off")
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def start_process_group(device, several=True):
+    """Under torchrun: joins its processes (NCCL on CUDA, else Gloo). Returns this one's device.
+
+    All ranks but the first are silent on stdout from here on.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+        raise InputError("torchrun: this script trains in a single process; start it with python")
+    if "RANK" not in os.environ or not several:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"torchrun --nproc_per_node: more processes than the "
+                             f"{torch.cuda.device_count()} CUDA devices here; give as many, or "
+                             "--device cpu")
+        torch.cuda.set_device(device)
+    elif device.type == "mps":  # which no backend can sum over
+        device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def peak_memory_mb(device):
+    """Most memory used since the start: of a CUDA device, else resident (nan but on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")  # getrusage would count what the parent process had in use
+    words = status.read_text().split() if status.exists() else []
+    return int(words[words.index("VmHWM:") + 1]) / 2**10 if "VmHWM:" in words else math.nan
+
+
+def find_checkpoint(resume, output_dir):
+    """The checkpoint of --resume: a path, or auto for output_dir/last.pth if there is one."""
+    last = Path(output_dir if resume == "auto" else resume or "", "last.pth")
+    if not resume or (resume == "auto" and not last.exists()):
+        return None
+    checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
+    needed = {"format", "model", "optimizer", "args"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with "
+                         "--weights")
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"--resume {resume}: saved by another version of these scripts; start a "
+                         "new run from it with --weights")
+    return checkpoint
+
+
+def check_resume(checkpoint, args):
+    """InputError if an option that shapes the run, all but MAY_CHANGE, is not what it was."""
+    words = {"data_hash": "images of data hash", "world_size": "torchrun --nproc_per_node",
+             "base_hash": "base weights of hash"}
+    for key, value in json.loads(json.dumps(vars(args))).items():
+        before = json.loads(json.dumps(checkpoint["args"].get(key, value)))  # an option may be new
+        if key not in MAY_CHANGE and before != value:
+            option = words.get(key, "--" + key.replace("_", "-"))
+            raise InputError(f"--resume {args.resume}: trained with {option} {before}, now {value}; "
+                             "give the same, or start a new run from it with --weights")
+
+
+def prepare_folder(args, split):
+    """Removes stale temporaries, refuses an earlier run's folder; args.json and split.json."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob("*.pth.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
-    resumed = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    resumed = args.resume == "auto" or Path(args.resume or "").resolve().parent == folder.resolve()
     if any((folder / name).exists() for name in ("last.pth", "best.pth")) and not resumed:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            args.overwrite |= args.demo and json.loads((folder / "args.json").read_text())["args"]["demo"]
+            earlier = json.loads((folder / "args.json").read_text())["args"]
+            args.overwrite |= args.demo and earlier["demo"]
         if not args.overwrite:
-            raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace it with "
-                             "--overwrite, or give another --output-dir")
-        for pattern in ("last.pth", "best.pth", "model.pth", "log.csv", "*.png", "results*.txt", "record_mAP.txt"):
+            raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace "
+                             "it with --overwrite, or give another --output-dir")
+        for pattern in ("last.pth", "best.pth", "model.pth", "log.csv", "*.png", "results*.txt",
+                        "record_mAP.txt"):
             for path in folder.glob(pattern):
                 path.unlink()
     command, git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "git": git}
-    (folder / "args.json").write_text(json.dumps({"args": vars(args), "versions": versions}, indent=1))
-    if split:
-        (folder / "split.json").write_text(json.dumps(split, indent=1))
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "git": git}
+    settings = {"args": vars(args), "versions": versions}
+    (folder / "args.json").write_text(json.dumps(settings, indent=1))
+    (folder / "split.json").write_text(json.dumps(split, indent=1))
 
 
 def data_hash(items):
@@ -664,15 +987,17 @@ def data_hash(items):
 
 
 def log_row(path, row):
-    """Write row, whose first item is the epoch, to a csv in place of that and later epochs; returns all rows."""
+    """Writes row to a csv in place of its epoch and later ones; returns all rows."""
     rows = []
     if Path(path).exists():
         try:
             with open(path, newline="") as file:
                 rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
         except (KeyError, ValueError):
-            raise InputError(f"{path}: not as this script left it; move it away and --resume auto") from None
-    rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()})
+            raise InputError(f"{path}: not as this script left it; move it away and --resume "
+                             "auto") from None
+    rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value)
+                 for key, value in row.items()})
     with open(f"{path}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
@@ -681,68 +1006,56 @@ def log_row(path, row):
     return rows
 
 
-def plot_curves(path, rows, *groups):
-    """curves.png: one plot for each group of column names over the epochs."""
-    import matplotlib  # late: it takes a second
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
-    for axis, names in zip(axes[0], groups):
-        for name in names:
-            values = [float(row[name] or "nan") for row in rows]  # empty before a column was added
-            axis.plot([int(row["epoch"]) for row in rows], values, ".-", label=name)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-# --- Several processes ---
-
-def start_process_group(device):
-    """Under torchrun: joins its process group (NCCL on CUDA, else Gloo). Returns (rank, world size, own device).
-
-    All ranks but the first are silent on stdout from here on.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} CUDA "
-                             "devices here; give as many, or --device cpu")
-        torch.cuda.set_device(device)
-    elif device.type == "mps":  # which no backend can sum over
-        device = torch.device("cpu")
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = torch.distributed.get_rank()
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank, torch.distributed.get_world_size(), device
-
-
 @contextlib.contextmanager
-def first_rank_first():
-    """The body runs in the first process, then in the others, which find its files."""
-    several, rank = torch.distributed.is_initialized(), os.environ.get("RANK", "0")
-    if several and rank != "0":
-        torch.distributed.barrier()
-    yield
-    if several and rank == "0":
-        torch.distributed.barrier()
+def open_image(path):
+    """The opened image file; whatever PIL raises about a bad one becomes one line."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a preview
+                raise InputError(f"{path}: holds {image.n_frames} images; save each as its own file")
+            yield image
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{path}: not an image that can be read") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {error}; save it as .npy, or in parts") from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise InputError(f"{path}: truncated or unreadable ({error}); replace it") from None
 
 
-def sum_over_ranks(tensor):
-    """The sum of this tensor over all processes, in place; alone, the tensor itself."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
+def read_file(path):
+    """Pixels of an image file: RGB uint8 (H, W, 3); of more than 8 bits as stored."""
+    with open_image(path) as image:
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        if deep or ";16" in str(image.tile[:1]):
+            pixels = np.asarray(ImageOps.exif_transpose(image))
+            if pixels.dtype == np.uint8:  # PIL cut 16-bit colour down to 8 bits
+                encoded = np.fromfile(path, np.uint8)
+                pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)[..., 2::-1]
+            if not np.isfinite(pixels).all():
+                raise InputError(f"{path}: has values that are not finite; replace them")
+            return pixels
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return np.array(image.convert("RGB"))
 
 
-def quiet():
-    """What tqdm's `disable` wants: no bar on ranks but the first, nor where standard error is no terminal."""
-    return True if os.environ.get("RANK", "0") != "0" else None
+def read_array(path, header_only=False):
+    """The array in a .npy file; InputError if it holds Python objects, which could run code.
+
+    header_only: memory-mapped, which reads the header and looks at the file's size.
+    """
+    try:
+        array = np.load(path, "r" if header_only else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an array of numbers that can be read ({error}); save it by "
+                         "numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
+        raise InputError(f"{path}: not an array of numbers; save one image per file by numpy.save")
+    if not header_only and array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"{path}: has values that are not finite; replace them")
+    return array

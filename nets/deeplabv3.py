@@ -1,23 +1,36 @@
 """DeepLabV3 (Chen et al. 2017, arXiv:1706.05587) on ResNet-50, ResNet-101 or MobileNetV3-Large.
 
-Keys, shapes and outputs match torchvision.models.segmentation (read at 0.29.2), whose code the article shows, so
-the official COCO files load strictly. The backbones are torchvision's own; ASPP and the two heads are written here.
-As there, and unlike the paper: no multi-grid, and an auxiliary FCN head. Left out on purpose: nothing.
+Keys, shapes and outputs match torchvision.models.segmentation (read at 0.29.2), whose code the
+article shows, so the official COCO files load strictly. The backbones are torchvision's own; ASPP
+and the two heads are written here. As there, and unlike the paper: no multi-grid, and an auxiliary
+FCN head. Left out on purpose: nothing.
 """
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-ATROUS_RATES = (12, 24, 36)  # the paper's for a stride of 8; torchvision keeps them at MobileNet's 16
+ATROUS_RATES = (12, 24, 36)  # the paper's for stride 8; torchvision keeps them at MobileNet's 16
+
+# torchvision's, with 21 outputs and the auxiliary head; a name ends in the start of its sha256
+COCO_WEIGHTS = {
+    "resnet50": "https://download.pytorch.org/models/deeplabv3_resnet50_coco-cd0a2569.pth",
+    "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
+    "mobilenet_v3_large":
+        "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+}
+VOC_CLASSES = (  # the classes of these weights, in order
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 
 class Backbone(nn.ModuleDict):
-    """Image (B, 3, H, W) -> [features of each layer named in taps]; what comes after the last is cut off."""
+    """Image (B, 3, H, W) -> [features of each layer named in taps]; later layers are left out."""
 
     def __init__(self, layers, taps):
         names = [name for name, _ in layers]
-        super().__init__(layers[:max(map(names.index, taps)) + 1])
+        last = max(map(names.index, taps))
+        super().__init__(layers[:last + 1])
         self.taps = taps
 
     def forward(self, x):
@@ -31,14 +44,16 @@ class Backbone(nn.ModuleDict):
 def conv_bn_relu(in_channels, out_channels, kernel_size, dilation=1):
     """Convolution that keeps height and width, batch norm, ReLU."""
     padding = dilation * (kernel_size // 2)
-    return [nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+    return [nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation,
+                      bias=False),
             nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
 class ASPPPooling(nn.Sequential):
-    """(B, in, h, w) -> (B, out, h, w): the mean over the picture, the same at every place.
+    """(B, in, h, w) -> (B, out, h, w): the mean over the image, the same at every place.
 
-    In training its batch norm sees one value a channel and picture: a batch of one picture is a ValueError.
+    In training, its batch norm sees one value per channel and image, so a batch of one image raises
+    ValueError.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -49,16 +64,21 @@ class ASPPPooling(nn.Sequential):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: (B, in, h, w) -> (B, out, h, w), five views of each place side by side."""
+    """Atrous spatial pyramid pooling: (B, in, h, w) -> (B, out, h, w).
+
+    Five branches see each place at different scales; their outputs are concatenated and projected.
+    """
 
     def __init__(self, in_channels, out_channels=256):
         super().__init__()
         self.convs = nn.ModuleList([
             nn.Sequential(*conv_bn_relu(in_channels, out_channels, 1)),
-            *[nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, rate)) for rate in ATROUS_RATES],
+            *[nn.Sequential(*conv_bn_relu(in_channels, out_channels, 3, rate))
+              for rate in ATROUS_RATES],
             ASPPPooling(in_channels, out_channels),
         ])
-        self.project = nn.Sequential(*conv_bn_relu(5 * out_channels, out_channels, 1), nn.Dropout(0.5))
+        self.project = nn.Sequential(
+            *conv_bn_relu(5 * out_channels, out_channels, 1), nn.Dropout(0.5))
 
     def forward(self, x):
         return self.project(torch.cat([conv(x) for conv in self.convs], 1))
@@ -68,21 +88,27 @@ class DeepLabHead(nn.Sequential):
     """Features (B, in, h, w) -> logits (B, num_classes, h, w)."""
 
     def __init__(self, in_channels, num_classes):
-        super().__init__(ASPP(in_channels), *conv_bn_relu(256, 256, 3), nn.Conv2d(256, num_classes, 1))
+        super().__init__(
+            ASPP(in_channels), *conv_bn_relu(256, 256, 3), nn.Conv2d(256, num_classes, 1))
 
 
 class FCNHead(nn.Sequential):
-    """Features (B, in, h, w) -> logits (B, num_classes, h, w), of an earlier layer, for the auxiliary loss."""
+    """Features (B, in, h, w) of an earlier layer -> logits (B, num_classes, h, w).
+
+    The auxiliary loss is computed from them.
+    """
 
     def __init__(self, in_channels, num_classes):
         hidden = in_channels // 4
-        super().__init__(*conv_bn_relu(in_channels, hidden, 3), nn.Dropout(0.1), nn.Conv2d(hidden, num_classes, 1))
+        super().__init__(*conv_bn_relu(in_channels, hidden, 3), nn.Dropout(0.1),
+                         nn.Conv2d(hidden, num_classes, 1))
 
 
 class DeepLabV3(nn.Module):
-    """Image (B, 3, H, W) normalised by ImageNet's statistics -> {"out": logits (B, num_classes, H, W), "aux": same}.
+    """Image (B, 3, H, W) -> {"out": logits (B, num_classes, H, W), "aux": same shape}.
 
-    num_classes counts the background. aux False: no auxiliary head, and no "aux" in the result.
+    The image is normalised with ImageNet's statistics. num_classes counts the background. With
+    aux=False there is no auxiliary head, and no "aux" in the result.
     """
 
     def __init__(self, backbone, classifier, aux_classifier=None):
@@ -97,7 +123,8 @@ class DeepLabV3(nn.Module):
         logits = {"out": self.classifier(deep)}
         if self.aux_classifier is not None:
             logits["aux"] = self.aux_classifier(early)
-        return {name: F.interpolate(x, size, mode="bilinear", align_corners=False) for name, x in logits.items()}
+        return {name: F.interpolate(x, size, mode="bilinear", align_corners=False)
+                for name, x in logits.items()}
 
 
 def _resnet(build):
@@ -106,11 +133,12 @@ def _resnet(build):
 
 
 def _mobilenet_v3_large():
-    net = torchvision.models.mobilenet_v3_large(weights=None, dilated=True)  # batch norm: eps 1e-3, momentum 0.01
+    # Its batch norm has eps 1e-3 and momentum 0.01
+    net = torchvision.models.mobilenet_v3_large(weights=None, dilated=True)
     return Backbone(list(net.features.named_children()), ("16", "4")), 960, 40
 
 
-BACKBONES = {  # name: function -> features, channels of the deep and of the early ones
+BACKBONES = {  # name: function -> backbone, channels of its deep and of its early features
     "resnet50": lambda: _resnet(torchvision.models.resnet50),
     "resnet101": lambda: _resnet(torchvision.models.resnet101),
     "mobilenet_v3_large": _mobilenet_v3_large,
@@ -118,8 +146,10 @@ BACKBONES = {  # name: function -> features, channels of the deep and of the ear
 
 
 def deeplabv3(backbone="resnet50", num_classes=21, aux=True):
-    """DeepLabV3 with fresh weights; backbone one of BACKBONES, else ValueError."""
+    """DeepLabV3 with fresh weights; backbone must be one of BACKBONES, else ValueError."""
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     features, deep, early = BACKBONES[backbone]()
-    return DeepLabV3(features, DeepLabHead(deep, num_classes), FCNHead(early, num_classes) if aux else None)
+    classifier = DeepLabHead(deep, num_classes)
+    aux_classifier = FCNHead(early, num_classes) if aux else None
+    return DeepLabV3(features, classifier, aux_classifier)

@@ -1,12 +1,14 @@
-"""EfficientSAM (Xiong et al. 2023, arXiv:2312.00863): a small image encoder distilled from SAM's, and SAM's decoder.
+"""EfficientSAM (Xiong et al. 2023, arXiv:2312.00863): a small image encoder and SAM's decoder.
 
-Keys, shapes and outputs match github.com/yformer/EfficientSAM (commit d525f622), whose files {"model": ...} load
-strictly. Attention is fused (F.scaled_dot_product_attention), the position code is made in float32 under autocast too.
+The encoder is distilled from SAM's. Keys, shapes and outputs match github.com/yformer/EfficientSAM
+(commit d525f622), whose files {"model": ...} load strictly. Attention is fused
+(F.scaled_dot_product_attention), and position codes stay in float32 under autocast.
 Left out on purpose: activations, norms and paddings that the two published builds do not use.
 
-Frames of coordinates: points come in pixels (x, y) of the picture given, whatever its size; inside everything is in
-pixels of the square of image_size that the picture is stretched to. Letters: B pictures, Q queries a picture (each the
-prompts of one object), N points a query, C width of the ViT, D width of the decoder, E image_size / patch_size.
+Frames of coordinates: points are given in pixels (x, y) of the input image, whatever its size. The
+image is stretched to a square of side image_size; inside the net, points are in pixels of that square.
+Letters: B images, Q queries per image (each the prompts of one object), N points per query,
+C width of the ViT, D width of the decoder, E = image_size / patch_size.
 """
 import math
 
@@ -16,7 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
-PRETRAINED_GRID = 14                                                  # position codes are of 224 / 16 x 224 / 16
+WEIGHTS = {  # the authors publish no hash: the only check is that every key and shape fits
+    "efficient_sam_vits":
+        "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
+    "efficient_sam_vitt":
+        "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
+}
+PRETRAINED_GRID = 14  # the pretrained position codes are 224 / 16 x 224 / 16
 
 
 # --- Small blocks ---
@@ -41,7 +49,8 @@ class MLP(nn.Module):
     def __init__(self, in_dim, hidden_dims, out_dim):
         super().__init__()
         dims = [in_dim, *hidden_dims]
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(dims, dims[1:]))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(dims, dims[1:]))
         self.fc = nn.Linear(dims[-1], out_dim)
 
     def forward(self, x):
@@ -63,7 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, n, c = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(b, n, c))
 
@@ -104,9 +114,10 @@ class PatchEmbed(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Normalised image (B, 3, image_size, image_size) -> embedding (B, neck_dim, E, E); other sizes: ValueError.
+    """Normalised image (B, 3, image_size, image_size) -> embedding (B, neck_dim, E, E).
 
-    gradient_checkpointing = True makes each block again in the backward pass: less memory, a third more time.
+    Other sizes raise ValueError. With gradient_checkpointing = True, each block is computed again
+    in the backward pass: less memory, a third more time.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, num_heads, mlp_ratio, neck_dim):
@@ -114,7 +125,8 @@ class ImageEncoder(nn.Module):
         self.image_size, self.grid = image_size, image_size // patch_size
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(patch_size, dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, PRETRAINED_GRID**2 + 1, dim))  # the first is never used
+        tokens = PRETRAINED_GRID**2 + 1  # the first is never used
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.neck = nn.Sequential(
             nn.Conv2d(dim, neck_dim, 1, bias=False), LayerNorm2d(neck_dim),
@@ -122,18 +134,25 @@ class ImageEncoder(nn.Module):
 
     def position(self):
         """Position codes (1, C, E, E), resized from those of the pretraining."""
-        codes = self.pos_embed[:, 1:].unflatten(1, (PRETRAINED_GRID, PRETRAINED_GRID)).permute(0, 3, 1, 2)
+        codes = self.pos_embed[:, 1:].unflatten(1, (PRETRAINED_GRID, PRETRAINED_GRID))
+        codes = codes.permute(0, 3, 1, 2)
         if self.grid == PRETRAINED_GRID:
             return codes
         return F.interpolate(codes, (self.grid, self.grid), mode="bicubic", align_corners=False)
 
     def forward(self, image):
         if image.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"image must be {self.image_size} pixels square, got {tuple(image.shape[-2:])}")
-        x = (self.patch_embed(image) + self.position()).flatten(2).transpose(1, 2)  # (B, C, E, E) -> (B, E*E, C)
+            raise ValueError(
+                f"image must be {self.image_size} pixels square, got {tuple(image.shape[-2:])}")
+        x = self.patch_embed(image) + self.position()  # (B, C, E, E)
+        x = x.flatten(2).transpose(1, 2)               # (B, E*E, C)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x)
-        return self.neck(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))    # (B, neck_dim, E, E)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return self.neck(x)                            # (B, neck_dim, E, E)
 
 
 # --- Prompt encoder ---
@@ -146,17 +165,18 @@ class PositionEmbeddingRandom(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
 
     def forward(self, coords):
-        # written out, because autocast would do the matrix product in bfloat16, which cannot tell pixels apart
+        # Written out: autocast would do a matrix product in bfloat16, which cannot tell pixels apart
         matrix, coords = self.positional_encoding_gaussian_matrix, 2 * coords - 1
         angle = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class PromptEncoder(nn.Module):
-    """Points (B*Q, N, 2) in pixels of image_size, labels (B*Q, N) -> tokens (B*Q, N, D).
+    """Points (B*Q, N, 2) in pixels of the square image, labels (B*Q, N) -> tokens (B*Q, N, D).
 
-    Labels: 1 object, 0 background, 2 and 3 top left and bottom right of a box, -1 padding. As published, background
-    adds nothing to its position (the authors did not train it), and padding keeps its position.
+    Labels: 1 object, 0 background, 2 and 3 top left and bottom right of a box, -1 padding.
+    As published, label 0 adds nothing to the position code of its point (the authors did not train
+    it), and a padding point keeps its position code.
     """
 
     def __init__(self, dim, grid, image_size):
@@ -170,14 +190,16 @@ class PromptEncoder(nn.Module):
 
     def get_dense_pe(self):
         """Position codes of the cells of the image embedding, (1, D, E, E)."""
-        centres = (torch.arange(self.grid, device=self.invalid_points.weight.device) + 0.5) / self.grid
+        device = self.invalid_points.weight.device
+        centres = (torch.arange(self.grid, device=device) + 0.5) / self.grid
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self.pe_layer(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
 
     def forward(self, coords, labels):
         tokens = self.pe_layer((coords + 0.5) / self.image_size)
-        for label, embedding in ((-1, self.invalid_points), (1, self.point_embeddings),
-                                 (2, self.bbox_top_left_embeddings), (3, self.bbox_bottom_right_embeddings)):
+        embeddings = {-1: self.invalid_points, 1: self.point_embeddings,
+                      2: self.bbox_top_left_embeddings, 3: self.bbox_bottom_right_embeddings}
+        for label, embedding in embeddings.items():
             tokens = tokens + (labels == label)[..., None] * embedding.weight
         return tokens
 
@@ -185,7 +207,7 @@ class PromptEncoder(nn.Module):
 # --- Mask decoder ---
 
 class DecoderAttention(nn.Module):
-    """Attention of q (B, N, D) over k, v (B, M, D), inside in D / downsample channels -> (B, N, D)."""
+    """Attention of q (B, N, D) over k, v (B, M, D), in D / downsample channels -> (B, N, D)."""
 
     def __init__(self, dim, num_heads, downsample=1):
         super().__init__()
@@ -202,15 +224,17 @@ class DecoderAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, q, k, v):
-        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # each (B, heads, N or M, inner / heads)
-                   for layer, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, inner / heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class TwoWayAttentionBlock(nn.Module):
-    """Tokens (B, N, D) look at themselves and at the image (B, E*E, D), and the image at the tokens.
+    """Tokens (B, N, D) look at themselves and the image (B, E*E, D), then the image at the tokens.
 
-    Not SAM's block: the position stays in the tokens from the second layer on, and the first layer has a residual too.
+    Different from SAM's block: from the second layer on, the position code is added to the tokens
+    and stays in them; the first layer has a residual too.
     """
 
     def __init__(self, dim, num_heads, mlp_dim, first):
@@ -229,18 +253,26 @@ class TwoWayAttentionBlock(nn.Module):
         if not self.first:
             queries = queries + query_pe
         queries = self.norm1(queries + self.self_attn(queries, queries, queries))
-        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys))
+
+        q, k = queries + query_pe, keys + key_pe
+        queries = self.norm2(queries + self.cross_attn_token_to_image(q, k, keys))
         queries = self.norm3(queries + self.mlp(queries))
-        keys = self.norm4(keys + self.cross_attn_image_to_token(keys + key_pe, queries + query_pe, queries))
+
+        q, k = queries + query_pe, keys + key_pe
+        keys = self.norm4(keys + self.cross_attn_image_to_token(k, q, queries))
         return queries, keys
 
 
 class TwoWayTransformer(nn.Module):
-    """Image (B, D, E, E), its position code (1, D, E, E), tokens (B, N, D) -> tokens, image (B, E*E, D)."""
+    """Image (B, D, E, E), its position code, tokens (B, N, D) -> tokens, image (B, E*E, D).
+
+    The position code is (1, D, E, E).
+    """
 
     def __init__(self, depth, dim, num_heads, mlp_dim):
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayAttentionBlock(dim, num_heads, mlp_dim, i == 0) for i in range(depth))
+        self.layers = nn.ModuleList(
+            TwoWayAttentionBlock(dim, num_heads, mlp_dim, i == 0) for i in range(depth))
         self.final_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
@@ -254,12 +286,15 @@ class TwoWayTransformer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Embedding (B*Q, D, E, E), its position code, prompt tokens (B*Q, N, D) -> masks (B*Q, M, 4E, 4E), IoU (B*Q, M).
+    """Image embeddings and prompt tokens of B*Q queries -> masks (B*Q, M, 4E, 4E), IoU (B*Q, M).
 
-    multimask_output: M is the three masks of different extent, else the one made to stand alone.
+    In: embeddings (B*Q, D, E, E), their position code (1, D, E, E), prompt tokens (B*Q, N, D).
+    multimask_output: True gives the three masks of different extent (M = 3), False the one that is
+    meant to be used alone (M = 1).
     """
 
-    def __init__(self, dim, num_multimask, depth, num_heads, mlp_dim, upscaling_dims, iou_hidden, iou_layers):
+    def __init__(self, dim, num_multimask, depth, num_heads, mlp_dim, upscaling_dims, iou_hidden,
+                 iou_layers):
         super().__init__()
         num_masks = num_multimask + 1
         self.transformer = TwoWayTransformer(depth, dim, num_heads, mlp_dim)
@@ -267,47 +302,59 @@ class MaskDecoder(nn.Module):
         self.mask_tokens = nn.Embedding(num_masks, dim)
         first, second = upscaling_dims
         self.final_output_upscaling_layers = nn.ModuleList([
-            nn.Sequential(nn.ConvTranspose2d(dim, first, 2, stride=2), nn.GroupNorm(1, first), nn.GELU()),
-            nn.Sequential(nn.ConvTranspose2d(first, second, 2, stride=2), nn.Identity(), nn.GELU())])
-        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, [dim, dim], second) for _ in range(num_masks))
+            nn.Sequential(
+                nn.ConvTranspose2d(dim, first, 2, stride=2), nn.GroupNorm(1, first), nn.GELU()),
+            nn.Sequential(
+                nn.ConvTranspose2d(first, second, 2, stride=2), nn.Identity(), nn.GELU())])
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(dim, [dim, dim], second) for _ in range(num_masks))
         self.iou_prediction_head = MLP(dim, [iou_hidden] * iou_layers, num_masks)
 
     def forward(self, image_embeddings, image_pe, prompt_tokens, multimask_output):
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(prompt_tokens), -1, -1), prompt_tokens], 1)
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        output_tokens = output_tokens.expand(len(prompt_tokens), -1, -1)
+        tokens = torch.cat([output_tokens, prompt_tokens], 1)  # (B*Q, 1 + masks + N, D)
         tokens, image = self.transformer(image_embeddings, image_pe, tokens)
         upscaled = image.transpose(1, 2).unflatten(2, image_embeddings.shape[-2:])
         for layer in self.final_output_upscaling_layers:
-            upscaled = layer(upscaled)                                                 # (B*Q, D/8, 4E, 4E)
-        weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
-        masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+            upscaled = layer(upscaled)                         # at last (B*Q, D / 8, 4E, 4E)
+        weights = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        masks = torch.stack(weights, 1) @ upscaled.flatten(2)  # (B*Q, masks, 4E * 4E)
+        masks = masks.unflatten(2, upscaled.shape[-2:])
+        iou = self.iou_prediction_head(tokens[:, 0])
         chosen = slice(1, None) if multimask_output else slice(0, 1)
-        return masks[:, chosen], self.iou_prediction_head(tokens[:, 0])[:, chosen]
+        return masks[:, chosen], iou[:, chosen]
 
 
 # --- The model ---
 
 class EfficientSam(nn.Module):
-    """Pictures (B, 3, H, W) RGB in 0..1 of any size, points (B, Q, N, 2), labels (B, Q, N) -> masks, IoU.
+    """Images (B, 3, H, W), points (B, Q, N, 2), labels (B, Q, N) -> masks, IoU.
 
-    Masks (B, Q, 3, H, W) are logits (0 is the threshold), or (B, Q, 3, 4E, 4E) with scale_to_original_image_size False;
-    IoU (B, Q, 3) is the decoder's own guess of each, not bounded. Points in pixels (x, y) of the picture; at most
-    max_points a query are used; pad shorter queries with (-1, -1) and label -1 (see PromptEncoder for the others).
+    Images are RGB in 0..1, of any size. Masks are logits (B, Q, 3, H, W), with 0 as the threshold;
+    with scale_to_original_image_size=False they are (B, Q, 3, 4E, 4E). IoU (B, Q, 3) is the decoder's
+    own guess for each mask, not bounded.
+    Points are in pixels (x, y) of the image. At most max_points per query are used; pad shorter
+    queries with (-1, -1) and label -1 (PromptEncoder has the other labels).
     """
 
-    def __init__(self, image_size=1024, patch_size=16, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0,
-                 neck_dim=256, max_points=6, decoder_depth=2, decoder_mlp_dim=2048, decoder_num_heads=8,
-                 upscaling_dims=(64, 32), num_multimask=3, iou_hidden=256, iou_layers=2):
+    def __init__(self, image_size=1024, patch_size=16, embed_dim=192, depth=12, num_heads=3,
+                 mlp_ratio=4.0, neck_dim=256, max_points=6, decoder_depth=2, decoder_mlp_dim=2048,
+                 decoder_num_heads=8, upscaling_dims=(64, 32), num_multimask=3, iou_hidden=256,
+                 iou_layers=2):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}")
         self.image_size, self.max_points = image_size, max_points
-        self.image_encoder = ImageEncoder(image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, neck_dim)
+        self.image_encoder = ImageEncoder(image_size, patch_size, embed_dim, depth, num_heads,
+                                          mlp_ratio, neck_dim)
         self.prompt_encoder = PromptEncoder(neck_dim, image_size // patch_size, image_size)
-        self.mask_decoder = MaskDecoder(neck_dim, num_multimask, decoder_depth, decoder_num_heads, decoder_mlp_dim,
-                                        upscaling_dims, iou_hidden, iou_layers)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.mask_decoder = MaskDecoder(neck_dim, num_multimask, decoder_depth, decoder_num_heads,
+                                        decoder_mlp_dim, upscaling_dims, iou_hidden, iou_layers)
+        mean = torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1)
+        std = torch.tensor(PIXEL_STD).view(1, 3, 1, 1)
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     def preprocess(self, images):
         """(B, 3, H, W) in 0..1 -> stretched to the square of image_size, then normalised."""
@@ -321,29 +368,38 @@ class EfficientSam(nn.Module):
         return self.image_encoder(self.preprocess(batched_images))
 
     def get_rescaled_pts(self, batched_points, input_h, input_w):
-        """Pixels of the picture -> pixels of image_size; what is below 0 stays out, as -1."""
-        scale = batched_points.new_tensor([self.image_size / input_w, self.image_size / input_h], dtype=torch.float32)
+        """Pixels of the image -> pixels of the square image; negative coordinates become -1."""
+        scale = [self.image_size / input_w, self.image_size / input_h]
+        scale = batched_points.new_tensor(scale, dtype=torch.float32)
         return torch.where(batched_points >= 0, batched_points * scale, -1.0)
 
-    def predict_masks(self, image_embeddings, batched_points, batched_point_labels, multimask_output, input_h, input_w,
-                      output_h=-1, output_w=-1):
-        """Masks and IoU of embeddings at hand; points in pixels of (input_h, input_w); output -1: low resolution."""
+    def predict_masks(self, image_embeddings, batched_points, batched_point_labels,
+                      multimask_output, input_h, input_w, output_h=-1, output_w=-1):
+        """Masks and IoU from image embeddings that are already computed.
+
+        Points are in pixels of an image of (input_h, input_w). Masks are resized to
+        (output_h, output_w); with -1 they keep the decoder's low resolution.
+        """
         b, q, n, _ = batched_points.shape
         points = self.get_rescaled_pts(batched_points, input_h, input_w)[:, :, :self.max_points]
         labels = batched_point_labels[:, :, :self.max_points]
-        points = F.pad(points, (0, 0, 0, self.max_points - points.shape[2]), value=-1.0).flatten(0, 1)
+        missing = self.max_points - points.shape[2]
+        points = F.pad(points, (0, 0, 0, missing), value=-1.0).flatten(0, 1)
         labels = F.pad(labels, (0, self.max_points - labels.shape[2]), value=-1).flatten(0, 1)
         image = image_embeddings[:, None].expand(-1, q, -1, -1, -1).flatten(0, 1)  # (B*Q, D, E, E)
-        masks, iou = self.mask_decoder(image, self.prompt_encoder.get_dense_pe(), self.prompt_encoder(points, labels),
-                                       multimask_output)
+        image_pe = self.prompt_encoder.get_dense_pe()
+        tokens = self.prompt_encoder(points, labels)
+        masks, iou = self.mask_decoder(image, image_pe, tokens, multimask_output)
         if output_h > 0 and output_w > 0:
             masks = F.interpolate(masks, (output_h, output_w), mode="bicubic", align_corners=False)
         return masks.unflatten(0, (b, q)), iou.unflatten(0, (b, q))
 
-    def forward(self, batched_images, batched_points, batched_point_labels, scale_to_original_image_size=True):
+    def forward(self, batched_images, batched_points, batched_point_labels,
+                scale_to_original_image_size=True):
         height, width = batched_images.shape[-2:]
         output = (height, width) if scale_to_original_image_size else (-1, -1)
-        return self.predict_masks(self.get_image_embeddings(batched_images), batched_points, batched_point_labels, True,
+        embeddings = self.get_image_embeddings(batched_images)
+        return self.predict_masks(embeddings, batched_points, batched_point_labels, True,
                                   height, width, *output)
 
 
@@ -359,8 +415,12 @@ def efficient_sam_vits(image_size=1024):
 
 def efficient_sam_demo(image_size=128):
     """A small one of 0.7 M parameters, so that everything can be tried on a laptop."""
-    return EfficientSam(image_size, embed_dim=96, depth=3, num_heads=3, neck_dim=64, decoder_mlp_dim=256,
-                        upscaling_dims=(32, 16), iou_hidden=64)
+    return EfficientSam(image_size, embed_dim=96, depth=3, num_heads=3, neck_dim=64,
+                        decoder_mlp_dim=256, upscaling_dims=(32, 16), iou_hidden=64)
 
 
-NETS = {"efficient_sam_vits": efficient_sam_vits, "efficient_sam_vitt": efficient_sam_vitt, "demo": efficient_sam_demo}
+NETS = {
+    "efficient_sam_vits": efficient_sam_vits,
+    "efficient_sam_vitt": efficient_sam_vitt,
+    "demo": efficient_sam_demo,
+}

@@ -1,8 +1,9 @@
 """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) and U-Net++ (Zhou et al. 2018, arXiv:1807.10165).
 
-Keys, shapes and outputs match UNet and NestedUNet of github.com/4uiiurz1/pytorch-nested-unet (commit 557ea02),
-the code behind the article, so its weights load strictly. As there, and unlike the 2015 paper: padded 3x3 convolutions
-with batch norm, half the channels, bilinear upsampling with align_corners=True. Left out on purpose: nothing.
+Keys, shapes and outputs match UNet and NestedUNet of github.com/4uiiurz1/pytorch-nested-unet
+(commit 557ea02), the code behind the article, so its weights load strictly. As there, and unlike
+the 2015 paper: padded 3x3 convolutions with batch norm, half the channels, bilinear upsampling with
+align_corners=True. Left out on purpose: nothing.
 """
 import torch
 from torch import nn
@@ -29,11 +30,15 @@ class VGGBlock(nn.Module):
 
 def check_size(image):
     if image.shape[-2] % STRIDE or image.shape[-1] % STRIDE:
-        raise ValueError(f"height and width must be multiples of {STRIDE}, got {tuple(image.shape[-2:])}")
+        raise ValueError(
+            f"height and width must be multiples of {STRIDE}, got {tuple(image.shape[-2:])}")
 
 
 class UNet(nn.Module):
-    """Image (B, input_channels, H, W) -> logits (B, num_classes, H, W); H and W multiples of 16, else ValueError."""
+    """Image (B, input_channels, H, W) -> logits (B, num_classes, H, W).
+
+    H and W must be multiples of 16, else ValueError.
+    """
 
     def __init__(self, num_classes, input_channels=3):
         super().__init__()
@@ -61,7 +66,8 @@ class UNet(nn.Module):
         x3_0 = self.conv3_0(self.pool(x2_0))  # (B, 256, H/8, W/8)
         x4_0 = self.conv4_0(self.pool(x3_0))  # (B, 512, H/16, W/16)
 
-        x3_1 = self.conv3_1(torch.cat([x3_0, self.up(x4_0)], 1))  # the skip first, then what comes from below
+        # The skip connection comes first, then what comes from the level below
+        x3_1 = self.conv3_1(torch.cat([x3_0, self.up(x4_0)], 1))
         x2_2 = self.conv2_2(torch.cat([x2_0, self.up(x3_1)], 1))
         x1_3 = self.conv1_3(torch.cat([x1_0, self.up(x2_2)], 1))
         x0_4 = self.conv0_4(torch.cat([x0_0, self.up(x1_3)], 1))
@@ -69,11 +75,14 @@ class UNet(nn.Module):
 
 
 class NestedUNet(nn.Module):
-    """U-Net++: image (B, input_channels, H, W) -> logits (B, num_classes, H, W); H and W multiples of 16 or ValueError.
+    """U-Net++: image (B, input_channels, H, W) -> logits (B, num_classes, H, W).
 
-    convI_J stands at level I (stride 2**I) and sees all convI_0 .. convI_(J-1) beside what comes from below.
-    With deep_supervision: a list of four logits, shallow to deep, the last one being the prediction; or, given depth
-    1 to 4, those of this head alone, and what only deeper ones need is not computed (the paper's pruning).
+    H and W must be multiples of 16, else ValueError.
+    convI_J is at level I (stride 2**I). Its input is all of convI_0 .. convI_(J-1) and the
+    upsampled output of the level below.
+    With deep_supervision: a list of four logits, shallow to deep; the last one is the prediction.
+    With depth 1 to 4: the logits of this head alone; layers that only deeper heads need are not
+    computed (the paper's pruning).
     """
 
     def __init__(self, num_classes, input_channels=3, deep_supervision=False):

@@ -54,7 +54,7 @@ def test_every_kind_of_case_gives_every_ratio_and_both_files(run, tmp_path, caps
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.count("|") == 10]
     figures = {(line[0], line[2]): line for line in lines}
     for name, pairs in ratios.items():
-        for pair, row in pairs.items():  # the ratio is that of what each picture or object takes
+        for pair, row in pairs.items():  # the ratio is that of what each image or object takes
             other, ours = [figures[name, way] for way in pair.split(" / ")]
             assert row["training step"] == pytest.approx(float(ours[5]) / float(other[5]), rel=0.02)
             assert row["inference"] == pytest.approx(float(ours[8]) / float(other[8]), rel=0.02)
@@ -75,7 +75,7 @@ def test_a_batch_that_batch_norm_refuses_is_one_line(run):
 
 
 def test_written_out_attention_is_the_same_net_without_the_fused_kernel(monkeypatch):
-    settings = {"batch": 1, "net": "demo", "size": benchmark.PICTURE}
+    settings = {"batch": 1, "net": "demo", "size": benchmark.IMAGE_SIDE}
     fused, article = [benchmark.create_step(benchmark.efficient_sam, CPU, train=False, settings={**settings, **way})[0]
                       for way in ({}, {"plain": True})]
     wanted, kernel = fused(), F.scaled_dot_product_attention
@@ -101,7 +101,7 @@ def test_a_step_changes_the_weights_and_a_prediction_does_not(create, settings, 
 
 @pytest.mark.parametrize("script", benchmark.SCRIPTS)
 def test_a_large_data_set_is_drawn_once_and_linked(script, tmp_path):
-    benchmark.draw_pictures(script, tmp_path / script, 50, 32, 10)
+    benchmark.draw_images(script, tmp_path / script, 50, 32, 10)
     loader = benchmark.create_loader(script, tmp_path / script, 64, 2, 0)
     assert len(loader.dataset) == 40 and len(list(loader)) == 20
     assert {item[1].stat().st_nlink for item in loader.dataset.items} == {5}

@@ -1,6 +1,7 @@
-"""predict.py: masks at the picture's own size from a checkpoint alone; a bad picture does not stop the others."""
+"""predict.py: masks at the image's own size from a checkpoint alone; a bad image does not stop the others."""
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import utils
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint of a short training, in whose folder lie its pictures too."""
+    """A checkpoint of a short training, in whose folder lie its images too."""
     import demo_data
     folder = tmp_path_factory.mktemp("trained")
     demo_data.write("cells", folder, 10)
@@ -30,8 +31,8 @@ def run(*texts):
 
 def test_predictions_are_what_validation_scored(trained, tmp_path):
     split = utils.json.loads((trained / "run/split.json").read_text())["val"]
-    pictures = [trained / f"images/{name}.png" for name in split]
-    run("--weights", trained / "run/last.pth", *pictures, "--output-dir", tmp_path)
+    images = [trained / f"images/{name}.png" for name in split]
+    run("--weights", trained / "run/last.pth", *images, "--output-dir", tmp_path)
     both = union = 0
     for name in split:
         pred = np.array(Image.open(tmp_path / f"{name}_mask.png")) == 1
@@ -42,13 +43,13 @@ def test_predictions_are_what_validation_scored(trained, tmp_path):
     assert both / union == pytest.approx(float(last["val_iou"]), abs=1e-5)
 
 
-def test_folder_glob_and_picture_give_palette_masks_of_their_own_size(trained, tmp_path):
+def test_folder_glob_and_image_give_palette_masks_of_their_own_size(trained, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "in/wide.jpg")
     Image.fromarray(np.zeros((33, 20), np.uint16)).save(tmp_path / "in/deep.png")
     for number, inputs in enumerate(([tmp_path / "in"], [tmp_path / "in/*.jpg", tmp_path / "in/deep.png"])):
         out = tmp_path / f"out{number}"
-        assert run("--weights", trained / "run/best.pth", *inputs, "--output-dir", out) == {"pictures": 2}
+        assert run("--weights", trained / "run/best.pth", *inputs, "--output-dir", out) == {"images": 2}
         assert sorted(path.name for path in out.iterdir()) == [
             "areas.csv", "deep_mask.png", "deep_overlay.png", "wide_mask.png", "wide_overlay.png"]
         with Image.open(out / "wide_mask.png") as mask:
@@ -56,17 +57,17 @@ def test_folder_glob_and_picture_give_palette_masks_of_their_own_size(trained, t
         assert Image.open(out / "deep_overlay.png").size == (20, 33)
 
 
-def test_one_bad_picture_does_not_stop_a_folder(trained, tmp_path, script):
+def test_one_bad_image_does_not_stop_a_folder(trained, tmp_path, script):
     shutil.copytree(trained / "images", tmp_path / "in")
     (tmp_path / "in/cell_0003.png").write_bytes(b"spoilt")
     done = script("predict.py", "--weights", trained / "run/best.pth", tmp_path / "in",
                   "--output-dir", tmp_path / "out")
     assert done.returncode == 2 and len(list((tmp_path / "out").glob("*_mask.png"))) == 9
-    assert done.stderr == f"predict.py: error: {tmp_path}/in/cell_0003.png: not a picture that can be read\n"
-    assert "9 of 10 pictures predicted" in done.stdout
+    assert done.stderr == f"predict.py: error: {tmp_path}/in/cell_0003.png: not an image that can be read\n"
+    assert "9 of 10 images predicted" in done.stdout
 
 
-def test_pictures_of_one_stem_do_not_overwrite_each_other(tmp_path):
+def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path):
     for name in ("a/x.png", "a/x.jpg", "b/x.png", "b/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -75,18 +76,18 @@ def test_pictures_of_one_stem_do_not_overwrite_each_other(tmp_path):
 
 
 def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
-    picture = trained / "images/cell_0001.png"
-    run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path)
-    with pytest.raises(utils.InputError, match="cell_0001_mask.png: is there already; give --overwrite"):
-        run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path)
-    run("--weights", trained / "run/best.pth", picture, "--output-dir", tmp_path, "--overwrite")
+    image = trained / "images/cell_0001.png"
+    run("--weights", trained / "run/best.pth", image, "--output-dir", tmp_path)
+    with pytest.raises(utils.InputError, match="cell_0001_mask.png: exists; give --overwrite"):
+        run("--weights", trained / "run/best.pth", image, "--output-dir", tmp_path)
+    run("--weights", trained / "run/best.pth", image, "--output-dir", tmp_path, "--overwrite")
 
 
 def test_overlapping_classes_get_a_mask_each(tmp_path):
     logits = torch.full((2, 1, 3), -1.0)
     logits[0, 0, :2], logits[1, 0, 1:] = 1.0, 2.0  # pixel 0: class a, pixel 1: both, b likelier, pixel 2: b
-    predict.write_classes(logits, np.zeros((1, 3, 3), np.uint8), {"net": "unet", "classes": ["a", "b"]}, tmp_path / "x",
-                          lambda *_: None)
+    loaded = SimpleNamespace(net=predict.NETS["unet"], classes=["a", "b"])
+    predict.write_classes(logits, np.zeros((1, 3, 3), np.uint8), loaded, tmp_path / "x", lambda *_: None)
     assert np.array(Image.open(tmp_path / "x_mask.png")).tolist() == [[1, 2, 2]]
     assert np.array(Image.open(tmp_path / "x_mask_a.png")).tolist() == [[255, 255, 0]]
     assert np.array(Image.open(tmp_path / "x_mask_b.png")).tolist() == [[0, 255, 255]]
@@ -97,6 +98,7 @@ def test_overlapping_classes_get_a_mask_each(tmp_path):
     (lambda path: path.write_text("x"), "not a checkpoint"),
     (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"),
     (lambda path: torch.save({"format": 1, "net": "unet", "arch": {"model": "UNet"}}, path), "not a whole checkpoint"),
+    (lambda path: torch.save({"format": 1, "net": "unet", "args": {}}, path), "not a whole checkpoint"),
     (lambda path: None, "no such file")])
 def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
     make(tmp_path / "a.pth")
@@ -106,7 +108,7 @@ def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
 
 
 def test_inputs_that_are_not_there(trained, tmp_path):
-    with pytest.raises(utils.InputError, match=r"nothing\*: no such picture, folder or glob"):
+    with pytest.raises(utils.InputError, match=r"nothing\*: no such image, folder or glob"):
         run("--weights", trained / "run/best.pth", tmp_path / "nothing*", "--output-dir", tmp_path / "out")
 
 
@@ -114,7 +116,7 @@ def test_inputs_that_are_not_there(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def scenes_run(tmp_path_factory):
-    """A DeepLab checkpoint of a short training, in whose folder lie its pictures too."""
+    """A DeepLab checkpoint of a short training, in whose folder lie its images too."""
     import demo_data
     import train_deeplabv3
     folder = tmp_path_factory.mktemp("scenes_run")
@@ -149,7 +151,7 @@ def test_areas_csv_counts_the_pixels_of_the_masks(scenes_run, tmp_path, capsys):
     run("--weights", folder / "run/last.pth", voc(folder, "JPEGImages/scene_0000.jpg"), "--output-dir", tmp_path)
     rows = [line.split(",") for line in (tmp_path / "areas.csv").read_text().splitlines()]
     mask = np.array(Image.open(tmp_path / "scene_0000_mask.png"))
-    assert rows[0] == ["picture", "class", "pixels", "share", "score"]
+    assert rows[0] == ["image", "class", "pixels", "share", "score"]
     assert [row[1] for row in rows[1:]] == ["background", "disc", "square", "triangle"]
     assert [int(row[2]) for row in rows[1:]] == np.bincount(mask.ravel(), minlength=4).tolist()
     assert sum(float(row[3]) for row in rows[1:]) == pytest.approx(1)
@@ -157,14 +159,14 @@ def test_areas_csv_counts_the_pixels_of_the_masks(scenes_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
-def test_flip_makes_a_mirrored_picture_give_the_mirrored_mask_and_scales_change_it(trained, scenes_run, kind):
+def test_flip_makes_a_mirrored_image_give_the_mirrored_mask_and_scales_change_it(trained, scenes_run, kind):
     weights = trained / "run/best.pth" if kind == "unet" else scenes_run[0] / "run/last.pth"
     args = predict.get_args_parser().parse_args(["x", "--weights", str(weights), "--flip", "--scales", "0.75,1.25"])
-    model, checkpoint = predict.load_model(args, torch.device("cpu"))
+    loaded = predict.load_model(args)
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
     def logits(image):
-        return next(predict.predict_averaged(model, checkpoint, [image], torch.device("cpu"), None, args))
+        return next(predict.predict_averaged(loaded, [image], args))
     both = logits(image)
     assert torch.allclose(both, logits(image[:, ::-1].copy()).flip(-1), atol=1e-4)
     args.flip, args.scales = False, (1.0,)
@@ -193,12 +195,6 @@ def test_official_files_need_the_nets_name(tmp_path):
     assert "aeroplane" in (tmp_path / "out/areas.csv").read_text()
 
 
-def test_what_two_scripts_know_of_the_official_files_agrees():
-    import train_deeplabv3
-    assert predict.COCO_WEIGHTS == train_deeplabv3.COCO_WEIGHTS and predict.VOC_CLASSES == train_deeplabv3.VOC_CLASSES
-    assert len(predict.VOC_CLASSES) == 21
-
-
 # --- EfficientSAM ---
 
 @pytest.fixture(scope="module")
@@ -215,7 +211,6 @@ def objects_run(tmp_path_factory):
 
 
 def test_boxes_give_what_validation_scored(objects_run, tmp_path):
-    import train_efficientsam
     folder, figures = objects_run
     split, ious, prompts = utils.json.loads((folder / "run/split.json").read_text())["val"], [], {}
     for name in split:
@@ -235,7 +230,6 @@ def test_boxes_give_what_validation_scored(objects_run, tmp_path):
             mask = np.array(Image.open(tmp_path / f"out/{name}_{k}_{np.argmax(scores) + 1}.png")) > 0
             ious.append((mask & (ids == own)).sum() / (mask | (ids == own)).sum())
     assert np.mean(ious) == pytest.approx(figures["val_iou"], abs=1e-4)
-    assert train_efficientsam.WEIGHTS == predict.SAM_WEIGHTS
 
 
 def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
@@ -252,7 +246,7 @@ def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, words", [
-    ([], "nothing to cut out of x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
+    ([], "no prompts for x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
     (["--prompts", "none.json"], "none.json: no json"), (["--point", "3,3,2"], "label is 1 or 0"),
     (["--box", "1,1,9,9", *["--point", "3,3"] * 5], "more than six points"), (["--box", "1,1,9,9", "--flip"], "--flip"),
     (["--prompts", "x.json", "--box", "1,1,9,9"], "one or the other")])
@@ -269,7 +263,7 @@ def save_unet(path, classes=("a",), image_size=32, model="UNet", **arch):
     """A checkpoint of random weights, whose logits on noise lie on both sides of 0."""
     arch = {"model": model, "num_classes": len(classes), "input_channels": 3, **arch}
     torch.manual_seed(0)
-    net = predict.NETS["unet"][0](**arch).eval()
+    net = predict.NETS["unet"].build(**arch).eval()
     with torch.no_grad():
         noise = net(torch.randn(1, 3, 64, 64))
         for head, logits in zip([one for name, one in net.named_children() if name.startswith("final")],
@@ -299,28 +293,23 @@ def noise(height, width, seed=0):
 
 
 def load(weights, *options):
-    """model, checkpoint, args as main has them."""
-    args = predict.get_args_parser().parse_args(["x", "--weights", str(weights), *options])
-    return *predict.load_model(args, torch.device("cpu")), args
+    """The loaded net and args as main has them."""
+    args = predict.get_args_parser().parse_args(["x", "--device", "cpu", "--weights", str(weights), *options])
+    return predict.load_model(args), args
 
 
-def whole(model, checkpoint, image, args):
-    return next(predict.predict_averaged(model, checkpoint, [image], torch.device("cpu"), None, args))
-
-
-def tiled(model, checkpoint, image, args):
-    return predict.predict_tiled(model, checkpoint, image, torch.device("cpu"), None, args)
+def whole(loaded, image, args):
+    return next(predict.predict_averaged(loaded, [image], args))
 
 
 @pytest.mark.parametrize("more", [[], ["--flip", "--scales", "1,1.5"]])
 @pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
-def test_tiles_are_predicted_as_pictures_of_their_own_and_blended_where_they_overlap(two, scenes_run, kind, more):
-    net = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--tile", "40", "-b", "3", *more)
-    model, checkpoint, args = net
+def test_tiles_are_predicted_as_images_of_their_own_and_blended_where_they_overlap(two, scenes_run, kind, more):
+    loaded, args = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--tile", "40", "-b", "3", *more)
     image = noise(70, 100)
-    logits = tiled(model, checkpoint, image, args)
+    logits = predict.predict_tiled(loaded, image, args)
     assert logits.shape == (2 if kind == "unet" else 4, 70, 100) and logits.dtype == torch.float32
-    first, below, last = [whole(model, checkpoint, image[rows, columns], args) for rows, columns in (
+    first, below, last = [whole(loaded, image[rows, columns], args) for rows, columns in (
         (slice(0, 40), slice(0, 40)), (slice(30, 70), slice(0, 40)), (slice(30, 70), slice(60, 100)))]
     assert torch.allclose(logits[:, :30, :30], first[:, :30, :30], atol=1e-4)  # each tile begins 30 after the former
     assert torch.allclose(logits[:, 40:, :30], below[:, 10:, :30], atol=1e-4)
@@ -332,7 +321,7 @@ def test_tiles_are_predicted_as_pictures_of_their_own_and_blended_where_they_ove
     assert (upper > 1e-3).all() and lower[0, 0] < lower[0, 1] and lower[1, 0] > lower[1, 1]  # the nearer one prevails
 
 
-def test_a_picture_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny, tmp_path):
+def test_a_image_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny, tmp_path):
     for name, size in (("small", (30, 64)), ("thin", (20, 200)), ("even", (64, 64))):
         Image.fromarray(noise(*size)).save(tmp_path / f"{name}.png")
     run("--weights", tiny, tmp_path, "--tile", "64", "--output-dir", tmp_path / "a")
@@ -342,13 +331,13 @@ def test_a_picture_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny
     assert same["small"].all() and same["even"].all() and not same["thin"].all() and same["thin"].shape == (20, 200)
 
 
-def test_tiles_take_no_float_copy_of_the_picture(tiny, monkeypatch):
+def test_tiles_take_no_float_copy_of_the_image(tiny, monkeypatch):
     import monai.inferers
     seen, theirs = [], monai.inferers.sliding_window_inference
     monkeypatch.setattr(monai.inferers, "sliding_window_inference",
                         lambda blank, *more, **also: seen.append(blank) or theirs(blank, *more, **also))
-    model, checkpoint, args = load(tiny, "--tile", "64")
-    logits = tiled(model, checkpoint, noise(100, 130), args)
+    loaded, args = load(tiny, "--tile", "64")
+    logits = predict.predict_tiled(loaded, noise(100, 130), args)
     assert seen[0].shape == (1, 1, 100, 130) and seen[0].untyped_storage().nbytes() == 4
     assert logits.untyped_storage().nbytes() == 4 * 100 * 130
 
@@ -358,21 +347,21 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
     weights = save_unet(tmp_path / "deep.pth", model="NestedUNet", deep_supervision=True)
     Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
     run("--weights", weights, tmp_path / "x.png", "--depth", depth, "--output-dir", tmp_path / "out")
-    model, _, _ = load(weights)
+    loaded, _ = load(weights)
     with torch.no_grad():
-        heads = model(predict.normalize(torch.from_numpy(noise(32, 32).transpose(2, 0, 1)))[None])
+        heads = loaded.model(predict.normalize(torch.from_numpy(noise(32, 32).transpose(2, 0, 1)))[None])
     masks = [(head[0, 0] > 0).numpy() for head in heads]
     assert (np.array(Image.open(tmp_path / "out/x_mask.png")) == masks[depth - 1]).all()
     assert (masks[depth - 1] != masks[3]).any()
 
 
 @pytest.mark.parametrize("preprocess, scale", [("official", [2, 4]), ("article", [2, 2])])
-def test_prompts_follow_a_wide_picture_into_the_nets_square(monkeypatch, preprocess, scale):
-    checkpoint = {"args": {"preprocess": preprocess}, "arch": {"image_size": 64}}
+def test_prompts_follow_a_wide_image_into_the_nets_square(monkeypatch, preprocess, scale):
+    loaded = SimpleNamespace(args=SimpleNamespace(preprocess=preprocess), arch={"image_size": 64}, model=None,
+                             device=torch.device("cpu"), dtype=None)
     monkeypatch.setattr(predict, "predict_masks",
                         lambda model, image, points, labels, size, *rest: (image, points, size))
-    image, points, size = predict.predict_efficient_sam(None, checkpoint, noise(16, 32), None, None,
-                                                        [([[3, 5], [20, 12]], [2, 3])])
+    image, points, size = predict.predict_efficient_sam(loaded, noise(16, 32), [([[3, 5], [20, 12]], [2, 3])])
     assert image.shape == (1, 3, 64, 64) and tuple(size) == (16, 32)
     assert points.tolist() == [[[[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]]]
     assert (image[..., 32:, :] == 0).all() == (preprocess == "article")
@@ -387,9 +376,9 @@ def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_p
     Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
     for weights, option, words in [
             (tiny, "--depth 2", "--depth: is for NestedUNet"), (deep, "--depth 2", "--depth: is for NestedUNet"),
-            (deeplab, "--depth 2", "--depth: is for NestedUNet"), (sam, "--depth 2", "--depth: is for U-Net"),
-            (sam, "--tile 64 --box 1,1,9,9", "--tile: is for U-Net and DeepLab"), (tiny, "--click", "--click: is for"),
-            (tiny, "--box 1,1,9,9", "--box: is for EfficientSAM"), (sam, "--click --box 1,1,9,9", "one or the other"),
+            (deeplab, "--depth 2", "--depth: is for NestedUNet"), (sam, "--depth 2", "--depth: is for NestedUNet"),
+            (sam, "--tile 64 --box 1,1,9,9", "--tile: is for nets without prompts"), (tiny, "--click", "--click: is for"),
+            (tiny, "--box 1,1,9,9", "--box: is for nets with prompts"), (sam, "--click --box 1,1,9,9", "one or the other"),
             (sam, "--click", "--click: no display.*--point or --box"), (sam, "--click --all-masks", "--all-masks: not"),
             (tiny, "--overlap 0.5", "--overlap: is of tiles"), (tiny, "--scales 1,20", "--scales.*from 0.1 to 10")]:
         with pytest.raises(utils.InputError, match=words):
@@ -398,20 +387,20 @@ def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
-def test_batches_give_what_single_pictures_give(two, scenes_run, kind):
-    model, checkpoint, args = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--flip")
+def test_batches_give_what_single_images_give(two, scenes_run, kind):
+    loaded, args = load(two if kind == "unet" else scenes_run[0] / "run/last.pth", "--flip")
     images = [noise(*size, seed) for seed, size in enumerate([(50, 70), (70, 50), (50, 70), (33, 80), (100, 140)])]
     sizes = []
-    model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    together = [*predict.predict_averaged(model, checkpoint, images, torch.device("cpu"), None, args)]
+    loaded.model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    together = [*predict.predict_averaged(loaded, images, args)]
     assert sorted(sizes) == ([5, 5] if kind == "unet" else [1, 1, 1, 1, 3, 3])  # 140x100 is of the 70x50s' shape
     for image, logits in zip(images, together):
-        assert torch.allclose(logits, whole(model, checkpoint, image, args), atol=1e-3)
+        assert torch.allclose(logits, whole(loaded, image, args), atol=1e-3)
 
 
-def test_pictures_are_read_a_batch_ahead_and_no_further(tmp_path, monkeypatch):
+def test_images_are_read_a_batch_ahead_and_no_further(tmp_path, monkeypatch):
     read, bad = [], []
-    monkeypatch.setattr(predict, "read_picture", lambda path: read.append(path) or np.zeros((2, 2, 3), np.uint8))
+    monkeypatch.setattr(predict, "read_image", lambda path: read.append(path) or np.zeros((2, 2, 3), np.uint8))
     done = 0
     for batch in predict.read_batches([(str(k), tmp_path / str(k)) for k in range(11)], 3, bad):
         done += len(batch)
@@ -422,30 +411,30 @@ def test_pictures_are_read_a_batch_ahead_and_no_further(tmp_path, monkeypatch):
 
 # --- Inputs, names, files ---
 
-def test_a_list_file_names_pictures_beside_it_or_here(tiny, tmp_path, monkeypatch):
+def test_a_list_file_names_images_beside_it_or_here(tiny, tmp_path, monkeypatch):
     for name in ("lists/a.png", "here/b.png", "here/c d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(noise(20, 30)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "lists/all.txt").write_text(f"# pictures\na.png\n\n  b.png\n{tmp_path}/here/c d.png\nmissing.png\n")
+    (tmp_path / "lists/all.txt").write_text(f"# images\na.png\n\n  b.png\n{tmp_path}/here/c d.png\nmissing.png\n")
     with pytest.raises(utils.InputError, match="^missing.png: no such file$"):
         run("--weights", tiny, tmp_path / "lists/all.txt", "--output-dir", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").glob("*_mask.png")) == [
         "a_mask.png", "b_mask.png", "c d_mask.png"]
 
 
-@pytest.mark.parametrize("array, picture", [
+@pytest.mark.parametrize("array, image", [
     (np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20, np.arange(12).reshape(2, 2, 3) * 20),
     (np.array([[0, 1], [0.5, 1]]), [[0, 255], [128, 255]]), (np.array([[0, 1.6], [200, 255]]), [[0, 2], [200, 255]]),
     (np.array([[-100, -90], [50, 100]], np.int16), [[0, 13], [191, 255]]),
     (np.array([[False, True]]), [[0, 255]]), (np.full((1, 2, 4), 7, np.uint8), np.full((1, 2, 3), 7))])
-def test_arrays_are_read_as_in_training(tmp_path, array, picture):
+def test_arrays_are_read_as_in_training(tmp_path, array, image):
     import train_efficientsam
     np.save(tmp_path / "x.npy", array)
     np.save(tmp_path / "ids.npy", np.ones(array.shape[:2], int))
-    image = predict.read_picture(tmp_path / "x.npy")
-    picture = np.array(picture)
-    assert image.dtype == np.uint8 and (image == (picture if picture.ndim == 3 else picture[..., None])).all()
+    image = predict.read_image(tmp_path / "x.npy")
+    image = np.array(image)
+    assert image.dtype == np.uint8 and (image == (image if image.ndim == 3 else image[..., None])).all()
     trained, _ = train_efficientsam.read_item(("x", tmp_path / "x.npy", tmp_path / "ids.npy"))
     assert (image == trained).all() and image.flags.c_contiguous and image.flags.writeable
 
@@ -454,10 +443,10 @@ def test_arrays_are_read_as_in_training(tmp_path, array, picture):
     (np.array([[0, np.nan]]), "has values that are not finite"), (np.array([[-1.0, 0]]), "floats from -1 to 0"),
     (np.zeros((2, 2, 2), np.uint8), "has shape"), (np.zeros(5), "has shape"), (np.zeros((0, 3)), "not an array"),
     (np.array([[None]], object), "not an array of numbers"), (np.zeros((2, 2), complex), "not an array")])
-def test_arrays_that_are_no_pictures(tmp_path, array, words):
+def test_arrays_that_are_no_images(tmp_path, array, words):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(utils.InputError, match=f"x.npy: {words}"):
-        predict.read_picture(tmp_path / "x.npy")
+        predict.read_image(tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize("files, names", [
@@ -492,7 +481,7 @@ def test_every_file_is_looked_for_before_the_first_is_written(two, objects_run, 
         out = tmp_path / f"out_{taken}"
         out.mkdir()
         (out / taken).write_text("mine")
-        with pytest.raises(utils.InputError, match=f"{taken}: is there already; give --overwrite"):
+        with pytest.raises(utils.InputError, match=f"{taken}: exists; give --overwrite"):
             run("--weights", *weights, tmp_path / "x.png", "--coco", "rle", "--output-dir", out)
         assert [path.name for path in out.iterdir()] == [taken] and (out / taken).read_text() == "mine"
         run("--weights", *weights, tmp_path / "x.png", "--coco", "rle", "--output-dir", out, "--overwrite")
@@ -512,13 +501,13 @@ def test_a_file_that_vanishes_or_is_too_large_is_one_of_the_errors_and_many_are_
     (tmp_path / "in").mkdir()
     for k in range(14):
         Image.fromarray(noise(20, 20)).save(tmp_path / f"in/p{k:02}.png")
-    theirs = predict.read_picture
+    theirs = predict.read_image
 
     def read(path):
         if path.name not in ("p05.png", "p13.png"):
             path.unlink()
         return theirs(path)
-    monkeypatch.setattr(predict, "read_picture", read)
+    monkeypatch.setattr(predict, "read_image", read)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # p05 and p13 are bombs now
     with pytest.raises(utils.InputError) as error:
         run("--weights", tiny, tmp_path / "in", "--output-dir", tmp_path / "out")
@@ -533,25 +522,25 @@ def test_what_is_done_is_listed_however_the_run_ends(tiny, tmp_path, monkeypatch
         Image.fromarray(noise(20, 20)).save(tmp_path / f"p{k}.png")
     theirs, asked = predict.predict_batch, []
 
-    def predict_batch(model, checkpoint, images, *rest):
+    def predict_batch(loaded, images, args):
         asked.append(len(images))
         if len(asked) == 2:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
-        return theirs(model, checkpoint, images, *rest)
+        return theirs(loaded, images, args)
     monkeypatch.setattr(predict, "predict_batch", predict_batch)
     with pytest.raises(utils.InputError, match="^[^;]*p1.png: out of memory; try --tile"):
         run("--weights", tiny, tmp_path, "--output-dir", tmp_path / "out")
     rows = (tmp_path / "out/areas.csv").read_text().split()
-    assert [row.split(",")[0] for row in rows] == ["picture", "p0", "p2", "p3"]
+    assert [row.split(",")[0] for row in rows] == ["image", "p0", "p2", "p3"]
 
     def check_stop():
         if (tmp_path / "stopped/p1_mask.png").exists():
             raise utils.Stopped
-    monkeypatch.setattr(utils, "check_stop", check_stop)
+    monkeypatch.setattr(utils, "raise_if_stopped", check_stop)
     with pytest.raises(utils.Stopped):
         run("--weights", tiny, tmp_path, "--output-dir", tmp_path / "stopped", "--coco")
     rows = (tmp_path / "stopped/areas.csv").read_text().split()
-    assert [row.split(",")[0] for row in rows] == ["picture", "p0", "p1"]
+    assert [row.split(",")[0] for row in rows] == ["image", "p0", "p1"]
     assert len(coco(tmp_path / "stopped")["images"]) == 2
 
 
@@ -570,13 +559,13 @@ def test_options_reach_the_net(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("net", ["unet", "deeplabv3"])
-def test_views_are_averaged_as_probabilities(monkeypatch, net):
+def test_views_are_averaged_as_probabilities(net):
     """Two scales whose logits are 0 and 4 for the first class, 0 for the second."""
-    def predict_one(model, checkpoint, images, scale, device, dtype):
+    def predict_one(loaded, images, scale):
         return [torch.stack([torch.full((4, 4), 4.0 * (scale == 2)), torch.zeros(4, 4)])]
-    monkeypatch.setitem(predict.NETS, net, (None, predict_one))
+    loaded = SimpleNamespace(net=predict.NETS[net]._replace(predict=predict_one))
     args = predict.get_args_parser().parse_args(["x", "--weights", "x", "--scales", "1,2"])
-    logits = next(predict.predict_averaged(None, {"net": net}, [np.zeros((4, 4, 3), np.uint8)], None, None, args))
+    logits = next(predict.predict_averaged(loaded, [np.zeros((4, 4, 3), np.uint8)], args))
     sure = 1 / (1 + math.exp(-4))
     prob = logits.sigmoid() if net == "unet" else logits.exp()
     assert prob[0].tolist() == [[pytest.approx((0.5 + sure) / 2)] * 4] * 4
@@ -618,8 +607,9 @@ def test_coco_annotations_decode_to_the_masks(two, scenes_run, objects_run, tmp_
     for k in range(2):
         Image.fromarray(noise(70, 90 + k, k) if kind == "unet" else np.array(Image.open(voc(
             scenes_run[0], f"JPEGImages/scene_000{k}.jpg")))).save(tmp_path / f"in/p{k}.png")
-    model, checkpoint, args = load(scenes_run[0] / "run/last.pth")
-    logits = whole(model, checkpoint, np.array(Image.open(tmp_path / "in/p0.png")), args)
+    loaded, args = load(scenes_run[0] / "run/last.pth")
+    checkpoint = utils.load_checkpoint(scenes_run[0] / "run/last.pth")
+    logits = whole(loaded, np.array(Image.open(tmp_path / "in/p0.png")), args)
     checkpoint["model"]["classifier.4.bias"][0] -= (logits[0] - logits[1:].amax(0)).median()  # half of it background
     torch.save(checkpoint, tmp_path / "scenes.pth")
     weights = {"unet": [two], "deeplabv3": [tmp_path / "scenes.pth"], "efficient_sam": [
@@ -690,7 +680,7 @@ def agg_figure():
 
 
 def mouse(figure, *places, button=1):
-    """Pressed at the first place (x, y) of the picture, let go at the last."""
+    """Pressed at the first place (x, y) of the image, let go at the last."""
     from matplotlib.backend_bases import MouseEvent
     for name, place in (("button_press_event", places[0]), ("button_release_event", places[-1])):
         at = figure.axes[0].transData.transform(place)
@@ -717,13 +707,13 @@ def test_clicks_become_prompts_and_can_be_undone():
     key(figure, "enter", "u", "x")  # nothing to leave, nothing to undo, nothing at all
     mouse(figure, (15, 12))
     assert window.queries == [([[pytest.approx(15), pytest.approx(12)]], [1])] and asked == [window.queries]
-    shown = window.picture.get_array()
+    shown = window.shown.get_array()
     assert (shown[15, 12] != 100).any() and (shown[30, 50] == 100).all() and (shown[14:18, 17:19] != 100).any()
     mouse(figure, (5, 6), button=3)
     mouse(figure, (40, 30), (8, 4))  # dragged up and left
     points, labels = window.queries[0]
     assert np.allclose(points, [[8, 4], [40, 30], [15, 12], [5, 6]]) and labels == [2, 3, 1, 0]
-    mouse(figure, (1, 2), (500, 39))  # ends outside: cut to the picture, and takes the first box's place
+    mouse(figure, (1, 2), (500, 39))  # ends outside: cut to the image, and takes the first box's place
     assert np.allclose(window.queries[0][0][:2], [[1, 2], [59, 39]])
     key(figure, "u")
     assert np.allclose(window.queries[0][0], points) and len(asked) == 5 and asked[-1] == window.queries
@@ -735,30 +725,30 @@ def test_clicks_become_prompts_and_can_be_undone():
     assert "object 2" in figure.get_suptitle()
     key(figure, "u", "u")  # the second object goes, then the last click of the first
     assert [labels for _, labels in window.queries] == [[2, 3, 1, 0, 1]] and window.done is None
-    mouse(figure, (200, 200))  # not in the picture
+    mouse(figure, (200, 200))  # not in the image
     key(figure, *"uuuuuuu")
-    assert window.queries == [] and (window.picture.get_array() == 100).all()
+    assert window.queries == [] and (window.shown.get_array() == 100).all()
     key(figure, "s")
     assert window.done == "s"
 
 
-def test_a_folder_is_clicked_through_with_one_embedding_a_picture(objects_run, tmp_path, monkeypatch):
+def test_a_folder_is_clicked_through_with_one_embedding_a_image(objects_run, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for k in range(4):
         Image.fromarray(np.load(objects_run[0] / f"imgs/object_000{k}.npy")).save(tmp_path / f"in/p{k}.png")
     figure, encoded, theirs = agg_figure(), [], predict.load_model
 
-    def load_model(*args):
-        model, checkpoint = theirs(*args)
-        model.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
-        return model, checkpoint
+    def load_model(args):
+        loaded = theirs(args)
+        loaded.model.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+        return loaded
 
     def clicks():  # what the user does; one step each time the event loop looks
         yield lambda: mouse(figure, (30, 40))
         yield lambda: mouse(figure, (20, 20), (90, 90))
         yield lambda: (key(figure, "enter"), mouse(figure, (60, 60)), key(figure, "u"), mouse(figure, (50, 60)))
         yield lambda: key(figure, "s")
-        yield lambda: key(figure, "s")  # nothing shown: the picture is passed over
+        yield lambda: key(figure, "s")  # nothing shown: the image is passed over
         yield lambda: (mouse(figure, (64, 64)), key(figure, "s"))
         yield lambda: (mouse(figure, (64, 64)), key(figure, "q"))
     steps = clicks()
@@ -767,7 +757,7 @@ def test_a_folder_is_clicked_through_with_one_embedding_a_picture(objects_run, t
     monkeypatch.setattr(figure.canvas, "flush_events", lambda: next(steps)())
     weights = objects_run[0] / "run/last.pth"
     assert run("--weights", weights, tmp_path / "in", "--click", "--coco", "--output-dir", tmp_path / "out") == {
-        "pictures": 2}
+        "images": 2}
     assert len(encoded) == 3 and not [*steps]  # p0, p2, p3; p1 was not clicked on
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "annotations.json", "areas.csv", "p0_mask.png", "p0_overlay.png", "p2_mask.png", "p2_overlay.png"]

@@ -1,9 +1,10 @@
-"""predict.py on a hundred spoilt inputs: one line and exit 2 for each, and the good picture beside it is still done."""
+"""predict.py on a hundred spoilt inputs: one line and exit 2 for each, and the good image beside it is still done."""
 import io
 import json
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import predict
 import utils
 from test_predict import noise, save_unet
 
-SIZE = 40, 56  # height and width of the drawn pictures
+SIZE = 40, 56  # height and width of the drawn images
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +25,22 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(weights):
     """What load_model returns, once."""
-    args = predict.get_args_parser().parse_args(["x", "--weights", str(weights)])
-    return predict.load_model(args, predict.torch.device("cpu"))
+    args = predict.get_args_parser().parse_args(["x", "--device", "cpu", "--weights", str(weights)])
+    return predict.load_model(args)
 
 
 def encoded(form, mode="RGB", **options):
-    """Bytes of a picture file."""
-    picture, file = Image.fromarray(noise(*SIZE)), io.BytesIO()
+    """Bytes of an image file."""
+    image, file = Image.fromarray(noise(*SIZE)), io.BytesIO()
     if mode in ("I;16", "F"):
         ramp = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE)
-        picture = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.float32))
+        image = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.float32))
     elif mode in ("LA", "PA"):
-        picture = picture.convert("L").convert("LA")
-        picture = picture.convert("PA") if mode == "PA" else picture
+        image = image.convert("L").convert("LA")
+        image = image.convert("PA") if mode == "PA" else image
     else:
-        picture = picture.convert(mode)
-    picture.save(file, form, **options)
+        image = image.convert(mode)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -86,8 +87,8 @@ def damaged():
 
 
 # Spoilt for certain: these must be named.
-BAD = {"text.png": b"no picture\n", "text.npy": b"no array\n", "array.png": array(noise(*SIZE)),
-       "picture.npy": encoded("PNG"), "huge.png": huge_png(2 ** 31 - 1, 2 ** 31 - 1), "bomb.png": huge_png(30000, 9000),
+BAD = {"text.png": b"no image\n", "text.npy": b"no array\n", "array.png": array(noise(*SIZE)),
+       "image.npy": encoded("PNG"), "huge.png": huge_png(2 ** 31 - 1, 2 ** 31 - 1), "bomb.png": huge_png(30000, 9000),
        "large.npy": header((10 ** 7, 10 ** 7, 3)), "long.npy": header((2 ** 62, 2 ** 62)), "minus.npy": header((-5, 7)),
        "words.npy": header("('a', 'b')"), "open.npy": header("((((("), "type.npy": header((3, 3), "|O"),
        "zero.npy": array(np.zeros((0, 5, 3), np.uint8)), "flat.npy": array(np.zeros((5, 0), np.uint8)),
@@ -95,7 +96,7 @@ BAD = {"text.png": b"no picture\n", "text.npy": b"no array\n", "array.png": arra
        "infinite.npy": array(np.full(SIZE, np.inf)), "text_array.npy": array(np.array([["a"]])),
        "many.npy": array(np.zeros((2, 3, 4, 5))), "one.npy": array(np.float32(3)), "zip.npy": b"PK\x03\x04" + bytes(50),
        "several.gif": encoded("GIF", "P", save_all=True, append_images=[Image.new("P", SIZE[::-1], 9)])}
-# Odd, but pictures: these must be done, at their own size.
+# Odd, but images: these must be done, at their own size.
 GOOD = {"one.png": encoded("PNG", "1"), "grey.png": encoded("PNG", "L"), "grey_alpha.png": encoded("PNG", "LA"),
         "alpha.png": encoded("PNG", "RGBA"), "deep.png": encoded("PNG", "I;16"), "palette.png": encoded("PNG", "P"),
         "clear.png": encoded("PNG", "P", transparency=3), "float.tif": encoded("TIFF", "F"),
@@ -110,7 +111,7 @@ CASES = [*[(name, data, None) for name, data in damaged().items()],
 
 
 def lay(folder, name, data):
-    """The case beside a good picture; returns what predict.py is given."""
+    """The case beside a good image; returns what predict.py is given."""
     (folder / "in").mkdir(parents=True)
     Image.fromarray(noise(*SIZE)).save(folder / "in/fine.png")
     path = folder / "in" / name
@@ -128,7 +129,7 @@ def lay(folder, name, data):
 
 
 def check(folder, name, data, kind, message):
-    """The good picture is done; the other has a mask of its size or is named in the one line of errors, not both."""
+    """The good image is done; the other has a mask of its size or is named in the one line of errors, not both."""
     masks = {path.name.removesuffix("_mask.png"): path for path in (folder / "out").glob("*_mask.png")}
     named, done = "not_there.png" if name == "list.txt" else name, masks.pop("fine")
     assert Image.open(done).size == SIZE[::-1]
@@ -143,7 +144,7 @@ def check(folder, name, data, kind, message):
         if kind:
             assert mask.size == (SIZE if name in ("turned5.jpg", "turned6.jpg", "turned8.jpg") else SIZE[::-1])
         else:
-            assert mask.size == predict.read_picture(folder / "in" / name).shape[1::-1]
+            assert mask.size == predict.read_image(folder / "in" / name).shape[1::-1]
 
 
 def test_there_are_a_hundred_cases():
@@ -196,8 +197,9 @@ def test_spoilt_checkpoints_are_named(weights, tmp_path, spoil):
 def test_spoilt_prompts_are_named(tmp_path, text):
     (tmp_path / "prompts.json").write_text(text)
     args = predict.get_args_parser().parse_args(["x", "--weights", "x", "--prompts", str(tmp_path / "prompts.json")])
+    loaded = SimpleNamespace(net=predict.NETS["efficient_sam"], classes=[])
     with pytest.raises(utils.InputError, match=r"prompts.json|fine"):
-        _, queries, bad = predict.plan_outputs([tmp_path / "fine.png"], {"net": "efficient_sam", "classes": []}, args)
+        _, queries, bad = predict.plan_outputs([tmp_path / "fine.png"], loaded, args)
         if bad:
             raise utils.InputError(bad[0])
         predict.check_prompts("fine", queries["fine"], (*SIZE, 3))

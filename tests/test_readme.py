@@ -28,7 +28,7 @@ def test_recipe_makes_the_three_layouts(kind, tmp_path):
     (tmp_path / "pictures").mkdir()
     files = [f"p{i}.png" for i in range(6)]
     for file in files:
-        utils.save_picture(tmp_path / "pictures" / file, np.full((48, 60, 3), 90, np.uint8))
+        utils.save_image(tmp_path / "pictures" / file, np.full((48, 60, 3), 90, np.uint8))
     if kind == "coco":
         found = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 9, "name": "bird"}],
                  "images": [{"id": 10 + i, "file_name": file} for i, file in enumerate(files)],

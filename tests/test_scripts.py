@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import utils
 from conftest import QUIET, ROOT
 
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
@@ -26,12 +27,13 @@ SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
 ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
 # Functions that have one name in several scripts and differ because the articles do.
-DIFFERING = {"get_args_parser", "find_items", "read_item", "check_items", "create_loaders", "sanity_check",
-             "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "create_optimizer",
-             "learning_rate", "new_epoch", "train_one_epoch", "main", "split_items", "print_table", "collate"}
-SHARED = ["--data-path", "--demo", "--sanity-check", "--limit", "--overfit", "--output-dir", "--overwrite", "--weights",
-          "--resume", "--save-every", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay", "--workers",
-          "--device", "--amp", "--seed", "--deterministic", "--test-only", "--compile"]
+DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders", "sanity_check",
+             "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "print_table",
+             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image"}
+RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
+STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
+         "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",
+         "run.end_epoch", "run.is_best", "run.save_best", "run.save_last", "run.plot_curves", "draw_samples", "run.finish"]
 
 
 def tree(name):
@@ -72,12 +74,38 @@ def test_functions_of_one_name_have_one_body():
 
 
 @pytest.mark.parametrize("name", TRAINING)
+def test_main_tells_the_story_in_order(name):
+    """The last call of each, as what --test-only and the starting weights need comes before the loop."""
+    (main,) = [node for node in tree(name).body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    calls = [ast.unparse(node.func) for node in ast.walk(main) if isinstance(node, ast.Call)]
+    assert set(STORY) <= set(calls)
+    text = ast.unparse(main)
+    places = [text.rindex(f"{call}(") for call in STORY if call not in ("evaluate", "sanity_check", "run.save_best")]
+    assert places == sorted(places)
+    loop = text[text.index("run.is_over()"):]
+    assert loop.index("train_one_epoch(") < loop.index("evaluate(") < loop.index("run.end_epoch(") < loop.index("save_best")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_run_is_called_and_calls_no_script(name):
+    """The books are kept in utils: no script writes checkpoints of its own, sums over steps or reads the signals."""
+    text = (ROOT / f"{name}.py").read_text()
+    for word in ("torch.save(", "torch.load(", "isfinite", "unscale_", "perf_counter", "set_epoch", "manual_seed"):
+        assert word not in text, word
+    assert "for batches in run.steps(loader):" in text and "if run.accepts(optimizer, loss_sum, " in text
+    assert not re.search(r"import (train|finetune|predict)", (ROOT / "utils.py").read_text())
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_shared_options_have_one_spelling_type_and_help(name):
     reference, ours = actions("train_unet"), actions(name)
-    for option in SHARED:
-        ours_help, reference_help = ours[option].help, reference[option].help
+    parser = utils.ArgumentParser("x")
+    parser.add_run_options("x")
+    run_options = [option for action in parser._actions for option in action.option_strings]
+    assert len(run_options) >= 16 and {"--demo", "--resume", "--device", "-j", "--amp", "--seed"} <= set(run_options)
+    for option in [*run_options, *RECIPE]:
         if option not in ("--data-path", "--weights"):  # whose help names the layout and the files
-            assert ours_help == reference_help, option
+            assert ours[option].help == reference[option].help, option
         assert getattr(ours[option].type, "__name__", None) == getattr(reference[option].type, "__name__", None), option
     assert {"-b", "-j", "--wd"} <= ours.keys()
 
@@ -110,7 +138,14 @@ def test_no_habit_that_bit_the_articles(path):
     text = path.read_text()
     for habit in (r"type=bool", r"\.cuda\(", "allow_pickle=True", "weights_only=False", "except:", r"import \*"):
         assert not re.search(habit, text), habit
-    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("nets/*.py")], ids=lambda path: path.name)
+def test_lines_are_short(path):
+    lines = path.read_text().splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    if path.name not in ("benchmark.py", "demo_data.py"):  # which nobody reads beside an article
+        assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -140,8 +140,8 @@ def test_another_number_of_processes_is_refused_on_resuming(straight):
 SAM = "--model demo --weights none --image-size 64 -j 0 --epochs 2 --lr 0.001 --device cpu".split()
 
 
-def test_one_process_with_two_pictures_trains_as_two_with_one(tmp_path):
-    """Nine pictures to train on: the last step has one, and the second process only keeps step.
+def test_one_process_with_two_images_trains_as_two_with_one(tmp_path):
+    """Nine images to train on: the last step has one, and the second process only keeps step.
 
     Each of the two has a torchrun of its own, as on two hosts, and the article's options.
     """

@@ -17,7 +17,7 @@ from conftest import ROOT, save_grey
 FIXTURES = ROOT / "tests/fixtures"
 SMALL = ["--backbone", "mobilenet_v3_large", "--weights", "none", "--num-classes", "3", "--base-size", "48",
          "--crop-size", "48", "-b", "4", "-j", "0", "--device", "cpu"]
-CPU = torch.device("cpu")
+CPU = Namespace(device=torch.device("cpu"), dtype=None)  # what evaluate needs of a run
 
 
 def options(*texts):
@@ -78,7 +78,7 @@ def test_confusion_matrix_and_figures_equal_the_official_ones(case):
     assert figures["class_accuracy"] == pytest.approx(reference["acc"].tolist(), abs=1e-6, nan_ok=True)
 
 
-def test_figures_of_a_hand_worked_4x4_picture():
+def test_figures_of_a_hand_worked_4x4_image():
     label = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 255, 255], [3, 3, 3, 3]])
     pred = torch.tensor([[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 2, 1], [3, 3, 0, 0]])
     figures = script_.scores(script_.count_pixels(pred, label, 4))  # 14 labelled pixels; class 2 only where it is void
@@ -98,21 +98,21 @@ def test_more_than_2_to_the_24_pixels_are_counted_to_the_last():
 
 
 class Copy(torch.nn.Module):
-    """A net whose class is what stands in the picture's first channel."""
+    """A net whose class is what stands in the image's first channel."""
     def forward(self, image):
         return {"out": 9.0 * F.one_hot(image[:, 0].long(), 3).permute(0, 3, 1, 2)}
 
 
-def test_pictures_are_judged_at_their_own_size_and_void_does_not_count():
+def test_images_are_judged_at_their_own_size_and_void_does_not_count():
     image = torch.zeros(1, 3, 8, 8)
     image[..., 4:] = 2
     label = torch.zeros(1, 16, 24, dtype=torch.uint8)
     label[..., 12:] = 2
     label[..., :3, :] = 255
-    figures = script_.evaluate(Copy(), [(image, label, [0])], CPU, None, Namespace(num_classes=2, val_set="val"))
+    figures = script_.evaluate(Copy(), [(image, label, [0])], CPU, Namespace(num_classes=2, val_set="val"))
     assert figures["val_miou"] == 1 and figures["counts"] == [[156, 0, 0], [0, 0, 0], [0, 0, 156]]
-    with pytest.raises(utils.InputError, match="val.txt: none of its pictures has a labelled pixel"):
-        script_.evaluate(Copy(), [(image, torch.full_like(label, 255), [0])], CPU, None,
+    with pytest.raises(utils.InputError, match="val.txt: none of its images has a labelled pixel"):
+        script_.evaluate(Copy(), [(image, torch.full_like(label, 255), [0])], CPU,
                          Namespace(num_classes=2, val_set="val"))
 
 
@@ -134,7 +134,7 @@ def test_the_rate_is_the_articles_and_never_complex_or_stuck_in_warm_up():
 # --- Data ---
 
 def test_image_and_label_are_scaled_flipped_and_cropped_together(scenes):
-    """A picture whose red channel is its label: what comes out must agree away from edges."""
+    """An image whose red channel is its label: what comes out must agree away from edges."""
     label = np.array(Image.open(voc(scenes, "SegmentationClass/s1.png")))
     label[label == 255] = 0
     save_grey(voc(scenes, "SegmentationClass/s1.png"), label)
@@ -142,7 +142,7 @@ def test_image_and_label_are_scaled_flipped_and_cropped_together(scenes):
     voc(scenes, "JPEGImages/s1.jpg").unlink()
     items = script_.find_items(voc(scenes), "train")
     args = options("--num-classes", 3, "--base-size", 64, "--crop-size", 80)
-    dataset = script_.VOCSegmentation(items, args, train=True, augment=True)
+    dataset = script_.VOCSegmentation(items, [], args, train=True, augment=True)
     agree, seen = [], set()
     for epoch in range(20):
         image, mask, index = dataset[epoch, 1]
@@ -173,7 +173,8 @@ def test_labels_are_scaled_without_a_shift_against_the_image(side):
 def test_the_eval_preset_makes_the_shorter_side_base_size_and_keeps_the_label(scenes):
     Image.new("RGB", (90, 60)).save(voc(scenes, "JPEGImages/s8.jpg"))
     save_grey(voc(scenes, "SegmentationClass/s8.png"), np.ones((60, 90), np.uint8))
-    dataset = script_.VOCSegmentation(script_.find_items(voc(scenes), "val"), options("--base-size", 40), False, False)
+    dataset = script_.VOCSegmentation(script_.find_items(voc(scenes), "val"), [], options("--base-size", 40), False,
+                                      False)
     image, label, _ = dataset[0, 0]
     assert image.shape == (3, 40, 60) and label.shape == (60, 90)
 
@@ -197,7 +198,7 @@ def test_class_names(scenes):
     with pytest.raises(utils.InputError, match="class_names.json: names class 3, but --num-classes is 2"):
         script_.find_classes(voc(scenes), 2)
     (scenes / "class_names.json").write_text("[1]")
-    with pytest.raises(utils.InputError, match="class_names.json: not as"):
+    with pytest.raises(utils.InputError, match="class_names.json: not like"):
         script_.find_classes(voc(scenes), 3)
 
 
@@ -258,6 +259,34 @@ def test_every_option_trains(scenes, tmp_path, more):
     assert any(key.startswith("aux_classifier.") for key in model) == ("--aux" not in more)
 
 
+class Tiny(torch.nn.Module):
+    """A net without batch norm and dropout, made of the parts that the script asks for."""
+    def __init__(self, backbone, num_classes, aux):
+        super().__init__()
+        self.backbone, self.aux_classifier = torch.nn.Conv2d(3, 4, 3, padding=1), None
+        self.classifier = torch.nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, image):
+        return {"out": self.classifier(self.backbone(image).relu())}
+
+
+def test_the_gradient_is_the_mean_over_labelled_pixels_however_they_lie_in_batches(scenes, tmp_path, monkeypatch):
+    """Images of little and of much void; the last step is smaller. Equal weights in each batch would be seen."""
+    monkeypatch.setattr(script_, "deeplabv3", Tiny)
+    for index in (0, 3, 5):
+        path = voc(scenes, f"SegmentationClass/s{index}.png")
+        label = np.array(Image.open(path))
+        label[3:] = 255
+        save_grey(path, label)
+    for name, more in (("a", ["-b", 6]), ("b", ["-b", 3, "--accumulate", 2]), ("c", ["-b", 2, "--accumulate", 3])):
+        train(scenes, tmp_path / name, "--epochs", 2, "--lr", 0.1, "--aux", "False", *more)
+    a, b, c = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "abc")
+    for key in a:
+        assert torch.allclose(a[key], b[key], atol=1e-6) and torch.allclose(a[key], c[key], atol=1e-6)
+    losses = [(tmp_path / name / "log.csv").read_text().splitlines()[2].split(",")[3] for name in "abc"]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5) == pytest.approx(float(losses[2]), rel=1e-5)
+
+
 def test_a_frozen_backbone_keeps_weights_and_statistics(scenes, tmp_path):
     train(scenes, tmp_path / "a", "--epochs", 1)
     train(scenes, tmp_path / "b", "--epochs", 1, "--lr", 0.1, "--freeze", "backbone",
@@ -274,7 +303,7 @@ def test_the_auxiliary_head_learns_ten_times_as_fast(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("batch, counted", [(3, 8), (7, 7), (2, 8)])
-def test_a_lone_last_picture_sits_out_another_each_epoch_and_it_is_said(scenes, tmp_path, capsys, batch, counted):
+def test_a_lone_last_image_is_left_out_another_each_epoch_and_it_is_said(scenes, tmp_path, capsys, batch, counted):
     args = options("--data-path", scenes, *SMALL, "-b", batch)
     loader = script_.create_loaders(args)[0]
     left_out = set()
@@ -284,12 +313,15 @@ def test_a_lone_last_picture_sits_out_another_each_epoch_and_it_is_said(scenes, 
         assert len(seen) == counted == len(set(seen))
         left_out |= set(range(8)) - set(seen)
     assert (len(left_out) > 2) == (counted < 8)
-    assert ("1 of 8 training pictures sit out each epoch" in capsys.readouterr().out) == (counted < 8)
+    assert ("1 of 8 training images are left out of each epoch" in capsys.readouterr().out) == (counted < 8)
 
 
-def test_ranks_see_disjoint_pictures_as_many_each_and_validation_has_no_duplicates(scenes):
+def test_ranks_see_disjoint_images_as_many_each_and_validation_has_no_duplicates(scenes, monkeypatch):
     args = options("--data-path", scenes, *SMALL, "-b", 2, "--limit", 7)
-    loaders = [script_.create_loaders(args, rank, 2) for rank in (0, 1)]
+    loaders = []
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "ranks", lambda: (rank, 2))
+        loaders.append(script_.create_loaders(args))
     for epoch in range(3):
         parts = []
         for train_loader, _ in loaders:
@@ -313,7 +345,7 @@ def test_a_nan_loss_is_skipped_and_counted_and_weights_stay_finite(scenes, tmp_p
     assert state["classifier.2.num_batches_tracked"] == 3  # the running statistics of the bad step are taken back too
 
 
-def test_ten_nan_losses_in_a_row_end_the_run_naming_the_pictures(scenes, tmp_path, monkeypatch):
+def test_ten_nan_losses_in_a_row_end_the_run_naming_the_images(scenes, tmp_path, monkeypatch):
     true_criterion = script_.criterion
     monkeypatch.setattr(script_, "criterion", lambda *a: true_criterion(*a) * float("nan"))
     with pytest.raises(utils.InputError, match=r"ten times in a row, last on s\d"):
@@ -343,7 +375,7 @@ def test_the_articles_command_lines_run(scenes, tmp_path, monkeypatch, capsys):
 def test_sanity_check_prints_counts_and_draws_a_panel(scenes, tmp_path, capsys):
     train(scenes, tmp_path / "run", "--sanity-check", "-b", 1)
     printed = capsys.readouterr().out
-    assert "to beat: val_miou" in printed and "images have no class but 0" in printed
+    assert "baselines that ignore the image: val_miou" in printed and "images have no class but 0" in printed
     assert "train: 8 images, 8 of 64x64" in printed and "255 void:" in printed and "in 8 images" in printed
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
@@ -374,7 +406,7 @@ def test_official_files_load_and_only_the_last_layers_of_other_classes_start_fre
     fresh = [key for key in ours if ours[key].shape != theirs[key].shape]
     assert fresh == ["classifier.4.weight", "classifier.4.bias", "aux_classifier.4.weight", "aux_classifier.4.bias"]
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in fresh)
-    assert f"coco.pth: all but {', '.join(fresh)}, which start fresh" in capsys.readouterr().out
+    assert f"coco.pth: {', '.join(fresh)} start fresh" in capsys.readouterr().out
 
 
 def test_auxiliary_heads_that_only_one_side_has(tmp_path, capsys):
@@ -383,7 +415,7 @@ def test_auxiliary_heads_that_only_one_side_has(tmp_path, capsys):
     assert not capsys.readouterr().out
     official(tmp_path / "without.pth", aux=False)
     created(tmp_path / "without.pth", "--num-classes", 20)
-    assert "all but aux_classifier.0.weight" in capsys.readouterr().out
+    assert "without.pth: aux_classifier.0.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s.pop("classifier.1.weight"), lambda s: s.update(extra=torch.zeros(1)),
@@ -439,14 +471,14 @@ def test_lists_that_are_missing_empty_or_name_what_is_not_there(scenes):
     path.write_text("s8\ns8\n")
     refuses(scenes, "val.txt: lists s8 twice")
     path.write_text("s8\nghost\n")
-    refuses(scenes, "JPEGImages/ghost: no such picture", "val.txt")
+    refuses(scenes, "JPEGImages/ghost: no such image", "val.txt")
     Image.new("RGB", (8, 8)).save(voc(scenes, "JPEGImages/ghost.jpg"))
-    refuses(scenes, "SegmentationClass/ghost: no such picture", "val.txt")
+    refuses(scenes, "SegmentationClass/ghost: no such image", "val.txt")
 
 
-def test_two_pictures_of_one_name(scenes):
+def test_two_images_of_one_name(scenes):
     Image.new("RGB", (64, 64)).save(voc(scenes, "JPEGImages/s3.png"))
-    refuses(scenes, "JPEGImages/s3.jpg: s3.png is there too")
+    refuses(scenes, "JPEGImages/s3.jpg: s3.png has the same name")
 
 
 def test_a_label_outside_the_classes_names_file_and_value(scenes):
@@ -479,14 +511,14 @@ def test_truncated_and_foreign_files(scenes, kind):
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) * 2 // 3])
     refuses(scenes, path, "truncated or unreadable")
-    path.write_bytes(b"no picture")
-    refuses(scenes, path, "not a picture")
+    path.write_bytes(b"no image")
+    refuses(scenes, path, "not an image")
 
 
 @pytest.mark.parametrize("more, words", [
     (["-b", "1"], ["--batch-size 1", "variance", "give 2"]),
-    (["--limit", "1"], ["1 training pictures for 1 processes"]),
-    (["--overfit", "1"], ["1 training pictures"]), (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]),
+    (["--limit", "1"], ["1 training images for 1 processes"]),
+    (["--overfit", "1"], ["1 training images"]), (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]),
     (["--amp", "fp16"], ["--amp fp16", "CUDA"]), (["--weights", "none.pth"], ["none.pth", "no such file"]),
     (["--resume", "none.pth"], ["none.pth", "no such file"]),
     (["--test-only"], ["--test-only", "--weights or --resume"])])
@@ -496,11 +528,11 @@ def test_options_that_cannot_be(scenes, more, words):
 
 def test_a_checkpoint_of_another_net_or_other_classes_names_both(scenes, tmp_path):
     train(scenes, tmp_path / "a", "--epochs", 1)
-    for option in ("--weights", "--resume"):
+    for option, name in (("--weights", "best.pth"), ("--resume", "last.pth")):
         refuses(scenes, "num_classes 4; asked for num_classes 5",
-                more=["--num-classes", 4, option, tmp_path / "a/best.pth"])
+                more=["--num-classes", 4, option, tmp_path / "a" / name])
         refuses(scenes, "backbone mobilenet_v3_large; asked for backbone resnet50",
-                more=["--backbone", "resnet50", option, tmp_path / "a/best.pth"])
+                more=["--backbone", "resnet50", option, tmp_path / "a" / name])
 
 
 def test_resuming_with_other_settings_is_refused_by_name(scenes, tmp_path):
@@ -511,7 +543,7 @@ def test_resuming_with_other_settings_is_refused_by_name(scenes, tmp_path):
             train(scenes, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
 
 
-def test_testing_at_another_size_is_refused_and_on_other_pictures_said(scenes, tmp_path, capsys):
+def test_testing_at_another_size_is_refused_and_on_other_images_said(scenes, tmp_path, capsys):
     train(scenes, tmp_path / "run", "--epochs", 1)
     weights = ["--test-only", "--weights", tmp_path / "run/best.pth"]
     capsys.readouterr()
@@ -522,8 +554,8 @@ def test_testing_at_another_size_is_refused_and_on_other_pictures_said(scenes, t
     refuses(scenes, "--base-size 64: trained with 48", more=[*weights, "--base-size", 64])
 
 
-def test_answers_that_look_at_no_picture(scenes):
-    for number, name in enumerate("abc"):  # the left half of every picture is 0, the right 1; in one of three all is 0
+def test_baselines_that_ignore_the_image(scenes):
+    for number, name in enumerate("abc"):  # the left half of every image is 0, the right 1; in one of three all is 0
         label = np.zeros((40, 40), np.uint8)
         label[:, 20:] = number > 0
         save_grey(voc(scenes, f"SegmentationClass/{name}.png"), label)
@@ -535,9 +567,9 @@ def test_answers_that_look_at_no_picture(scenes):
     assert by_place == pytest.approx((3 / 4 + 2 / 3) / 2)                # the right half of a is wrong
 
 
-def test_pictures_in_both_lists_are_said(scenes, capsys):
+def test_images_in_both_lists_are_said(scenes, capsys):
     script_.create_loaders(options("--data-path", scenes, *SMALL, "--val-set", "train"))
-    assert "note: 8 of 8 validation pictures are trained on too" in capsys.readouterr().out
+    assert "note: 8 of 8 validation images are trained on too" in capsys.readouterr().out
 
 
 def test_real_folders_pass_the_sanity_check(real_data, tmp_path, capsys):

@@ -116,18 +116,19 @@ def test_prompts_of_a_hand_drawn_mask():
     assert {"in", "out"} <= seen and len(seen) > 30  # both ways, which the article's are not
 
 
-def test_points_follow_the_picture_into_the_nets_square(objects):
+def test_points_follow_the_image_into_the_nets_square(objects):
     np.save(objects / "imgs/o0.npy", np.zeros((40, 80, 3), np.uint8))
     ids = np.zeros((40, 80), np.int32)
     ids[10:20, 20:40] = 70_000
     np.save(objects / "gts/o0.npy", ids)
     items = script_.find_items(objects)
-    item = script_.NpyDataset(items, options("--image-size", 64), train=True, augment=False)[0, 0]
-    assert item["points"].tolist() == [[[16, 16], pytest.approx([31.2, 30.4])]] and item["image"].shape == (3, 64, 64)
-    assert item["masks"].shape == (1, 64, 64) and item["masks"][0, 16:32, 16:32].all() and item["masks"].sum() == 256
-    item = script_.NpyDataset(items, options("--image-size", 64, "--preprocess", "article"), True, False)[0, 0]
-    assert item["points"].tolist() == [[[16, 8], pytest.approx([31.2, 15.2])]]
-    assert item["masks"][0, 8:16, 16:32].all() and item["masks"].sum() == 128
+    image, points, _, masks, *_ = script_.NpyDataset(items, options("--image-size", 64), train=True, augment=False)[0, 0]
+    assert points.tolist() == [[[16, 16], pytest.approx([31.2, 30.4])]] and image.shape == (3, 64, 64)
+    assert masks.shape == (1, 64, 64) and masks[0, 16:32, 16:32].all() and masks.sum() == 256
+    args = options("--image-size", 64, "--preprocess", "article")
+    _, points, _, masks, *_ = script_.NpyDataset(items, args, True, False)[0, 0]
+    assert points.tolist() == [[[16, 8], pytest.approx([31.2, 15.2])]]
+    assert masks[0, 8:16, 16:32].all() and masks.sum() == 128
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -135,14 +136,14 @@ def test_no_object_vanishes_when_masks_shrink(size):
     for corner in range(0, 40, 3):
         mask = torch.zeros(1, 2000, 2000, dtype=torch.bool)
         mask[0, corner:corner + size, corner:corner + size] = True
-        assert script_.shrink(mask, options("--image-size", 128)).any()
+        assert script_.resize_masks(mask, options("--image-size", 128)).any()
 
 
 @pytest.mark.parametrize("shape", [(303, 400), (10, 300), (300, 10), (128, 128)])
 def test_what_the_articles_preprocessing_pads_is_cut_off_again(shape):
-    """A decoder that says 1 wherever the picture was put: the whole picture at its own size, nothing of the padding."""
+    """A decoder that says 1 wherever the image was put: the whole image at its own size, nothing of the padding."""
     args = options("--image-size", 128, "--preprocess", "article")
-    height, width = script_.placed_size(shape, args)
+    height, width = script_.content_size(shape, args)
 
     class Placed:
         def get_image_embeddings(self, image):
@@ -163,11 +164,11 @@ def test_every_object_of_validation_and_at_most_max_objects_of_training(objects)
     np.save(objects / "gts/o0.npy", ids.astype(np.uint16))
     items = script_.find_items(objects)
     trained = script_.NpyDataset(items, options("--image-size", 64, "--max-objects", 5), True, True)
-    assert [len(trained[epoch, 0]["masks"]) for epoch in range(3)] == [5, 5, 5]
-    draws = [trained[epoch, 0]["masks"] for epoch in range(3)]
-    assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[0], trained[0, 0]["masks"])
-    item = script_.NpyDataset(items, options(), False, False)[0, 0]
-    assert len(item["points"]) == 47 and np.array_equal(item["ids"], ids // 300)
+    assert [len(trained[epoch, 0][3]) for epoch in range(3)] == [5, 5, 5]
+    draws = [trained[epoch, 0][3] for epoch in range(3)]
+    assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[0], trained[0, 0][3])
+    _, points, _, numbers, *_ = script_.NpyDataset(items, options(), False, False)[0, 0]
+    assert len(points) == 47 and np.array_equal(numbers, ids // 300)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.float32, bool])
@@ -191,14 +192,14 @@ def test_images_of_every_kind(objects, image, expected):
     assert read.shape == (48, 48, 3) and read.dtype == np.uint8 and (read[10, 10] == expected).all()
 
 
-def test_pictures_without_objects_are_counted_and_left_out(objects, capsys):
+def test_images_without_objects_are_counted_and_left_out(objects, capsys):
     np.save(objects / "gts/o0.npy", np.zeros((48, 48), np.uint8))
     loaders = script_.create_loaders(options("--data-path", objects, *SMALL))
     assert sum(len(loader.dataset) for loader in loaders) == 5
-    assert "pictures have no object and are left out" in capsys.readouterr().out
+    assert "images have no object and are left out" in capsys.readouterr().out
 
 
-def test_beyond_the_first_pictures_only_headers_are_read_and_empty_masks_do_no_harm(objects, tmp_path, monkeypatch):
+def test_beyond_the_first_images_only_headers_are_read_and_empty_masks_do_no_harm(objects, tmp_path, monkeypatch):
     find = script_.check_items
     monkeypatch.setattr(script_, "check_items", lambda items, num_pixels, part: find(items, 1, part))
     items = script_.find_items(objects)
@@ -229,10 +230,10 @@ def test_beyond_the_first_pictures_only_headers_are_read_and_empty_masks_do_no_h
         script_.check_items(items, 1, "training")
 
 
-def test_a_picture_that_is_all_object_has_one(objects):
+def test_a_image_that_is_all_object_has_one(objects):
     np.save(objects / "gts/o0.npy", np.full((48, 48), 7, np.uint8))
-    item = script_.NpyDataset(script_.find_items(objects), options("--image-size", 64), True, False)[0, 0]
-    assert item["masks"].shape == (1, 64, 64) and item["masks"].all()
+    masks = script_.NpyDataset(script_.find_items(objects), options("--image-size", 64), True, False)[0, 0][3]
+    assert masks.shape == (1, 64, 64) and masks.all()
 
 
 # --- Training ---
@@ -312,14 +313,14 @@ def test_official_files_load_by_path_and_offline_the_url_is_told(tmp_path, monke
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(utils.InputError, match="efficient_sam_vits.pt.zip.*put it at"):
-        script_.fetch_official("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
+        utils.fetch_weights("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
 
     def online(url, path, **kwargs):
         import zipfile
         with zipfile.ZipFile(path, "w") as archive:
             archive.write(tmp_path / "vitt.pt", "weights/efficient_sam_vits.pt")
     monkeypatch.setattr(torch.hub, "download_url_to_file", online)
-    path = script_.fetch_official("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
+    path = utils.fetch_weights("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
     assert path.name == "efficient_sam_vits.pt" and path.read_bytes() == (tmp_path / "vitt.pt").read_bytes()
 
 
@@ -364,7 +365,7 @@ def test_object_arrays_are_refused_without_unpickling(objects):
 
 @pytest.mark.parametrize("sub, array, words", [
     ("imgs", np.zeros((48, 48, 2), np.uint8), "has shape (48, 48, 2)"), ("imgs", np.zeros(5), "has shape (5,)"),
-    ("gts", np.zeros((48, 40), np.uint8), "has shape (48, 40)"), ("gts", np.zeros((48, 48, 1), np.uint8), "has shape"),
+    ("gts", np.zeros((48, 40), np.uint8), "40x48 pixels, but"), ("gts", np.zeros((48, 48, 1), np.uint8), "has shape"),
     ("imgs", np.full((48, 48, 3), np.nan), "not finite"), ("imgs", np.full((48, 48, 3), -1.0), "floats from -1 to -1"),
     ("gts", np.full((48, 48), 0.5), "whole"), ("gts", np.full((48, 48), -1), "not negative"),
     ("imgs", np.array(["a"]), "not an array of numbers"), ("imgs", np.zeros((0, 4, 3)), "not an array of numbers")])

@@ -14,6 +14,7 @@ import utils
 from conftest import ROOT, save_grey
 
 FIXTURES = ROOT / "tests/fixtures"
+CPU = Namespace(device=torch.device("cpu"), dtype=None)  # what evaluate needs of a run
 SMALL = ["--arch", "UNet", "--image-size", "32", "-b", "4", "-j", "0", "--device", "cpu", "--optimizer", "Adam"]
 
 
@@ -54,7 +55,7 @@ def test_losses_and_their_gradients_equal_the_official_ones(case):
 
 
 def test_pixel_counts_give_the_official_pooled_iou_and_dice():
-    """The official iou_score pools the batch: our counts, summed over pictures and classes, must give the same."""
+    """The official iou_score pools the batch: our counts, summed over images and classes, must give the same."""
     with np.load(FIXTURES / "metrics.npz", allow_pickle=False) as reference:
         cases = {key.split("/")[0] for key in reference.files if key.startswith("m_")}
         assert "m_bothempty" in cases and len(cases) > 2
@@ -78,20 +79,20 @@ def test_scores_of_a_hand_worked_4x4_mask():
 
 
 class Copy(torch.nn.Module):
-    """A net whose logit is what stands in the picture's first channel."""
+    """A net whose logit is what stands in the image's first channel."""
     def forward(self, image):
         return image[:, :1]
 
 
-def test_evaluation_counts_over_the_set_and_over_pictures_whatever_the_batch_size():
-    # two pictures: one predicted perfectly (32 pixels), one with 32 predicted and none of the 32 true found
+def test_evaluation_counts_over_the_set_and_over_images_whatever_the_batch_size():
+    # two images: one predicted perfectly (32 pixels), one with 32 predicted and none of the 32 true found
     mask = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     mask[0, 0, :4], mask[1, 0, 4:] = 1, 1
     logits = torch.full((2, 3, 8, 8), -9.0)
     logits[:, :, :4] = 9.0
     results = []
     for batches in ([(logits, mask, [0, 1])], [(logits[:1], mask[:1], [0]), (logits[1:], mask[1:], [1])]):
-        results.append(train_unet.evaluate(Copy(), batches, torch.device("cpu"), None, Namespace(loss="BCEDiceLoss")))
+        results.append(train_unet.evaluate(Copy(), batches, CPU, Namespace(loss="BCEDiceLoss")))
     for figures in results:
         assert figures["val_iou"] == pytest.approx(32 / 96)         # 32 in both, 64 predicted, 64 true
         assert figures["val_image_iou"] == pytest.approx(0.5)       # mean of 1 and 0
@@ -99,13 +100,12 @@ def test_evaluation_counts_over_the_set_and_over_pictures_whatever_the_batch_siz
     assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-6)
 
 
-def test_masks_are_compared_at_the_pictures_own_size():
+def test_masks_are_compared_at_the_images_own_size():
     mask = torch.zeros(1, 1, 64, 48, dtype=torch.uint8)
     mask[..., :32, :] = 1
     logits = torch.full((1, 3, 16, 16), -9.0)
     logits[:, :, :8] = 9.0
-    args = Namespace(loss="BCEDiceLoss")
-    figures = train_unet.evaluate(Copy(), [(logits, mask, [0])], torch.device("cpu"), None, args)
+    figures = train_unet.evaluate(Copy(), [(logits, mask, [0])], CPU, Namespace(loss="BCEDiceLoss"))
     assert figures["val_iou"] == 1.0
 
 
@@ -118,14 +118,14 @@ def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
 
 def test_the_split_is_the_articles_train_test_split():
     """sklearn 1.9.1: train_test_split(range(13), test_size=0.2, random_state=41)[1] is [7, 4, 9]."""
-    items = [(i,) for i in range(13)]
-    train_items, val_items = train_unet.split_items(items, ["0"], options("--data-path", "x"))
-    assert val_items == [(4,), (7,), (9,)] and sorted(train_items + val_items) == items
+    items = [(i, f"image {i}") for i in range(13)]
+    train_items, val_items = utils.split_items(items, options("--data-path", "x"))
+    assert [item[0] for item in val_items] == [4, 7, 9] and sorted(train_items + val_items) == items
 
 
 def test_image_and_mask_turn_together_and_augmentation_follows_seed_epoch_index(cells):
     items, _ = train_unet.find_items(cells, options())
-    dataset = train_unet.MaskFolders(items, options("--image-size", 48), train=True, augment=True)
+    dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 48), train=True, augment=True)
     seen = set()
     for epoch in range(12):
         plain = dataset[epoch, 3]
@@ -138,14 +138,14 @@ def test_image_and_mask_turn_together_and_augmentation_follows_seed_epoch_index(
     image[3:9, 5:20] = mask[3:9, 5:20] = 255
     Image.fromarray(image).save(cells / "images/cell_3.png")
     save_grey(cells / "masks/0/cell_3.png", mask)
-    dataset = train_unet.MaskFolders(items, options("--image-size", 32), train=True, augment=True)
+    dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 32), train=True, augment=True)
     for epoch in range(12):
         image, mask, _ = dataset[epoch, 3]
         assert torch.equal(image[0] > image[0].mean(), mask[0] > 0)
 
 
 def test_masks_shrink_without_a_shift_against_the_image(cells):
-    """Mirrored picture in, mirrored mask out; and the small mask covers what the small picture shows bright."""
+    """Mirrored image in, mirrored mask out; and the small mask covers what the small image shows bright."""
     mask = np.zeros((48, 48), np.uint8)
     mask[9:30, 7:22] = 255
     small = []
@@ -153,7 +153,7 @@ def test_masks_shrink_without_a_shift_against_the_image(cells):
         Image.fromarray(np.stack([pixels] * 3, 2)).save(cells / f"images/{name}.png")
         save_grey(cells / f"masks/0/{name}.png", pixels)
     items, _ = train_unet.find_items(cells, options())
-    dataset = train_unet.MaskFolders(items, options("--image-size", 36), train=True, augment=False)
+    dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 36), train=True, augment=False)
     for index in (0, 1):
         image, mask, _ = dataset[0, index]
         assert torch.equal(image[0] > (image[0].max() + image[0].min()) / 2, mask[0] > 0)
@@ -310,7 +310,7 @@ def test_a_nan_loss_is_skipped_and_counted_and_weights_stay_finite(cells, tmp_pa
     assert state["conv0_0.bn1.num_batches_tracked"] == 3  # the running statistics of the bad step are taken back too
 
 
-def test_ten_nan_losses_in_a_row_end_the_run_naming_the_pictures(cells, tmp_path, monkeypatch):
+def test_ten_nan_losses_in_a_row_end_the_run_naming_the_images(cells, tmp_path, monkeypatch):
     true_criterion = train_unet.criterion
     monkeypatch.setattr(train_unet, "criterion", lambda *a: true_criterion(*a) * float("nan"))
     with pytest.raises(utils.InputError, match=r"ten times in a row, last on cell_\d"):
@@ -319,11 +319,11 @@ def test_ten_nan_losses_in_a_row_end_the_run_naming_the_pictures(cells, tmp_path
 
 def test_demo_settings_are_defaults_that_the_command_line_overrides():
     args = options("--lr", 1e-3, "--demo")
-    assert args.arch == "UNet" and args.lr == 1e-3 and args.epochs == train_unet.DEMO["epochs"]
-    assert options().arch == "NestedUNet"
+    assert args.model == "UNet" and args.lr == 1e-3 and args.epochs == train_unet.DEMO["epochs"]
+    assert options().model == "NestedUNet"
 
 
-def test_a_former_run_is_not_overwritten_unless_asked(cells, tmp_path):
+def test_an_earlier_run_is_not_overwritten_unless_asked(cells, tmp_path):
     train(cells, tmp_path / "run", "--epochs", 1)
     before = (tmp_path / "run/last.pth").read_bytes()
     with pytest.raises(utils.InputError, match="--resume auto.*--overwrite"):
@@ -380,7 +380,7 @@ def test_no_data_path():
 def test_empty_data_set(cells):
     for path in (cells / "images").iterdir():
         path.unlink()
-    refuses(cells, cells / "images", "no pictures")
+    refuses(cells, cells / "images", "no images")
 
 
 def test_missing_and_extra_masks(cells):
@@ -391,9 +391,9 @@ def test_missing_and_extra_masks(cells):
     refuses(cells, "masks/0/cell_5.png", "images")
 
 
-def test_two_pictures_of_one_name(cells):
+def test_two_images_of_one_name(cells):
     shutil.copy(cells / "images/cell_3.png", cells / "images/cell_3.bmp")
-    refuses(cells, "cell_3.bmp", "cell_3.png", "--img-ext")
+    refuses(cells, "cell_3.png", "cell_3.bmp", "--img-ext")
     train_unet.find_items(cells, options("--img_ext", ".png"))
 
 
@@ -420,8 +420,8 @@ def test_truncated_and_foreign_files(cells, kind):
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) * 2 // 3])
     refuses(cells, path, "truncated or unreadable")
-    path.write_bytes(b"no picture")
-    refuses(cells, path, "not a picture")
+    path.write_bytes(b"no image")
+    refuses(cells, path, "not an image")
 
 
 def test_class_folders_and_num_classes_disagree(cells):
@@ -445,7 +445,37 @@ def test_resuming_from_bare_weights_or_into_another_run(cells, tmp_path):
     train(cells, tmp_path / "c", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
 
 
-def test_one_picture_cannot_be_split(cells):
+def test_a_last_pth_of_format_1_is_refused_in_one_line_and_its_weights_load(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "a/last.pth", weights_only=True)
+    utils.save_checkpoint(tmp_path / "old.pth", {**checkpoint, "format": 1, "best": {"val_iou": 0.5, "epoch": 1}})
+    refuses(cells, "--resume", "another version of these scripts", "--weights", more=["--resume", tmp_path / "old.pth"])
+    figures = [train(cells, tmp_path / "x", "--test-only", "--weights", path)
+               for path in (tmp_path / "old.pth", tmp_path / "a/best.pth")]
+    assert figures[0] == figures[1]
+
+
+def test_best_pth_holds_the_weights_and_what_predicting_needs_and_no_more(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    best, last = (torch.load(tmp_path / f"run/{name}.pth", weights_only=True) for name in ("best", "last"))
+    assert last.keys() - best.keys() == {"optimizer", "lr_scheduler", "scaler"} and not best.keys() - last.keys()
+    assert (tmp_path / "run/best.pth").stat().st_size < 0.36 * (tmp_path / "run/last.pth").stat().st_size
+    refuses(cells, "not a run's last.pth", "--weights", more=["--resume", tmp_path / "run/best.pth"])
+
+
+def test_torchrun_with_several_processes_is_refused(cells, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
+    refuses(cells, "torchrun: this script trains in a single process; start it with python")
+
+
+def test_nan_is_never_the_best(cells, tmp_path, monkeypatch):
+    true_evaluate, ious = train_unet.evaluate, iter([math.nan, 0.2, math.nan])
+    monkeypatch.setattr(train_unet, "evaluate", lambda *a: {**true_evaluate(*a), "val_iou": next(ious)})
+    figures = train(cells, tmp_path / "run", "--epochs", 3, "--limit", 2)
+    assert figures["best_val_iou"] == 0.2 and torch.load(tmp_path / "run/best.pth", weights_only=True)["best_epoch"] == 2
+
+
+def test_one_image_cannot_be_split(cells):
     for i in range(1, 10):
         (cells / f"images/cell_{i}.png").unlink(), (cells / f"masks/0/cell_{i}.png").unlink()
     refuses(cells, "--val-path")
@@ -459,9 +489,9 @@ def test_bad_splits(cells, tmp_path, text):
     refuses(cells, tmp_path / "split.json", more=["--split", tmp_path / "split.json"])
 
 
-def test_a_picture_in_both_parts_of_a_split_is_refused(cells, tmp_path):
+def test_a_image_in_both_parts_of_a_split_is_refused(cells, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps({"train": ["cell_0", "cell_1"], "val": ["cell_1", "cell_2"]}))
-    refuses(cells, "2 training and 2 validation pictures, 1 in both", more=["--split", tmp_path / "split.json"])
+    refuses(cells, "2 training and 2 validation images, 1 in both", more=["--split", tmp_path / "split.json"])
     (tmp_path / "split.json").write_text('{"train": ["cell_0"], "val": []}')
     refuses(cells, "1 training and 0 validation", more=["--split", tmp_path / "split.json"])
     refuses(cells, "10 in both", more=["--val-path", cells])
@@ -475,7 +505,7 @@ def test_classes_of_training_and_validation_must_agree(cells, tmp_path):
     refuses(cells, "['cell', 'rim']", "['cell', 'edge']", more=["--num-classes", 2, "--val-path", tmp_path / "val"])
 
 
-def test_testing_on_other_pictures_or_at_another_size_is_said(cells, tmp_path, capsys):
+def test_testing_on_other_images_or_at_another_size_is_said(cells, tmp_path, capsys):
     train(cells, tmp_path / "run", "--epochs", 1)
     weights = ["--test-only", "--weights", tmp_path / "run/best.pth"]
     capsys.readouterr()
@@ -505,15 +535,15 @@ def test_bad_numbers_are_one_line_and_exit_status_2(more, capsys):
         options(*more)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and ": error: " in error and (more[0] in error)
+    assert error.count("\n") == 1 and ": error: " in error and more[0].replace("_", "-") in error
 
 
 def test_a_checkpoint_of_another_net_or_other_classes_names_both(cells, tmp_path):
     train(cells, tmp_path / "a", "--epochs", 1)
-    for option in ("--weights", "--resume"):
-        for name in ("best.pth", "model.pth")[:1 + (option == "--weights")]:
-            refuses(cells, tmp_path / "a" / name, "UNet" if name == "best.pth" else "tensors differ", "NestedUNet",
-                    more=["--arch", "NestedUNet", option, tmp_path / "a" / name])
+    for option, name, found in (("--weights", "best.pth", "model UNet"), ("--resume", "last.pth", "model UNet"),
+                                ("--weights", "model.pth", "tensors differ")):
+        refuses(cells, tmp_path / "a" / name, found, "NestedUNet",
+                more=["--arch", "NestedUNet", option, tmp_path / "a" / name])
     shutil.copytree(cells / "masks/0", cells / "masks/1")
     refuses(cells, "num_classes 1", "num_classes 2", more=["--num-classes", 2, "--weights", tmp_path / "a/best.pth"])
     refuses(cells, "final.weight (1, 32, 1, 1) instead of (2, 32, 1, 1)",
@@ -527,7 +557,7 @@ def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
         with pytest.raises(utils.InputError, match=word):
             train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
     (cells / "images/cell_0.png").unlink(), (cells / "masks/0/cell_0.png").unlink()
-    with pytest.raises(utils.InputError, match="pictures of data hash"):
+    with pytest.raises(utils.InputError, match="images of data hash"):
         train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto")
 
 
@@ -542,7 +572,7 @@ utils.run(train_unet.main, train_unet.get_args_parser())"""
     (cells / "images/cell_1.png").write_bytes(b"spoilt")
     done = script("-c", code)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"train_unet.py: error: {cells}/images/cell_1.png: not a picture that can be read"
+    assert done.stderr.strip() == f"train_unet.py: error: {cells}/images/cell_1.png: not an image that can be read"
 
 
 def test_real_nuclei_pass_the_sanity_check(real_data, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""utils.py: checkpoints that cannot break or bite, pictures of every kind, seeds, options, weights, process groups."""
+"""utils.py: checkpoints that cannot break or bite, images of every kind, seeds, options, weights, process groups."""
 import hashlib
 import os
 import pickle
@@ -27,24 +27,32 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_every_flipped_bit_is_refused(tmp_path):
+def test_no_flipped_bit_changes_a_value_in_silence(tmp_path):
     utils.save_checkpoint(tmp_path / "a.pth", STATE)
     whole = (tmp_path / "a.pth").read_bytes()
     rng = np.random.default_rng(0)
     places = [(int(rng.integers(len(whole))), int(rng.integers(8))) for _ in range(300)]
-    places += [(byte, bit) for byte in range(len(whole) - 40, len(whole)) for bit in range(8)]  # where our CRC stands
+    places += [(byte, bit) for byte in range(len(whole) - 40, len(whole)) for bit in range(8)]
+    harmless = 0
     for byte, bit in places:
         spoilt = bytearray(whole)
         spoilt[byte] ^= 1 << bit
         (tmp_path / "b.pth").write_bytes(spoilt)
-        with pytest.raises(utils.InputError, match="b.pth: "):
-            utils.load_checkpoint(tmp_path / "b.pth")
+        try:
+            loaded = utils.load_checkpoint(tmp_path / "b.pth")
+        except utils.InputError as error:
+            assert str(error).startswith(f"{tmp_path}/b.pth: ")
+        else:  # a bit that says nothing of the values: a date, say
+            harmless += 1
+            assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"])
+            assert loaded["model"]["n"] == 3 and loaded["args"] == {"lr": 0.1} and loaded["format"] == 1
+    assert harmless < len(places) / 2
     (tmp_path / "b.pth").write_bytes(whole[:-1000])
     with pytest.raises(utils.InputError, match="damaged"):
         utils.load_checkpoint(tmp_path / "b.pth")
 
 
-def test_a_foreign_zip_is_checked_by_its_own_crcs(tmp_path):
+def test_a_zip_is_checked_by_its_crcs(tmp_path):
     torch.save({"weight": torch.zeros(1000)}, tmp_path / "a.pth")
     assert utils.load_checkpoint(tmp_path / "a.pth")["weight"].shape == (1000,)
     spoilt = bytearray((tmp_path / "a.pth").read_bytes())
@@ -92,7 +100,7 @@ def test_a_truly_full_disk(tmp_path):
         pytest.skip("may not mount a small disk here")
     try:
         utils.save_checkpoint(disk / "a.pth", STATE)
-        with pytest.raises(utils.InputError, match=r"8.0 MB needed, [12].\d MB free; the former file is whole"):
+        with pytest.raises(utils.InputError, match=r"8.0 MB needed, [12].\d MB free; the previous file is intact"):
             utils.save_checkpoint(disk / "a.pth", {"weight": torch.zeros(2**21)})
         assert utils.load_checkpoint(disk / "a.pth")["format"] == 1 and len(list(disk.iterdir())) == 1
     finally:
@@ -136,17 +144,17 @@ def test_weights_are_fetched_once_verified_always_and_offline_says_where_to_put_
     assert not list(path.parent.iterdir())
 
 
-# --- Pictures ---
+# --- Images ---
 
 def test_every_mode_becomes_rgb(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     grey = Image.fromarray(rgb).convert("L")
-    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])),
+    images = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(np.dstack([rgb, rgb[..., :1]])),
                 "l.png": grey, "la.png": grey.convert("LA"), "1.png": grey.convert("1"),
                 "p.png": Image.fromarray(rgb).quantize(8),
                 "cmyk.tif": Image.fromarray(rgb).convert("CMYK"), "p.gif": Image.fromarray(rgb).quantize(8)}
-    for name, picture in pictures.items():
-        picture.save(tmp_path / name)
+    for name, image in images.items():
+        image.save(tmp_path / name)
         pixels = utils.read_image(tmp_path / name)
         assert pixels.shape == (5, 7, 3) and pixels.dtype == np.uint8, name
         if name in ("rgb.png", "rgba.png"):
@@ -173,27 +181,27 @@ def test_sixteen_bits_are_scaled_by_their_own_range(tmp_path):
 
 
 def test_exif_rotation_is_applied_to_pixels_and_size(tmp_path):
-    picture = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
-    exif = picture.getexif()
+    image = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
+    exif = image.getexif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "a.jpg", exif=exif)
+    image.save(tmp_path / "a.jpg", exif=exif)
     assert utils.read_image(tmp_path / "a.jpg").shape == (6, 4, 3) and utils.image_size(tmp_path / "a.jpg") == (4, 6)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp"])
-def test_truncated_pictures_are_refused_never_half_grey(tmp_path, name):
+def test_truncated_images_are_refused_never_half_grey(tmp_path, name):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
     whole = (tmp_path / name).read_bytes()
     for part in (0.95, 0.5, 0.1, 0):
         (tmp_path / name).write_bytes(whole[:int(len(whole) * part)])
-        with pytest.raises(utils.InputError, match=f"{name}: (truncated|not a picture)"):
+        with pytest.raises(utils.InputError, match=f"{name}: (truncated|not an image)"):
             utils.read_image(tmp_path / name)
 
 
-def test_a_stack_of_pictures_is_refused(tmp_path):
+def test_a_stack_of_images_is_refused(tmp_path):
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (1, 2, 3)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
-    with pytest.raises(utils.InputError, match="a.tif: holds 3 pictures"):
+    with pytest.raises(utils.InputError, match="a.tif: holds 3 images"):
         utils.read_image(tmp_path / "a.tif")
 
 
@@ -228,6 +236,22 @@ def test_switches_take_words_and_numbers():
     with pytest.raises(Exception, match="neither"):
         utils.switch("maybe")
     assert [utils.amp_mode(text) for text in ("True", "False", "bf16", "off")] == ["auto", "off", "bf16", "off"]
+
+
+def test_dashes_and_underscores_are_one_and_values_are_left_alone():
+    parser = utils.ArgumentParser("x", demo={"batch_size": 9})
+    parser.add_run_options("out")
+    parser.add_argument("--batch-size", "-b", type=int, default=1)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--name")
+    for words in (["--batch-size", "4"], ["--batch_size", "4"], ["-batch_size", "4"], ["-batch-size=4"], ["-b", "4"],
+                  ["-b4"], ["--batch_size=4"]):
+        assert parser.parse_args(words).batch_size == 4, words
+    args = parser.parse_args(["-lr", "1e-3", "-num_workers", "0", "--name", "a_b=c_d", "--sanity_check", "False"])
+    assert (args.lr, args.workers, args.name, args.sanity_check) == (1e-3, 0, "a_b=c_d", False)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--name", "x", "--batch", "4"])  # no abbreviations
+    assert parser.parse_args(["--demo"]).batch_size == 9 and parser.parse_args(["--demo", "-b", "2"]).batch_size == 2
 
 
 def test_the_order_depends_on_seed_and_epoch_and_ranks_share_it_out():
@@ -290,7 +314,7 @@ def test_names_in_any_bytes_can_be_hashed_and_drawn(tmp_path):
     assert utils.data_hash([(path.stem, path, [path])]) != utils.data_hash([])
     utils.save_panel(tmp_path / "panel.png", {path.stem: [np.zeros((9, 9, 3), np.uint8)], "\u7ec6": [
         np.zeros((9, 9, 3), np.uint8)]}, ["x"])
-    assert Image.open(tmp_path / "panel.png").size[1] == 24 + 2 * 228
+    assert Image.open(tmp_path / "panel.png").size == (264, 2 * 280 + 4)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, script):
@@ -312,7 +336,8 @@ def test_our_own_bugs_keep_their_traceback(script):
 def test_two_processes_join_and_sum(tmp_path):
     (tmp_path / "sums.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                                       "import torch, utils\n"
-                                      "rank, world, device = utils.start_process_group(torch.device('cpu'))\n"
+                                      "utils.start_process_group(torch.device('cpu'))\n"
+                                      "rank, world = utils.ranks()\n"
                                       "total = utils.sum_over_ranks(torch.tensor([rank + 1.0])).item()\n"
                                       "print('silent but on the first')\n"
                                           "sys.stderr.write(f'{rank} {world} {total}\\n')\n"
@@ -322,7 +347,7 @@ def test_two_processes_join_and_sum(tmp_path):
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout.count("silent but on the first\n") == 1  # torch 2.10's Gloo prints there too
     assert "0 2 3.0\n" in done.stderr and "1 2 3.0\n" in done.stderr
-    assert utils.start_process_group(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert utils.start_process_group(torch.device("cpu")) == torch.device("cpu") and utils.ranks() == (0, 1)
     assert utils.sum_over_ranks(torch.tensor([5.0])).item() == 5.0
 
 
