@@ -1,12 +1,13 @@
-"""Measure our scripts beside their articles' way: training step, inference, memory, and whether the loader keeps up.
+"""Compares our scripts with the articles' way: training step, inference, memory, data loader.
 
     python benchmark.py --quick
     python benchmark.py --device cuda --cases UNet-256 -b 64 --steps 50 --workers 8
     python benchmark.py --start-up 100000
 
-The ways take turns, step by step in one process, so that a busy machine slows each alike. A step is forward, loss,
-backward and optimizer on a batch that is on the device already. Peak memory: of two steps in a process of their own.
-train_efficientsam_ddp.py does the steps of train_efficientsam.py.
+A way is one variant of a case, such as the article's, MONAI's or ours. The ways take turns,
+step by step in one process, so that a busy machine slows all of them alike. A step is forward,
+loss, backward and optimizer, on a batch that is already on the device. Peak memory is that of two
+steps in a separate process. train_efficientsam_ddp.py does the same steps as train_efficientsam.py.
 Writes: OUTPUT_DIR/benchmark.md (what it prints), OUTPUT_DIR/benchmark.png (the ratios).
 """
 import contextlib
@@ -37,14 +38,18 @@ import utils
 from nets.unet import CHANNELS
 
 MONAI_NETS = {"UNet": BasicUNet, "NestedUNet": BasicUNetPlusPlus}
-IMAGE_SIDE = 256  # side in pixels of the images in EfficientSAM's cases, as the article's
-SCRIPTS = {  # name: script, what draws its images, where images and masks lie, its options for their side
-    "train_unet": (train_unet, demo_data.draw_cells, ("images/{}.png", "masks/{}.png"), ["--image-size={}"]),
-    "train_deeplabv3": (train_deeplabv3, demo_data.draw_scene, (
-        "VOCdevkit/VOC2012/JPEGImages/{}.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}.png"),
+IMAGE_SIDE = 256  # side in pixels of the images in EfficientSAM's cases, as in the article
+SCRIPTS = {  # name: module, function that draws images, paths of image and mask, size options
+    "train_unet": (
+        train_unet, demo_data.draw_cells,
+        ("images/{}.png", "masks/{}.png"), ["--image-size={}"]),
+    "train_deeplabv3": (
+        train_deeplabv3, demo_data.draw_scene,
+        ("VOCdevkit/VOC2012/JPEGImages/{}.jpg", "VOCdevkit/VOC2012/SegmentationClass/{}.png"),
         ["--base-size={}", "--crop-size={}"]),
-    "train_efficientsam": (train_efficientsam, demo_data.draw_object_ids, ("imgs/{}.npy", "gts/{}.npy"),
-                           ["--image-size={}"]),
+    "train_efficientsam": (
+        train_efficientsam, demo_data.draw_object_ids,
+        ("imgs/{}.npy", "gts/{}.npy"), ["--image-size={}"]),
 }
 
 
@@ -53,52 +58,72 @@ SCRIPTS = {  # name: script, what draws its images, where images and masks lie, 
 def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0])
     add, add_switch = parser.add_argument, parser.add_switch
-    add("--output-dir", default="runs/benchmark", help="folder for benchmark.md and benchmark.png (%(default)s)")
-    add_switch("--quick", help=f"{len(QUICK)} cases, three steps, small batches: a good minute on two idle CPU cores")
-    add("--cases", nargs="+", metavar="CASE", choices=CASES, help=f"{', '.join(CASES)} (all, fewer with --quick)")
-    add_switch("--parts", help="also measure the ways in between: channels_last, bf16 or fused attention alone")
-    add("--steps", type=utils.number(int, 1), help="timed steps of each way (10, at 1024 pixels and with --quick 3)")
+    add("--output-dir", default="runs/benchmark",
+        help="folder for benchmark.md and benchmark.png (%(default)s)")
+    add_switch("--quick", help=f"{len(QUICK)} cases, three steps, small batches: "
+                               "a good minute on two idle CPU cores")
+    add("--cases", nargs="+", metavar="CASE", choices=CASES,
+        help=f"{', '.join(CASES)} (all, fewer with --quick)")
+    add_switch("--parts", help="also measure the ways in between: "
+                               "channels_last, bf16 or fused attention alone")
+    add("--steps", type=utils.number(int, 1),
+        help="timed steps of each way (10, at 1024 pixels and with --quick 3)")
     add("-b", "--batch-size", type=utils.number(int, 1),
-        help="images per batch (U-Net 16 at 96 pixels, 4 at 256, DeepLab 4, EfficientSAM 1; less with --quick)")
+        help="images per batch (U-Net 16 at 96 pixels, 4 at 256, DeepLab 4, EfficientSAM 1; "
+             "less with --quick)")
     add("-j", "--workers", type=utils.number(int, 1), default=min(4, os.cpu_count()),
         help="loader processes, measured beside none (%(default)s)")
-    add("--threads", type=utils.number(int, 1), default=2, help="CPU threads of torch (%(default)s)")
+    add("--threads", type=utils.number(int, 1), default=2,
+        help="CPU threads of torch (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
     add("--start-up", type=utils.number(int, 10), metavar="N",
-        help="instead: seconds and memory until each script has checked a data set of N tiny images")
+        help="instead: seconds and memory until each script has checked a data set "
+             "of N tiny images")
     return parser
 
 
 # --- Ways ---
-# One function per script: settings of a way -> net, optimizer, function that computes the training loss, function that
-# predicts. plain: optimizer, DeepLab's net and loss, and EfficientSAM's attention as in the article; else all is ours.
+# One function per script: settings of a way -> net, optimizer, function that computes the training
+# loss, function that predicts. With plain=True, optimizer, DeepLab's net and loss, and
+# EfficientSAM's attention are as in the article. Everything else is ours.
 
 def unet(batch, net, size, monai=False, plain=False, dtype=None, channels_last=False):
     args = train_unet.get_args_parser().parse_args(["--model", net])
-    image, mask = torch.rand(batch, 3, size, size), (torch.rand(batch, 1, size, size) > 0.5).float()
-    model = train_unet.create_model(args)[0] if not monai else MONAI_NETS[net](
-        2, 3, 1, (*CHANNELS, CHANNELS[0]), norm="batch", act="relu")
-    optimizer = train_unet.create_optimizer(model, args) if not plain else torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    image = torch.rand(batch, 3, size, size)
+    mask = (torch.rand(batch, 1, size, size) > 0.5).float()
+    if monai:
+        model = MONAI_NETS[net](2, 3, 1, (*CHANNELS, CHANNELS[0]), norm="batch", act="relu")
+    else:
+        model = train_unet.create_model(args)[0]
+    if plain:
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    else:
+        optimizer = train_unet.create_optimizer(model, args)
 
     def predict():
         if channels_last:
             return train_unet.forward(model, image, dtype)[-1]
         with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
             outputs = model(image)
-        return (outputs[-1] if isinstance(outputs, list) else outputs).float()
+        if isinstance(outputs, list):  # of NestedUNet: the last one is the prediction
+            outputs = outputs[-1]
+        return outputs.float()
 
     return model, optimizer, lambda: train_unet.criterion(predict(), mask, args.loss), predict
 
 
 def deeplabv3(batch, net, size, plain=False, dtype=None, channels_last=False):
     args = train_deeplabv3.get_args_parser().parse_args(["--model", net, "--weights", "none"])
-    image, label = torch.randn(batch, 3, size, size), torch.randint(args.num_classes + 1, (batch, size, size))
+    num_classes = args.num_classes + 1  # with the background
+    image = torch.randn(batch, 3, size, size)
+    label = torch.randint(num_classes, (batch, size, size))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if plain:  # the net that the article copies
-        model = getattr(torchvision.models.segmentation, f"deeplabv3_{net}")(
-            weights=None, weights_backbone=None, num_classes=args.num_classes + 1, aux_loss=True)
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        build = getattr(torchvision.models.segmentation, f"deeplabv3_{net}")
+        model = build(weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=True)
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     else:
         model, label = train_deeplabv3.create_model(args)[0], label.byte()
         optimizer = train_deeplabv3.create_optimizer(model, args)
@@ -111,47 +136,62 @@ def deeplabv3(batch, net, size, plain=False, dtype=None, channels_last=False):
         outputs = forward()
         if not plain:
             return train_deeplabv3.criterion(outputs, label)
-        out, aux = [F.cross_entropy(outputs[name], label, ignore_index=255) for name in ("out", "aux")]
+        out = F.cross_entropy(outputs["out"], label, ignore_index=255)
+        aux = F.cross_entropy(outputs["aux"], label, ignore_index=255)
         return out + 0.5 * aux
 
     return model, optimizer, compute_loss, lambda: forward()["out"].float()
 
 
 def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
-    """plain: images of IMAGE_SIDE pixels that the net itself enlarges to `size`; else the loader has made them so."""
+    """plain: images of IMAGE_SIDE pixels, enlarged to `size` by the net; else of `size` already."""
     args = train_efficientsam.get_args_parser().parse_args(
         ["--model", net, "--weights", "none", f"--image-size={size}"])
-    side, mask_side = (IMAGE_SIDE, IMAGE_SIDE) if plain else (size, min(size, train_efficientsam.MASK_SIZE))
-    image, masks = torch.rand(batch, 3, side, side), torch.rand(batch, objects, mask_side, mask_side) > 0.5
-    points = (side * torch.tensor([[0.2, 0.3], [0.7, 0.8]])).expand(batch, objects, 2, 2)  # the corners of a box
-    labels, valid = torch.tensor([2, 3]).expand(batch, objects, 2), torch.ones(batch, objects, dtype=torch.bool)
+    side = mask_side = IMAGE_SIDE
+    if not plain:
+        side, mask_side = size, min(size, train_efficientsam.MASK_SIZE)
+    image = torch.rand(batch, 3, side, side)
+    masks = torch.rand(batch, objects, mask_side, mask_side) > 0.5
+    box = side * torch.tensor([[0.2, 0.3], [0.7, 0.8]])  # its corners
+    points = box.expand(batch, objects, 2, 2)
+    labels = torch.tensor([2, 3]).expand(batch, objects, 2)
+    valid = torch.ones(batch, objects, dtype=torch.bool)
     model = train_efficientsam.create_model(args)[0]
-    optimizer = train_efficientsam.create_optimizer(model, args) if not plain else torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=args.weight_decay)
+    if plain:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), args.lr, weight_decay=args.weight_decay)
+    else:
+        optimizer = train_efficientsam.create_optimizer(model, args)
 
     def forward(output_side):
-        """Logits of the masks at output_side pixels (-1: as the decoder yields them), and the net's own IoU."""
-        with torch.autocast(image.device.type, dtype, enabled=dtype is not None), \
-                written_out_attention() if plain else contextlib.nullcontext():
+        """Logits of masks of output_side pixels (-1: the decoder's size), and the net's own IoU."""
+        attention = written_out_attention() if plain else contextlib.nullcontext()
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None), attention:
             embedding = model.get_image_embeddings(image)
-            return model.predict_masks(embedding, points, labels, True, side, side, output_side, output_side)
+            return model.predict_masks(
+                embedding, points, labels, True, side, side, output_side, output_side)
 
     def compute_loss():
         logits, iou = forward(IMAGE_SIDE if plain else -1)
         logits = logits.float()
         if logits.shape[-2:] != masks.shape[-2:]:
-            logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
-                                   align_corners=False).unflatten(0, logits.shape[:2])
-        return train_efficientsam.criterion(logits, iou.float(), masks, valid, args) / (batch * objects)
+            resized = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic",
+                                    align_corners=False)
+            logits = resized.unflatten(0, logits.shape[:2])
+        loss_sum = train_efficientsam.criterion(logits, iou.float(), masks, valid, args)
+        return loss_sum / (batch * objects)
 
     return model, optimizer, compute_loss, lambda: forward(IMAGE_SIDE)
 
 
 @contextlib.contextmanager
 def written_out_attention():
-    """Inside, attention is as the authors wrote it: every weight of every token on every token, (N, N), in memory."""
+    """Inside, attention is as the authors wrote it: all weights, (N, N) for N tokens, in memory."""
+    def attention(q, k, v):
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
     fused = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v: (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
@@ -159,13 +199,17 @@ def written_out_attention():
 
 
 def create_step(create, device, train, settings):
-    """A function without arguments that does one training step, or without train one prediction; the net."""
+    """A function without arguments, and the net.
+
+    The function does one training step, with train=False one prediction.
+    """
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as the articles' scripts and ours
-    with device:  # where tensors are made in here
+    torch.backends.cudnn.benchmark = True  # as in the articles' scripts and ours
+    with device:  # where new tensors are made
         model, optimizer, compute_loss, predict = create(**settings)
-    model.train(train).to(
-        memory_format=torch.channels_last if settings.get("channels_last") else torch.contiguous_format)
+    channels_last = settings.get("channels_last")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model.train(train).to(memory_format=layout)
 
     def article_step():
         loss = compute_loss()
@@ -176,7 +220,8 @@ def create_step(create, device, train, settings):
     def our_step():
         loss = compute_loss()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None])
         if torch.isfinite(loss.detach() + norm):
             optimizer.step()
         optimizer.zero_grad()
@@ -188,28 +233,51 @@ def create_step(create, device, train, settings):
 BF16 = torch.bfloat16
 FLOAT32, CONTIGUOUS = {"channels_last": True}, {"dtype": BF16}
 OURS = {**FLOAT32, **CONTIGUOUS}
-UNET_WAYS = {"article": {"plain": True}, "MONAI": {"plain": True, "monai": True}, "ours, float32": FLOAT32,
-             "ours, contiguous": CONTIGUOUS, "ours": OURS}
-DEEPLAB_WAYS = {"article (torchvision)": {"plain": True}, "ours, float32": FLOAT32, "ours, contiguous": CONTIGUOUS,
-                "ours": OURS}
-SAM_WAYS = {"article, 1024": {"plain": True, "size": 1024}, "ours 1024, float32": {"size": 1024},
-            **{f"ours {size}": {"dtype": BF16, "size": size} for size in (1024, 512, 256)}}
-OBJECT_WAYS = {f"{'ours, ' * (n > 1)}{n} a pass": {"dtype": BF16, "objects": n} for n in (1, 8)}
+UNET_WAYS = {
+    "article": {"plain": True},
+    "MONAI": {"plain": True, "monai": True},
+    "ours, float32": FLOAT32,
+    "ours, contiguous": CONTIGUOUS,
+    "ours": OURS,
+}
+DEEPLAB_WAYS = {
+    "article (torchvision)": {"plain": True},
+    "ours, float32": FLOAT32,
+    "ours, contiguous": CONTIGUOUS,
+    "ours": OURS,
+}
+SAM_WAYS = {
+    "article, 1024": {"plain": True, "size": 1024},
+    "ours 1024, float32": {"size": 1024},
+    "ours 1024": {"dtype": BF16, "size": 1024},
+    "ours 512": {"dtype": BF16, "size": 512},
+    "ours 256": {"dtype": BF16, "size": 256},
+}
+OBJECT_WAYS = {
+    "1 a pass": {"dtype": BF16, "objects": 1},
+    "ours, 8 a pass": {"dtype": BF16, "objects": 8},
+}
 PARTS = ("ours, float32", "ours, contiguous", "ours 1024, float32")  # only with --parts
-CASES = {  # script, its function above, settings of all ways, ways, batch, that with --quick, steps
+CASES = {  # script, its function above, settings of all ways, ways, batch, --quick's batch, steps
     "UNet-96": ("train_unet", unet, {"net": "UNet", "size": 96}, UNET_WAYS, 16, 4, 10),
     "UNet-256": ("train_unet", unet, {"net": "UNet", "size": 256}, UNET_WAYS, 4, 1, 10),
     "NestedUNet-96": ("train_unet", unet, {"net": "NestedUNet", "size": 96}, UNET_WAYS, 16, 4, 10),
     "NestedUNet-256": ("train_unet", unet, {"net": "NestedUNet", "size": 256}, UNET_WAYS, 4, 1, 10),
     "deeplabv3_mobilenet_v3_large": (
-        "train_deeplabv3", deeplabv3, {"net": "mobilenet_v3_large", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
-    "deeplabv3_resnet50": ("train_deeplabv3", deeplabv3, {"net": "resnet50", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
-    "efficient_sam_vitt": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt"}, SAM_WAYS, 1, 1, 3),
-    "efficient_sam_vits": ("train_efficientsam", efficient_sam, {"net": "efficient_sam_vits"}, SAM_WAYS, 1, 1, 3),
+        "train_deeplabv3", deeplabv3, {"net": "mobilenet_v3_large", "size": 256},
+        DEEPLAB_WAYS, 4, 2, 10),
+    "deeplabv3_resnet50": (
+        "train_deeplabv3", deeplabv3, {"net": "resnet50", "size": 256}, DEEPLAB_WAYS, 4, 2, 10),
+    "efficient_sam_vitt": (
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt"}, SAM_WAYS, 1, 1, 3),
+    "efficient_sam_vits": (
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vits"}, SAM_WAYS, 1, 1, 3),
     "objects-256": (
-        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 256}, OBJECT_WAYS, 1, 1, 10),
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 256},
+        OBJECT_WAYS, 1, 1, 10),
     "objects-1024": (
-        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 1024}, OBJECT_WAYS, 1, 1, 3),
+        "train_efficientsam", efficient_sam, {"net": "efficient_sam_vitt", "size": 1024},
+        OBJECT_WAYS, 1, 1, 3),
 }
 
 QUICK = ("UNet-96", "UNet-256", "NestedUNet-96", "deeplabv3_mobilenet_v3_large", "objects-256")
@@ -232,27 +300,32 @@ def time_steps(steps, warm_up, count, device, title):
 
 
 def peak_memory(create, device, settings, threads):
-    """MB that two training steps add to what Python and its imports take (on CUDA: MB of the device); parameters."""
+    """MB that two training steps add to Python and its imports, number of parameters.
+
+    On CUDA: MB of the device.
+    """
     torch.set_num_threads(threads)
     before = utils.peak_memory_mb(device)
     step, model = create_step(create, device, True, settings)
     step()
-    step()  # the first one makes the optimizer's state, this one holds it from its start
+    step()  # the first step creates the optimizer's state, this one holds it from its start
     return utils.peak_memory_mb(device) - before, sum(p.numel() for p in model.parameters())
 
 
 def draw_images(script, folder, count, size, different):
-    """`count` images in the script's layout: as many drawn as are to be different, hard links to them after those."""
+    """`count` images in the script's layout: the first `different` drawn, the others hard links."""
     _, draw, places, _ = SCRIPTS[script]
     for place in places:
         Path(folder, place).parent.mkdir(parents=True)
     for index in range(count):
         utils.raise_if_stopped()
-        for place, pixels in zip(places, draw(index, size) if index < different else places):
-            path = Path(folder, place.format(index))
-            if index >= different:
+        paths = [Path(folder, place.format(index)) for place in places]
+        if index >= different:
+            for place, path in zip(places, paths):
                 os.link(Path(folder, place.format(index % different)), path)
-            elif path.suffix == ".npy":
+            continue
+        for path, pixels in zip(paths, draw(index, size)):
+            if path.suffix == ".npy":
                 np.save(path, pixels)
             else:
                 utils.save_image(path, pixels)
@@ -260,25 +333,27 @@ def draw_images(script, folder, count, size, different):
         lists = Path(folder, "VOCdevkit/VOC2012/ImageSets/Segmentation")
         lists.mkdir(parents=True)
         for name, is_val in (("train", False), ("val", True)):
-            (lists / f"{name}.txt").write_text("".join(f"{i}\n" for i in range(count) if (i % 5 == 0) == is_val))
+            lines = [f"{index}\n" for index in range(count) if (index % 5 == 0) == is_val]
+            (lists / f"{name}.txt").write_text("".join(lines))
 
 
 def create_loader(script, folder, size, batch, workers):
     """The script's training loader of the images in folder, at this size."""
-    module, *_, options = SCRIPTS[script]
-    options = [f"--data-path={folder}", f"--batch-size={batch}", f"--workers={workers}"] + [
-        option.format(size) for option in options]
+    module, *_, size_options = SCRIPTS[script]
+    options = [f"--data-path={folder}", f"--batch-size={batch}", f"--workers={workers}"]
+    options += [option.format(size) for option in size_options]
     return module.create_loaders(module.get_args_parser().parse_args(options))[0]
 
 
 @functools.cache  # ways of one size share it
 def loader_speed(script, size, folder, batch, workers):
-    """Images/s of three epochs of the loader with nothing else going on, the start of its workers included."""
-    image = IMAGE_SIDE if script == "train_efficientsam" else size
-    folder = Path(folder, f"{script}_{image}_{batch}")
+    """Images/s of three epochs of the loader alone, the start of its workers included."""
+    side = IMAGE_SIDE if script == "train_efficientsam" else size
+    folder = Path(folder, f"{script}_{side}_{batch}")
     if not folder.exists():  # 16 batches, the rest is for validation
-        draw_images(script, folder, 20 * batch, image, 20 * batch)
-    loader, speeds = create_loader(script, folder, size, batch, workers), []
+        draw_images(script, folder, 20 * batch, side, 20 * batch)
+    loader = create_loader(script, folder, size, batch, workers)
+    speeds = []
     for epoch in range(3):
         utils.raise_if_stopped()
         loader.sampler.set_epoch(epoch)
@@ -290,7 +365,7 @@ def loader_speed(script, size, folder, batch, workers):
 
 
 def start_up(script, folder):
-    """Seconds until the script has its loaders, which checks the data, and MB that it adds to the imports."""
+    """Seconds until the script has checked its data and made its loaders, MB that this takes."""
     cpu = torch.device("cpu")
     before, started = utils.peak_memory_mb(cpu), time.perf_counter()
     create_loader(script, folder, 64, 2, 0)
@@ -301,37 +376,63 @@ def call_fresh(fresh_process, title, function, *args):
     """function(*args) in a process of its own, which Ctrl-C ends at once."""
     try:
         return fresh_process.submit(function, *args).result()
-    except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed: by Ctrl-C, or by the system
+    except (BrokenProcessPool, EOFError, torch.OutOfMemoryError):  # killed by Ctrl-C or the system
         utils.raise_if_stopped()
-        raise utils.InputError(f"{title}: ran out of memory; give a smaller --batch-size, or other --cases") from None
+        raise utils.InputError(f"{title}: ran out of memory; give a smaller --batch-size, "
+                               "or other --cases") from None
 
 
 def measure(name, args, device, folder, fresh_process):
-    """Ratios {pair: {figure: ratio}} of a case, its rows of the figures and its rows of the loaders."""
+    """Ratios {pair: {figure: ratio}} of a case, its table rows of figures and of loaders."""
     script, create, common, ways, batch, quick_batch, steps = CASES[name]
     batch = args.batch_size or (quick_batch if args.quick else batch)
-    warm_up, steps = 1 if args.quick or steps < 10 else 2, args.steps or (3 if args.quick else steps)
-    settings = {way: {**common, "batch": batch, **own} for way, own in ways.items() if args.parts or way not in PARTS}
+    warm_up = 1 if args.quick or steps < 10 else 2
+    steps = args.steps or (3 if args.quick else steps)
+    settings = {way: {**common, "batch": batch, **own} for way, own in ways.items()
+                if args.parts or way not in PARTS}
     ours = [way for way in settings if way.startswith("ours")]
-    loaders = {way: [loader_speed(script, settings[way]["size"], folder, batch, j) for j in (0, args.workers)]
-               for way in ours}  # first, as it finds batches that are no good
-    memory = {way: call_fresh(fresh_process, f"{name}, {way}, --batch-size {batch}", peak_memory, create, device,
-                              settings[way], args.threads) for way in settings}
-    training, inference = [time_steps(
-        {way: create_step(create, device, train, settings[way])[0] for way in settings}, warm_up, steps, device, name)
-        for train in (True, False)]
-    items = {way: batch * one.get("objects", 1) for way, one in settings.items()}
-    figures = [[name, str(batch), way, f"{memory[way][1] / 1e6:.2f}", spread(training[way]),
-                digits(items[way] / median(training[way])), f"{memory[way][0]:.0f}", spread(inference[way]),
-                digits(items[way] / median(inference[way]))] for way in settings]
-    ratios = {f"{other} / {way}": {
-        "training step": median(training[other]) / items[other] / median(training[way]) * items[way],
-        "inference": median(inference[other]) / items[other] / median(inference[way]) * items[way],
-        "peak memory": memory[other][0] / memory[way][0],
-        "loader / step": max(map(median, loaders[way])) * median(training[way]) / batch}
-        for way in ours for other in settings if other not in ours}
-    loaders = [[name, str(batch), way, *map(spread, loaders[way]), digits(batch / median(training[way]))]
-               for way in ours]
+
+    # Loaders first, because they refuse a batch size that the script cannot train with
+    loader_speeds = {}
+    for way in ours:
+        size = settings[way]["size"]
+        loader_speeds[way] = [loader_speed(script, size, folder, batch, workers)
+                              for workers in (0, args.workers)]
+    memory, parameters = {}, {}
+    for way in settings:
+        title = f"{name}, {way}, --batch-size {batch}"
+        memory[way], parameters[way] = call_fresh(
+            fresh_process, title, peak_memory, create, device, settings[way], args.threads)
+
+    def time_ways(train):
+        functions = {way: create_step(create, device, train, settings[way])[0] for way in settings}
+        return time_steps(functions, warm_up, steps, device, name)
+
+    training, inference = time_ways(train=True), time_ways(train=False)
+    step_s = {way: median(seconds) for way, seconds in training.items()}
+    inference_s = {way: median(seconds) for way, seconds in inference.items()}
+    items = {way: batch * settings[way].get("objects", 1) for way in settings}
+
+    figures = []
+    for way in settings:
+        figures.append([
+            name, str(batch), way, f"{parameters[way] / 1e6:.2f}",
+            spread(training[way]), digits(items[way] / step_s[way]), f"{memory[way]:.0f}",
+            spread(inference[way]), digits(items[way] / inference_s[way])])
+    ratios = {}
+    for way in ours:
+        for other in settings:
+            if other in ours:
+                continue
+            ratios[f"{other} / {way}"] = {
+                "training step": step_s[other] / items[other] / step_s[way] * items[way],
+                "inference": inference_s[other] / items[other] / inference_s[way] * items[way],
+                "peak memory": memory[other] / memory[way],
+                "loader / step": max(map(median, loader_speeds[way])) * step_s[way] / batch}
+    loaders = []
+    for way in ours:
+        loaders.append([name, str(batch), way, *map(spread, loader_speeds[way]),
+                        digits(batch / step_s[way])])
     return ratios, figures, loaders
 
 
@@ -341,11 +442,13 @@ def describe_machine(device):
     """One line, with the load that others put on the machine before we start."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")] + [platform.processor()]
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    names.append(platform.processor())
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    return (f"{names[0]} ({os.cpu_count()} cores, threads used: {torch.get_num_threads()}{load}){gpu}; "
-            f"device {device}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}")
+    cores = f"{os.cpu_count()} cores, threads used: {torch.get_num_threads()}{load}"
+    return (f"{names[0]} ({cores}){gpu}; device {device}; torch {torch.__version__}; "
+            f"{time.strftime('%Y-%m-%d')}")
 
 
 def digits(value):
@@ -366,35 +469,44 @@ def table(head, rows):
 
 def report(machine, left_out, ratios, figures, loaders, args, device):
     """The text of benchmark.md."""
-    told = "" if utils.pick_precision("auto", device)[0] else "; on this device bf16 has to be asked for: --amp bf16"
-    beyond = "" if device.type == "cuda" else " beyond what the imports took"
-    shared = "; beside training it has to share the processor with it" if device.type == "cpu" else ""
-    left_out = f"- left out by --quick, as they take minutes: {', '.join(left_out)}\n" if left_out else ""
+    amp_note = beyond = shared = left_out_line = ""
+    if not utils.pick_precision("auto", device)[0]:
+        amp_note = "; on this device bf16 has to be asked for: --amp bf16"
+    if device.type != "cuda":
+        beyond = " beyond what the imports took"
+    if device.type == "cpu":
+        shared = "; beside training it has to share the processor with it"
+    if left_out:
+        left_out_line = f"- left out by --quick, as they take minutes: {', '.join(left_out)}\n"
+
+    ratio_head = ["case", "ratio of", "training step", "inference", "peak memory", "loader / step"]
     ratio_rows = [[name, pair, *map("{:.2f}".format, row.values())]
                   for name, pairs in ratios.items() for pair, row in pairs.items()]
+    figure_head = ["case", "batch", "way", "M parameters", "training, s", "items/s", "memory, MB",
+                   "inference, s", "items/s"]
+    loader_head = ["case", "batch", "way", "0 workers", f"{args.workers} workers", "training step"]
     return f"""# The article's way beside ours
 
 {machine}
 
 - article: float32, contiguous, torch's plain optimizer; the losses of U-Net and EfficientSAM are ours;
-  DeepLab: torchvision's net; EfficientSAM: images of {IMAGE_SIDE} pixels enlarged to 1024 inside the net, an object a
-  image, attention written out
+  DeepLab: torchvision's net; EfficientSAM: images of {IMAGE_SIDE} pixels enlarged to 1024 inside the
+  net, one object per image, attention written out
 - MONAI: BasicUNet and BasicUNetPlusPlus of the same widths, trained as in the article
-- ours: bf16 autocast, channels_last, fused optimizer{told}
+- ours: bf16 autocast, channels_last, fused optimizer{amp_note}
   EfficientSAM: fused attention, the image at the side named
 - objects: of one image of EfficientSAM-Ti, both ways ours; ratios of time and items/s are for each object
-{left_out}
+{left_out_line}
 Ratios, other / ours: above 1 ours takes less time or memory; they say little where the spreads below overlap much.
 Loader / step: images/s of the faster loader / images/s of our training step; above 1 the loader alone outruns the step.
 
-{table(["case", "ratio of", "training step", "inference", "peak memory", "loader / step"], ratio_rows)}
+{table(ratio_head, ratio_rows)}
 Seconds per batch: median (smallest to largest) of the steps. Memory: peak of training{beyond}.
 
-{table(["case", "batch", "way", "M parameters", "training, s", "items/s", "memory, MB", "inference, s", "items/s"],
-       figures)}
+{table(figure_head, figures)}
 Images/s of the loader alone, start of its workers included{shared}.
 
-{table(["case", "batch", "way", "0 workers", f"{args.workers} workers", "training step"], loaders)}"""
+{table(loader_head, loaders)}"""
 
 
 def plot_ratios(path, ratios, title):
@@ -402,10 +514,12 @@ def plot_ratios(path, ratios, title):
     import matplotlib  # late: it takes a second
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = {f"{name}\n{pair}": row for name, pairs in ratios.items() for pair, row in pairs.items()}
+    rows = {f"{name}\n{pair}": row
+            for name, pairs in ratios.items() for pair, row in pairs.items()}
     figure, axis = plt.subplots(figsize=(10, 1.5 + 0.7 * len(rows)), layout="constrained")
     for shift, kind in ((-0.26, "training step"), (0, "inference"), (0.26, "peak memory")):
-        places, values = [i + shift for i in range(len(rows))], [row[kind] for row in rows.values()]
+        places = [i + shift for i in range(len(rows))]
+        values = [row[kind] for row in rows.values()]
         bars = axis.barh(places, [value - 1 for value in values], 0.24, left=1, label=kind)
         axis.bar_label(bars, map(digits, values), padding=3)
     axis.axvline(1, color="black", linewidth=1)
@@ -426,36 +540,50 @@ def plot_ratios(path, ratios, title):
 # --- Main ---
 
 def main(args):
-    """Measures the cases; returns {case: {"other / ours": {training step, inference, peak memory, loader / step}}}.
+    """Measures the cases; returns {case: {"other / ours": {figure: ratio}}}.
 
-    With --start-up: {script: (seconds, MB)}.
+    The figures are training step, inference, peak memory and loader / step. With --start-up it
+    returns {script: (seconds, MB)}.
     """
     device = utils.pick_device(args.device)
     torch.set_num_threads(args.threads)
     machine = describe_machine(device)
-    left_out = [name for name in CASES if args.quick and not args.cases and name not in QUICK]
+    left_out = []
+    if args.quick and not args.cases:
+        left_out = [name for name in CASES if name not in QUICK]
     names = args.cases or [name for name in CASES if name not in left_out]
-    # A fork server imports once for all fresh processes; CUDA may not live through a fork
+    # A fork server imports once for all fresh processes; CUDA may not survive a fork
     forks = device.type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(["monai.losses", "monai.networks.nets", "torchvision"])
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-            1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL), max_tasks_per_child=1) as fresh_process:
+    with (tempfile.TemporaryDirectory() as folder,
+          ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_DFL),
+                              max_tasks_per_child=1) as fresh_process):
         if args.start_up:
+            count = args.start_up
             for script in SCRIPTS:
-                draw_images(script, Path(folder, script), args.start_up, 32, args.start_up // 1000 + 10)
-            found = {script: call_fresh(fresh_process, f"--start-up {args.start_up}: {script}", start_up, script,
-                                        Path(folder, script)) for script in SCRIPTS}
-            print(f"{machine}\n\n" + table(["script", "images", "seconds to check it", "memory, MB"], [
-                [script, str(args.start_up), digits(seconds), f"{mb:.0f}"] for script, (seconds, mb) in found.items()]))
+                draw_images(script, Path(folder, script), count, 32, count // 1000 + 10)
+            found = {}
+            for script in SCRIPTS:
+                found[script] = call_fresh(fresh_process, f"--start-up {count}: {script}",
+                                           start_up, script, Path(folder, script))
+            head = ["script", "images", "seconds to check it", "memory, MB"]
+            rows = [[script, str(count), digits(seconds), f"{mb:.0f}"]
+                    for script, (seconds, mb) in found.items()]
+            print(f"{machine}\n\n" + table(head, rows))
             return found
-        ratios, figures, loaders, output_dir = {}, [], [], Path(args.output_dir)
+
+        ratios, figures, loaders = {}, [], []
+        output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         for name in names:
-            ratios[name], *rows = measure(name, args, device, folder, fresh_process)
-            figures, loaders = figures + rows[0], loaders + rows[1]
+            ratios[name], figure_rows, loader_rows = measure(
+                name, args, device, folder, fresh_process)
+            figures += figure_rows
+            loaders += loader_rows
             text = report(machine, left_out, ratios, figures, loaders, args, device)
-            (output_dir / "benchmark.md").write_text(text)  # so far: the next case may run out of memory
+            # Written after each case, because the next one may run out of memory
+            (output_dir / "benchmark.md").write_text(text)
 
     plot_ratios(output_dir / "benchmark.png", ratios, machine)
     print(f"{text}\nwrote {output_dir}/benchmark.md {output_dir}/benchmark.png")

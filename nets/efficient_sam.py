@@ -6,7 +6,7 @@ The encoder is distilled from SAM's. Keys, shapes and outputs match github.com/y
 Left out on purpose: activations, norms and paddings that the two published builds do not use.
 
 Frames of coordinates: points are given in pixels (x, y) of the input image, whatever its size. The
-image is stretched to a square of side image_size; inside the net, points are in pixels of that square.
+image is stretched to a square of side image_size; inside the net, points are in its pixels.
 Letters: B images, Q queries per image (each the prompts of one object), N points per query,
 C width of the ViT, D width of the decoder, E = image_size / patch_size.
 """
@@ -165,7 +165,7 @@ class PositionEmbeddingRandom(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
 
     def forward(self, coords):
-        # Written out: autocast would do a matrix product in bfloat16, which cannot tell pixels apart
+        # Not a matrix product: autocast would do it in bfloat16, which cannot tell pixels apart
         matrix, coords = self.positional_encoding_gaussian_matrix, 2 * coords - 1
         angle = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
         return torch.cat([angle.sin(), angle.cos()], -1)
@@ -332,8 +332,8 @@ class EfficientSam(nn.Module):
     """Images (B, 3, H, W), points (B, Q, N, 2), labels (B, Q, N) -> masks, IoU.
 
     Images are RGB in 0..1, of any size. Masks are logits (B, Q, 3, H, W), with 0 as the threshold;
-    with scale_to_original_image_size=False they are (B, Q, 3, 4E, 4E). IoU (B, Q, 3) is the decoder's
-    own guess for each mask, not bounded.
+    with scale_to_original_image_size=False they are (B, Q, 3, 4E, 4E). IoU (B, Q, 3) is the
+    decoder's own guess for each mask, not bounded.
     Points are in pixels (x, y) of the image. At most max_points per query are used; pad shorter
     queries with (-1, -1) and label -1 (PromptEncoder has the other labels).
     """
@@ -383,12 +383,11 @@ class EfficientSam(nn.Module):
         b, q, n, _ = batched_points.shape
         points = self.get_rescaled_pts(batched_points, input_h, input_w)[:, :, :self.max_points]
         labels = batched_point_labels[:, :, :self.max_points]
-        missing = self.max_points - points.shape[2]
-        points = F.pad(points, (0, 0, 0, missing), value=-1.0).flatten(0, 1)
-        labels = F.pad(labels, (0, self.max_points - labels.shape[2]), value=-1).flatten(0, 1)
+        points = F.pad(points, (0, 0, 0, self.max_points - points.shape[2]), value=-1.0)
+        labels = F.pad(labels, (0, self.max_points - labels.shape[2]), value=-1)
         image = image_embeddings[:, None].expand(-1, q, -1, -1, -1).flatten(0, 1)  # (B*Q, D, E, E)
         image_pe = self.prompt_encoder.get_dense_pe()
-        tokens = self.prompt_encoder(points, labels)
+        tokens = self.prompt_encoder(points.flatten(0, 1), labels.flatten(0, 1))
         masks, iou = self.mask_decoder(image, image_pe, tokens, multimask_output)
         if output_h > 0 and output_w > 0:
             masks = F.interpolate(masks, (output_h, output_w), mode="bicubic", align_corners=False)
