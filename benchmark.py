@@ -3,6 +3,7 @@
     python benchmark.py --quick
     python benchmark.py --device cuda --cases UNet-256 -b 64 --steps 50 --workers 8
     python benchmark.py --start-up 100000
+    python benchmark.py --fine-tune 2
 
 A way is one variant of a case, such as the article's, MONAI's or ours. The ways take turns,
 step by step in one process, so that a busy machine slows all of them alike. A step is forward,
@@ -31,10 +32,12 @@ from monai.networks.nets import BasicUNet, BasicUNetPlusPlus
 from tqdm import tqdm
 
 import demo_data
+import finetune_sam_decoder
 import train_deeplabv3
 import train_efficientsam
 import train_unet
 import utils
+from nets import sam
 from nets.unet import CHANNELS
 
 MONAI_NETS = {"UNet": BasicUNet, "NestedUNet": BasicUNetPlusPlus}
@@ -79,6 +82,8 @@ def get_args_parser():
     add("--start-up", type=utils.number(int, 10), metavar="N",
         help="instead: seconds and memory until each script has checked a data set "
              "of N tiny images")
+    add("--fine-tune", type=utils.number(int, 1), metavar="N",
+        help="instead: ten epochs of finetune_sam_decoder.py on N images (demo net with --quick)")
     return parser
 
 
@@ -187,8 +192,9 @@ def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
 @contextlib.contextmanager
 def written_out_attention():
     """Inside, attention is as the authors wrote it: all weights, (N, N) for N tokens, in memory."""
-    def attention(q, k, v):
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    def attention(q, k, v, attn_mask=0):
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        return (scores + attn_mask).softmax(-1) @ v
 
     fused = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = attention
@@ -436,6 +442,118 @@ def measure(name, args, device, folder, fresh_process):
     return ratios, figures, loaders
 
 
+def fine_tune(net, size, images, device):
+    """Ten epochs on the same images -> {way: seconds of each}, {way: seconds of the encoder alone}.
+
+    The article's way: the encoder looks at each image in each epoch, in float32 and with attention
+    written out over all heads at once; one object at a time; loss at the image's own size. Neither way
+    validates. Ours: finetune_sam_decoder.py with --amp bf16, the cache made in the first epoch.
+    """
+    seconds, encoder = {"article": [], "ours": []}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        demo_data.write_instances(Path(folder), images + 1, rings=True, size=500)
+        options = ["--data-path", folder, "--year", "2012", "--model", net, "--weights", "none",
+                   "--image-size", str(size), "--amp", "bf16", "-j", "0", "--device", str(device),
+                   "--output-dir", f"{folder}/run", "--epochs", "10", "--train-set", "val"]
+        lists = Path(folder, "VOCdevkit/VOC2012/ImageSets/Segmentation")
+        names = [f"blob_{index:04d}\n" for index in range(images)]
+        (lists / "val.txt").write_text("".join(names))
+        args = finetune_sam_decoder.get_args_parser().parse_args(options)
+        run = utils.Run(args, "sam")
+        loader = finetune_sam_decoder.create_loaders(args)[0]
+        model, arch = finetune_sam_decoder.create_model(args)
+        model.to(device)
+        image = finetune_sam_decoder.preprocess(loader.dataset.items[0], False, args)[None].to(device)
+        plain = {"dtype": None, "plain": True}
+        for way, settings in {"article": plain, "ours, float32": {"dtype": None},
+                              "ours": {"dtype": BF16}}.items():
+            encode = functools.partial(encode_image, model, image, **settings)
+            encoder[way] = time_steps({way: encode}, 1, 3, device, way)[way]
+
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        optimizer = torch.optim.AdamW(
+            model.mask_decoder.parameters(), args.lr, weight_decay=args.weight_decay)
+        for _ in tqdm(range(args.epochs), "article", leave=False, disable=None):
+            started = time.perf_counter()
+            for item in loader.dataset.items:
+                utils.raise_if_stopped()
+                loss = article_loss(model, item, args, device)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            seconds["article"].append(time.perf_counter() - started)
+
+        model.load_state_dict(start)
+        args.base_hash = finetune_sam_decoder.hash_frozen(model)
+        part = finetune_sam_decoder.trained_part(model, args)
+        optimizer = finetune_sam_decoder.create_optimizer(model, args)
+        run.start(arch, loader.dataset, loader.dataset, model=part, optimizer=optimizer)
+        for _ in range(args.epochs):
+            started = time.perf_counter()
+            if not seconds["ours"]:
+                finetune_sam_decoder.cache_embeddings(model, [loader.dataset], run, args)
+            finetune_sam_decoder.train_one_epoch(model, loader, optimizer, run, args)
+            seconds["ours"].append(time.perf_counter() - started)
+            run.progress.update(epoch=run.progress["epoch"] + 1, step=0)
+    return seconds, encoder
+
+
+@torch.no_grad()
+def encode_image(model, image, dtype, plain=False):
+    """Embedding of a normalised image; plain: in blocks written like the official ones."""
+    fused = sam.Attention.forward
+    if plain:
+        sam.Attention.forward = official_attention
+    try:
+        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+            return model.image_encoder(image).float()
+    finally:
+        sam.Attention.forward = fused
+
+
+def official_attention(self, x):
+    """nets/sam.py's Attention as its authors arrange it: the scores of all heads in memory at once."""
+    batch, side, _, channels = x.shape
+    qkv = self.qkv(x).reshape(batch, side**2, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.flatten(1, 2)  # each (batch * heads, tokens, channels of a head)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)
+    places = torch.arange(side, device=x.device)
+    distance = places[:, None] - places + side - 1
+    square = q.unflatten(1, (side, side))
+    rows = torch.einsum("bhwc,hkc->bhwk", square, self.rel_pos_h[distance])
+    columns = torch.einsum("bhwc,wkc->bhwk", square, self.rel_pos_w[distance])
+    scores = scores.view(-1, side, side, side, side) + rows[..., None] + columns[..., None, :]
+    x = scores.flatten(3).flatten(1, 2).softmax(-1) @ v
+    x = x.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, side, side, channels)
+    return self.proj(x)
+
+
+def article_loss(model, item, args, device):
+    """One image as article 002 trains it: encoded anew, its objects one by one, in two passes each."""
+    ids = finetune_sam_decoder.read_ids(item)
+    image = finetune_sam_decoder.preprocess(item, False, args)[None].to(device)
+    embedding = encode_image(model, image, None, plain=True)
+    size = sam.resized_size(*ids.shape, args.image_size)
+    scale = torch.tensor([size[1] / ids.shape[1], size[0] / ids.shape[0]])
+    loss = 0
+    for number in range(1, ids.max() + 1):
+        points, labels, boxes, _ = finetune_sam_decoder.sample_prompts(ids, [number], args, False)
+        clicks = (points * scale).to(device), labels.to(device)
+        low_logits = None
+        for multimask in (True, False):
+            with torch.no_grad():
+                prompts = model.prompt_encoder(
+                    points=clicks, boxes=(boxes * scale.repeat(2)).to(device), masks=low_logits)
+            masks, iou = model.mask_decoder(
+                embedding, model.prompt_encoder.get_dense_pe(), *prompts, multimask)
+            low_logits = masks[:, iou[0].argmax()][:, None]
+        prob = model.postprocess_masks(low_logits, size, ids.shape)[0, 0].sigmoid()
+        truth = torch.from_numpy(ids == number).float().to(device)
+        dice = (2 * (prob * truth).sum() + 1e-5) / (prob.sum() + truth.sum() + 1e-5)
+        loss = loss + F.binary_cross_entropy(prob, truth) + 1 - dice
+    return loss
+
+
 # --- Report ---
 
 def describe_machine(device):
@@ -543,11 +661,21 @@ def main(args):
     """Measures the cases; returns {case: {"other / ours": {figure: ratio}}}.
 
     The figures are training step, inference, peak memory and loader / step. With --start-up it
-    returns {script: (seconds, MB)}.
+    returns {script: (seconds, MB)}, with --fine-tune what fine_tune does.
     """
     device = utils.pick_device(args.device)
     torch.set_num_threads(args.threads)
     machine = describe_machine(device)
+    if args.fine_tune:
+        net, size = ("demo", 192) if args.quick else ("vit_b", 1024)
+        seconds, encoder = fine_tune(net, size, args.fine_tune, device)
+        print(f"{machine}\n\n{net}, {size} pixels, {args.fine_tune} images, seconds:\n")
+        print(table(["way", "encoder alone, one image"], [
+            [way, spread(values)] for way, values in encoder.items()]))
+        print(table(["way", "first epoch", "second", "ten epochs"], [
+            [way, digits(values[0]), digits(values[1]), digits(sum(values))]
+            for way, values in seconds.items()]))
+        return seconds, encoder
     left_out = []
     if args.quick and not args.cases:
         left_out = [name for name in CASES if name not in QUICK]

@@ -11,7 +11,7 @@ Writes for each image, at its own size: NAME_mask.png (palette PNG of class ids,
 of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png
 (0 and 255); also areas.csv (pixels of each class in each image) and, with --coco, annotations.json.
 NAME is the file's, with its extension and folders where others have the same.
-EfficientSAM needs prompts, and numbers what they cut out from 1: each --box is an object; the --points
+SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the --points
 together are one, or belong to a single box. --prompts gives those of a folder, in pixels: {"NAME":
 {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}. --click takes them from the mouse.
 """
@@ -19,6 +19,7 @@ import argparse
 import csv
 import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -40,12 +41,14 @@ from tqdm import tqdm
 
 import utils
 from nets.deeplabv3 import COCO_WEIGHTS, VOC_CLASSES, deeplabv3
-from nets.efficient_sam import NETS as SAM_NETS
-from nets.efficient_sam import WEIGHTS as SAM_WEIGHTS
+from nets.efficient_sam import NETS as EFFICIENT_SAMS
+from nets.efficient_sam import WEIGHTS as EFFICIENT_WEIGHTS
+from nets.sam import NETS as SAMS
+from nets.sam import WEIGHTS, resize_positions, resized_size
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
 
-OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *SAM_WEIGHTS]
+OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *EFFICIENT_WEIGHTS, *WEIGHTS]
 
 
 # --- Options ---
@@ -58,15 +61,16 @@ def get_args_parser():
         help="image, .npy array, folder of them, glob, or .txt list of paths")
     add("--weights", required=True,
         help="best.pth or last.pth of a training script; with --model an official file, or its name: "
-             f"coco (DeepLab's), {', '.join(SAM_WEIGHTS)}, fetched once")
+             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS])}, fetched once")
     add("--model", choices=OFFICIAL, help="the net of an official file; our checkpoints name theirs")
+    add("--base", help="weights that a SAM decoder was trained on (those that its checkpoint names)")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add_switch("--overwrite", help="replace files in --output-dir")
     add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"], metavar="[polygon|rle]",
         help="also write annotations.json: each connected part of a class, or each object; polygons "
              "cannot represent holes")
     add("-b", "--batch-size", type=utils.number(int, 1), default=1,
-        help="images per batch, with --tile tiles; EfficientSAM takes one at a time (%(default)s)")
+        help="images per batch, with --tile tiles; nets with prompts take one at a time (%(default)s)")
     add("--tile", type=utils.number(int, 32), metavar="N",
         help="cut larger images into tiles of N x N pixels, about the size of those trained on")
     add("--overlap", type=utils.number(float, 0, 0.9), help="fraction by which tiles overlap (0.25)")
@@ -218,7 +222,7 @@ def load_model(args):
     path = args.weights
     if path == "coco" and not args.model:
         raise utils.InputError(f"--weights coco: of which net? give --model ({', '.join(OFFICIAL)})")
-    name = args.model or (path if path in SAM_WEIGHTS else None)
+    name = args.model or (path if path in OFFICIAL else None)
     checkpoint = official_checkpoint(path, name) if name else utils.load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
         raise utils.InputError(f"{path}: does not say what net it is of; give a training script's "
@@ -230,8 +234,12 @@ def load_model(args):
     try:
         trained_with = SimpleNamespace(**checkpoint["args"])
         getattr(trained_with, net.needs)
+        torch.manual_seed(checkpoint["args"].get("seed", 0))  # --weights none: a frozen part is drawn
         model = net.build(**checkpoint["arch"])
-        model.load_state_dict(checkpoint["model"])
+        if checkpoint["net"] == "sam":
+            load_sam(model, path, args.base)
+        else:
+            model.load_state_dict(checkpoint["model"])
         model = model.to(device, memory_format=torch.channels_last).eval()
         loaded = Loaded(model, net, checkpoint["net"], checkpoint["arch"], trained_with,
                         checkpoint["classes"], device, dtype)
@@ -248,18 +256,20 @@ def load_model(args):
 
 def official_checkpoint(path, name):
     """An official file, or any bare weights of this net, as a checkpoint of ours."""
-    backbone = name.removeprefix("deeplabv3_")
-    file = path
-    if path in SAM_WEIGHTS:
-        file = utils.fetch_weights(path, SAM_WEIGHTS[path])
+    if name in WEIGHTS:
+        return {"format": 0, "net": "sam", "classes": [], "arch": {"model": name, "image_size": 1024},
+                "args": {"image_size": 1024}}
+    backbone, file = name.removeprefix("deeplabv3_"), path
+    if path in EFFICIENT_WEIGHTS:
+        file = utils.fetch_weights(path, EFFICIENT_WEIGHTS[path])
     elif path == "coco":
         url = COCO_WEIGHTS[backbone]
         file = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
     checkpoint = utils.load_checkpoint(file)
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         raise utils.InputError(f"{path}: names its own net; leave --model out")
-    state = utils.read_weights(file, {})
-    if name in SAM_WEIGHTS:
+    state = utils.state_of(checkpoint)
+    if name in EFFICIENT_WEIGHTS:
         return {"format": 0, "net": "efficient_sam", "model": state, "classes": [],
                 "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
     try:
@@ -270,6 +280,41 @@ def official_checkpoint(path, name):
     classes = VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)]
     return {"format": 0, "net": "deeplabv3", "model": state, "classes": classes, "arch": arch,
             "args": {"base_size": 520}}
+
+
+def load_sam(model, path, base=None):
+    """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
+
+    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Position
+    codes of another image size are interpolated.
+    """
+    file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
+    checkpoint = utils.load_checkpoint(file)
+    trained = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    utils.check_net(checkpoint, path, {"net": "sam", **trained.get("arch", {})})
+    state = utils.state_of(checkpoint)
+    if not state or not all(key.startswith("mask_decoder.") for key in state):
+        utils.load_weights(model, resize_positions(state, model), path)
+        return
+    base = base or trained.get("args", {}).get("weights")
+    if not base:
+        raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+    if base != "none":
+        load_sam(model, base)
+    same_size = trained and trained["arch"]["image_size"] == model.image_size
+    if same_size and trained["args"]["base_hash"] != hash_frozen(model):
+        raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
+                               "the right --base")
+    utils.load_weights(model, {**model.state_dict(), **state}, path)
+
+
+def hash_frozen(model):
+    """16 hex digits of the weights of both encoders."""
+    digest = hashlib.sha256()
+    for part in (model.image_encoder, model.prompt_encoder):
+        for key, value in part.state_dict().items():
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def forward(model, image, dtype):
@@ -490,9 +535,9 @@ def check_prompts(name, queries, shape):
 
 
 def predict_efficient_sam(loaded, image, queries):
-    """RGB (H, W, 3) uint8, prompts -> yields first, logits (q, 3, H, W), scores (q, 3).
+    """RGB (H, W, 3) uint8, prompts -> yields logits (q, C, H, W), scores (q, C), the best one's (q,).
 
-    As train_efficientsam.py validates.
+    As train_efficientsam.py validates, C 3.
     """
     args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
@@ -504,7 +549,40 @@ def predict_efficient_sam(loaded, image, queries):
         points[i, :len(kinds)] = torch.tensor(query) * scale
         labels[i, :len(kinds)] = torch.tensor(kinds)
     inputs = [part[None].to(loaded.device) for part in (preprocess(image, args), points, labels)]
-    return predict_masks(loaded.model, *inputs, image.shape[-2:], args, loaded.dtype)
+    parts = predict_masks(loaded.model, *inputs, image.shape[-2:], args, loaded.dtype)
+    for _, logits, scores in parts:
+        yield logits, scores, scores.argmax(1)
+
+
+def predict_sam(loaded, image, queries):
+    """The same, C 4: as finetune_sam_decoder.py validates, the mask of the second pass, then the first's."""
+    model, device, size = loaded.model, loaded.device, image.shape[:2]
+    height, width = resized_size(*size, model.image_size)
+    scale = torch.tensor([width / size[1], height / size[0]])
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    image = v2.functional.resize(image, [height, width], antialias=True).to(device)
+    with torch.autocast(device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        embedding = model.image_encoder(model.preprocess(image.float())[None]).float()
+        for points, labels in queries:
+            points, labels = torch.tensor(points) * scale, torch.tensor(labels)
+            is_click = labels < 2
+            clicks = (points[is_click][None].to(device), labels[is_click][None].to(device))
+            clicks = clicks if is_click.any() else None
+            box = None if is_click.all() else points[~is_click].reshape(1, 4).to(device)
+            first, first_scores = decode_sam(model, embedding, clicks, box, None, True)
+            best = first[:, first_scores[0].argmax()][:, None]
+            second, second_scores = decode_sam(model, embedding, clicks, box, best, False)
+            logits, scores = torch.cat([second, first], 1), torch.cat([second_scores, first_scores], 1)
+            yield model.postprocess_masks(logits, (height, width), size), scores, torch.tensor([0])
+
+
+def decode_sam(model, embedding, clicks, box, low_logits, multimask):
+    """One pass for one object -> mask logits (1, C, M, M), the net's own IoU (1, C); float32."""
+    sparse, dense = model.prompt_encoder(points=clicks, boxes=box, masks=low_logits)
+    masks, iou = model.mask_decoder(
+        image_embeddings=embedding, image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=multimask)
+    return masks.float(), iou.float()
 
 
 def keep_embedding(model):
@@ -558,15 +636,15 @@ def predict_masks(model, image, points, labels, size, args, dtype):
 def write_objects(parts, image, prefix, note, all_masks):
     """Mask of object ids 1, 2 ... (a later one lies above), overlay; returns [object, pixels, score]."""
     mask, rows, k = np.zeros(image.shape[:2], np.uint8), [], 0
-    for _, logits, scores in parts:
-        for masks, ratings in zip((logits > 0).cpu().numpy(), scores.cpu().numpy()):  # three of an object
-            k, best = k + 1, ratings.argmax()
+    for logits, scores, chosen in parts:
+        for masks, ratings, best in zip((logits > 0).cpu().numpy(), scores.tolist(), chosen.tolist()):
+            k += 1
             mask[masks[best]] = k
-            note(1, masks[best], round(float(ratings[best]), 4))
+            note(1, masks[best], round(ratings[best], 4))
             rows.append([f"object {k}", int(masks[best].sum()), f"{ratings[best]:.4f}"])
-            for i in range(3 if all_masks else 0):
-                utils.save_image(f"{prefix}_{k}_{i + 1}.png", masks[i] * np.uint8(255))
-                rows.append([f"object {k} mask {i + 1}", int(masks[i].sum()), f"{ratings[i]:.4f}"])
+            for i in range(-3 if all_masks else 0, 0):
+                utils.save_image(f"{prefix}_{k}_{i + 4}.png", masks[i] * np.uint8(255))
+                rows.append([f"object {k} mask {i + 4}", int(masks[i].sum()), f"{ratings[i]:.4f}"])
     utils.save_mask(f"{prefix}_mask.png", mask)
     utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
     return rows
@@ -575,7 +653,7 @@ def write_objects(parts, image, prefix, note, all_masks):
 class ClickWindow:
     """An image in a matplotlib figure, to click on: `queries` as of read_prompts; s or q end it.
 
-    predict([query]) yields 0, logits (1, 3, H, W), scores (1, 3); the best mask is drawn.
+    predict([query]) yields logits (1, 3, H, W), scores (1, 3), the best one's; that one is drawn.
     """
 
     KEYS = ("left: object   right: background   drag: box   u: undo   enter: next object   s: save   "
@@ -647,8 +725,8 @@ class ClickWindow:
         """The last object is cut out anew."""
         self.masks[-1] = None
         if self.objects[-1]:
-            _, logits, scores = next(self.predict([self.query(self.objects[-1])]))
-            self.masks[-1] = (logits[0, scores[0].argmax()] > 0).cpu().numpy()
+            logits, _, best = next(self.predict([self.query(self.objects[-1])]))
+            self.masks[-1] = (logits[0, best[0]] > 0).cpu().numpy()
         self.draw()
 
     def draw(self):
@@ -688,8 +766,10 @@ NETS = {
     "unet": Net(lambda model, **arch: UNETS[model](**arch), predict_unet, "image_size",
                 overlapping=True),
     "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
-    "efficient_sam": Net(lambda model, image_size: SAM_NETS[model](image_size), predict_efficient_sam,
-                         "preprocess", prompts=True),
+    "efficient_sam": Net(lambda model, image_size: EFFICIENT_SAMS[model](image_size),
+                         predict_efficient_sam, "preprocess", prompts=True),
+    "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
+               prompts=True),
 }
 
 
@@ -707,6 +787,10 @@ def check_options(args, loaded):
                                    "it out")
     if not all(0.1 <= scale <= 10 for scale in args.scales):
         raise utils.InputError(f"--scales {args.scales}: must be from 0.1 to 10")
+    if args.click and loaded.name != "efficient_sam":
+        raise utils.InputError(f"--click: is for EfficientSAM; {args.weights} is {loaded.name}")
+    if args.base and loaded.name != "sam":
+        raise utils.InputError(f"--base: is for SAM; {args.weights} is {loaded.name}; leave it out")
     if args.overlap is not None and not args.tile:
         raise utils.InputError("--overlap: is of tiles; give --tile too")
     if args.click and args.all_masks:
@@ -777,9 +861,9 @@ def do_classes(batch, loaded, note, args):
 def do_prompts(batch, loaded, note, args, queries, figure, stop):
     """Cuts out one image by its queries, or by clicks into figure; yields as do_classes, or nothing."""
     (name, path, image), = batch
-    loaded = loaded._replace(model=keep_embedding(loaded.model))
     own = queries.get(name)
     if figure:
+        loaded = loaded._replace(model=keep_embedding(loaded.model))
         window = ClickWindow(figure, image, functools.partial(loaded.net.predict, loaded, image))
         figure.canvas.start_event_loop()
         utils.raise_if_stopped()

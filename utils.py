@@ -307,7 +307,8 @@ class Run:
                for value in (loss_sum, count, len(self.items))]
         loss_sum, count, images = sum_over_ranks(torch.stack(own))
         # DistributedDataParallel took the mean over processes; if nothing counts, gradients are 0
-        torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
+        if gradients:
+            torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         if clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)

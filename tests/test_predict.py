@@ -257,6 +257,86 @@ def test_prompts_that_cannot_be(objects_run, tmp_path, more, words):
         run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / "out")
 
 
+# --- SAM ---
+
+@pytest.fixture(scope="module")
+def sam_run(tmp_path_factory):
+    """A SAM decoder of a short training, its base weights, and its images."""
+    import demo_data
+    import finetune_sam_decoder
+    folder = tmp_path_factory.mktemp("sam_run")
+    demo_data.write_instances(folder, 10, rings=True, size=64)
+    torch.manual_seed(0)
+    torch.save(finetune_sam_decoder.NETS["demo"](64).state_dict(), folder / "base.pth")
+    figures = finetune_sam_decoder.main(finetune_sam_decoder.get_args_parser().parse_args(
+        ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--model", "demo", "--image-size", "64",
+         "--weights", str(folder / "base.pth"), "-b", "2", "-j", "0", "--epochs", "1", "--lr", "0", "--device", "cpu",
+         "--year", "2012"]))
+    return folder, figures
+
+
+def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
+    import finetune_sam_decoder as script_
+    folder, figures = sam_run
+    names, prompts, truth = voc(folder, "ImageSets/Segmentation/val.txt").read_text().split(), {}, {}
+    for name in names:
+        ids = script_.read_ids((name, voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")))
+        truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
+        prompts[name] = {"boxes": [script_.box_of(mask).tolist() for mask in truth[name][0]]}
+    (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
+    ious = []
+    for name in names:  # one object at a time, as in the mask of ids a later one lies above
+        for k, (box, mask) in enumerate(zip(prompts[name]["boxes"], truth[name][0])):
+            run("--weights", folder / "run/last.pth", voc(folder, f"JPEGImages/{name}.jpg"), "--box",
+                ",".join(map(str, box)), "--output-dir", tmp_path / f"{name}_{k}")
+            pred = np.array(Image.open(tmp_path / f"{name}_{k}/{name}_mask.png")) == 1
+            labelled = truth[name][1]
+            ious.append((pred & mask & labelled).sum() / max(1, ((pred | mask) & labelled).sum()))
+    assert np.mean(ious) == pytest.approx(figures["val_box_iou"], abs=0.01) and figures["val_box_iou"] > 0.02
+
+
+def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tmp_path, monkeypatch):
+    folder, _ = sam_run
+    image = voc(folder, "JPEGImages/blob_0000.jpg")
+    monkeypatch.setitem(predict.WEIGHTS, "demo", {})
+    monkeypatch.setattr(predict, "OFFICIAL", ["demo"])
+    masks = []
+    for number, weights in enumerate([["run/best.pth"], ["run/best.pth", "--base", folder / "base.pth"]]):
+        out = tmp_path / str(number)
+        run("--weights", folder / weights[0], *weights[1:], image, "--point", "30,30", "--box", "5,5,50,50", "--all-masks",
+            "--output-dir", out)
+        masks.append(np.array(Image.open(out / "blob_0000_mask.png")))
+        assert len((out / "areas.csv").read_text().splitlines()) == 5 and (out / "blob_0000_1_3.png").exists()
+    assert np.array_equal(*masks)
+    other = tmp_path / "other.pth"
+    torch.manual_seed(1)
+    torch.save(predict.SAMS["demo"](64).state_dict(), other)
+    with pytest.raises(utils.InputError, match="trained on other base weights"):
+        run("--weights", folder / "run/best.pth", "--base", other, image, "--point", "30,30")
+    args = predict.get_args_parser().parse_args(["x", "--weights", str(folder / "run/decoder.pth"), "--device", "cpu"])
+    args.model = "demo"
+    with pytest.raises(utils.InputError, match="decoder.pth: holds a decoder alone; give predict.py its --base"):
+        predict.load_model(args)
+    monkeypatch.setattr(predict, "official_checkpoint", lambda path, name: {
+        "format": 0, "net": "sam", "classes": [], "arch": {"model": "demo", "image_size": 64}, "args": {"image_size": 64}})
+    args.base = str(folder / "base.pth")
+    ours, _ = load(folder / "run/best.pth")
+    theirs = predict.load_model(args)
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[key])
+    args.weights, args.base = str(folder / "base.pth"), None
+    assert predict.load_model(args).name == "sam"
+
+
+def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):
+    folder, _ = sam_run
+    for weights, more, words in ((folder / "run/best.pth", ["--click"], "--click: is for EfficientSAM"),
+                                 (folder / "run/best.pth", ["--box", "1,1,9,9", "--tile", "64"], "--tile: is for nets without"),
+                                 (tiny, ["--base", "x.pth"], "--base: is for SAM")):
+        with pytest.raises(utils.InputError, match=words):
+            run("--weights", weights, voc(folder, "JPEGImages/blob_0000.jpg"), *more, "--output-dir", tmp_path / "out")
+
+
 # --- Tiles, depth, batches ---
 
 def save_unet(path, classes=("a",), image_size=32, model="UNet", **arch):
@@ -359,9 +439,12 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
 def test_prompts_follow_a_wide_image_into_the_nets_square(monkeypatch, preprocess, scale):
     loaded = SimpleNamespace(args=SimpleNamespace(preprocess=preprocess), arch={"image_size": 64}, model=None,
                              device=torch.device("cpu"), dtype=None)
+    seen = []
     monkeypatch.setattr(predict, "predict_masks",
-                        lambda model, image, points, labels, size, *rest: (image, points, size))
-    image, points, size = predict.predict_efficient_sam(loaded, noise(16, 32), [([[3, 5], [20, 12]], [2, 3])])
+                        lambda model, image, points, labels, size, *rest: [(0, seen.extend([image, points, size]),
+                                                                           torch.zeros(1, 3))])
+    [*predict.predict_efficient_sam(loaded, noise(16, 32), [([[3, 5], [20, 12]], [2, 3])])]
+    image, points, size = seen
     assert image.shape == (1, 3, 64, 64) and tuple(size) == (16, 32)
     assert points.tolist() == [[[[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]]]
     assert (image[..., 32:, :] == 0).all() == (preprocess == "article")
@@ -700,7 +783,7 @@ def test_clicks_become_prompts_and_can_be_undone():
         asked.append(queries)
         logits = torch.full((1, 3, 40, 60), -1.0)
         logits[0, 1, 10:20, 10:20] = 1.0
-        yield 0, logits, torch.tensor([[0.1, 0.9, 0.2]])
+        yield logits, torch.tensor([[0.1, 0.9, 0.2]]), torch.tensor([1])
     figure, image = agg_figure(), np.full((40, 60, 3), 100, np.uint8)
     window = predict.ClickWindow(figure, image, cut_out)
     assert all(word in figure.get_suptitle() for word in ("left", "right", "drag", "u:", "enter", "s:", "q:"))

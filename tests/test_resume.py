@@ -21,6 +21,7 @@ SMALL = {  # script: kind of drawn data, how many, options
     "train_deeplabv3": ("scenes", 9, "--backbone mobilenet_v3_large --weights none --num-classes 3 --base-size 48 "
                                      "--crop-size 48 --lr 0.01"),
     "train_efficientsam": ("objects", 9, "--model demo --image-size 64 --lr 0.001"),
+    "finetune_sam_decoder": ("rings", 9, "--model demo --weights none --image-size 64 --lr 0.001 --year 2012 --flip"),
 }
 
 

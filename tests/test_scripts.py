@@ -19,9 +19,10 @@ SCRIPTS = [*TRAINING, "predict"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
         "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
 DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects",
-             "train_efficientsam_ddp": "objects"}
+             "train_efficientsam_ddp": "objects", "finetune_sam_decoder": "rings"}
 SMALL = {"train_unet": [], "train_deeplabv3": ["--backbone", "mobilenet_v3_large", "--weights", "none",
                                                "--base-size", "64", "--crop-size", "64"],
+         "finetune_sam_decoder": ["--model", "demo", "--weights", "none", "--image-size", "64", "--year", "2012"],
          **dict.fromkeys(["train_efficientsam", "train_efficientsam_ddp"], ["--model", "demo", "--image-size", "64"])}
 SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"]
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
@@ -29,7 +30,7 @@ ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib",
 # Functions that have one name in several scripts and differ because the articles do.
 DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders", "sanity_check",
              "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "print_table",
-             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image"}
+             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image", "preprocess", "mask_iou", "draw_prompts"}
 RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
 STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
          "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",

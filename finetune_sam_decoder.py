@@ -1,0 +1,929 @@
+"""Fine-tune SAM's mask decoder on one's own objects.   Article: Segment-anything学习到微调系列3_SAM微调decoder
+
+    python finetune_sam_decoder.py --demo
+    python finetune_sam_decoder.py --data-path data --weights vit_b --epochs 20
+
+The image encoder is frozen: it looks at each image once, and its embedding is kept on disk.
+Data:   DATA_PATH/VOCdevkit/VOC2007/ with JPEGImages/ID.jpg, SegmentationObject/ID.png (0 background,
+        each other number one object, 255 void: ignored by prompts, loss and metrics), optionally
+        SegmentationClass/ID.png and class_names.json for figures of each class, and
+        ImageSets/Segmentation/train.txt and val.txt (one ID per line).
+Writes: OUTPUT_DIR/best.pth (best val_box_iou) and last.pth (for --resume), both without the frozen
+        parts; decoder.pth (the best decoder alone, as the article), log.csv, curves.png,
+        val_samples.png (image with prompts | truth | by box | by click), split.json, args.json.
+        --cache-dir: the embeddings, one file per image.
+"""
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import utils
+from nets.sam import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS, resize_positions, resized_size
+
+VOID = 255
+POINTS, BOX, BOTH = range(3)  # kinds of prompt
+CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
+DEMO = {"model": "demo", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4, "workers": 0,
+        "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
+
+
+# --- Options ---
+
+def get_args_parser():
+    parser = utils.ArgumentParser(__doc__.splitlines()[0], demo=DEMO)
+    parser.add_run_options(output_dir="runs/finetune_sam_decoder")  # --demo, --resume, --device ...
+    add, add_switch = parser.add_argument, parser.add_switch
+    positive, non_negative = utils.number(int, 1), utils.number(float, 0)
+    add("--data-path", "--data", help="folder that holds VOCdevkit/, or VOCdevkit itself")
+    add("--save-dir", dest="output_dir", metavar="DIR", help="the same as --output-dir, as in the article")
+    add("--year", default="2007", help="of the folder VOCdevkit/VOC2007 (%(default)s)")
+    add("--train-set", default="train", help="list in ImageSets/Segmentation (%(default)s)")
+    add("--val-set", default="val", help="list in ImageSets/Segmentation (%(default)s)")
+    add("--keep-path", help="a second data set, of which --val-set is evaluated before and after: what "
+                            "is forgotten")
+    add("--masks", choices=["object", "class"], default="object",
+        help="SegmentationObject, or SegmentationClass: each class is one object (%(default)s)")
+    add("--image-size", type=utils.number(int, 64), default=1024,
+        help="side in pixels at which the net sees an image, a multiple of 16 (%(default)s)")
+    add("--max-objects", type=positive, default=8,
+        help="objects trained per image, drawn anew each epoch (%(default)s)")
+    add_switch("--point-prompt", default=True, help="train with clicks (%(default)s)")
+    add_switch("--box-prompt", default=True, help="train with boxes (%(default)s)")
+    add("--points", type=positive, default=1, help="clicks on each object (%(default)s)")
+    add("--background-points", type=utils.number(int, 0),
+        help="clicks beside it (half as many as on it, one at least)")
+    add("--bbox-shift", type=utils.number(int, 0), default=5,
+        help="training boxes' sides move by up to this, in or out, in pixels of a 256 pixel image")
+    add_switch("--flip", help="train on mirrored images half the time; twice the embeddings")
+    add("--cache-dir", help="folder of the embeddings (embeddings/ beside --output-dir)")
+    add_switch("--no-cache", help="keep no embeddings: encode each image in each epoch")
+
+    add("--model", "--model-type", "--type", choices=list(NETS), default="vit_b", help="(%(default)s)")
+    add("--weights", "--sam-weights", "--w",
+        help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: that of --model)")
+    add("--train", choices=["decoder", "token", "all"], default="decoder",
+        help="token: only mask tokens, their MLPs and the IoU head, which forgets less; all: the whole "
+             "net (%(default)s)")
+
+    add("--epochs", type=positive, default=100, help="passes over the training data (%(default)s)")
+    add("-b", "--batch-size", type=positive, default=1,
+        help="images per batch and process (%(default)s)")
+    add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
+    add("--lr", type=non_negative, default=1e-4, help="initial learning rate (%(default)s)")
+    add("--min-lr", type=non_negative, default=1e-7, help="final learning rate (%(default)s)")
+    add("--weight-decay", "--wd", type=non_negative, default=5e-4, help="weight decay (%(default)s)")
+    return parser
+
+
+# --- Data ---
+
+class VOCObjects(torch.utils.data.Dataset):
+    """[(epoch, index)] -> one image and its objects.
+
+    Training: features, points, labels, boxes, kinds, masks, weight, index of Q drawn objects.
+    features: the embedding (D, E, E) in half precision or, where none is kept, the image (3, S, S)
+    float32. points (Q, N, 2) in pixels of the net's square (x, y), labels (Q, N) 1 object, 0
+    background; boxes (Q, 4); kinds (Q,): POINTS, BOX or BOTH count. masks (Q, M, M): the share of
+    each cell of the decoder's mask that the object covers; weight (M, M): 0 for void and padding.
+    Validation: features, ids, index; ids (H, W) of the image's own size as of read_ids.
+    What is random depends on (seed, epoch, index) alone.
+    """
+    classes = []
+
+    def __init__(self, items, class_names, args, train, augment):
+        self.items, self.class_names, self.args = items, class_names, args
+        self.train, self.augment = train, augment
+        self.embeddings = {}  # (index, mirrored): file, once cache_embeddings has made it
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        args, ids = self.args, read_ids(self.items[index])
+        if not self.train:
+            return self.features(index, False), torch.from_numpy(ids), index
+        with utils.seeded(args.seed, epoch, index):
+            mirrored = self.augment and args.flip and bool(torch.rand(()) < 0.5)
+            if mirrored:
+                ids = ids[:, ::-1].copy()
+            objects = 1 + torch.randperm(max(ids.max(), 0))[:args.max_objects]
+            points, labels, boxes, kinds = sample_prompts(ids, objects.tolist(), args, self.augment)
+        height, width = resized_size(*ids.shape, args.image_size)
+        scale = torch.tensor([width / ids.shape[1], height / ids.shape[0]])
+        masks, weight = cover(torch.from_numpy(ids), objects, args)
+        boxes = boxes * scale.repeat(2)
+        return (self.features(index, mirrored), points * scale, labels, boxes, kinds, masks, weight,
+                index)
+
+    def features(self, index, mirrored):
+        if self.embeddings:
+            return load_embedding(self.embeddings[index, mirrored])
+        return preprocess(self.items[index], mirrored, self.args)
+
+    @staticmethod
+    def collate(batch):
+        """Objects of all images in a row, and `owner`: which image of the batch each belongs to."""
+        if len(batch[0]) == 3:  # validation, one image
+            ((features, ids, index),) = batch
+            return features[None], ids[None], [index]
+        features, *objects, weight, indices = zip(*batch)
+        owner = torch.cat([torch.full((len(kinds),), i) for i, kinds in enumerate(objects[3])])
+        return torch.stack(features), owner, *map(torch.cat, objects), torch.stack(weight), indices
+
+
+def sample_prompts(ids, objects, args, vary):
+    """ids (H, W), Q numbers -> points (Q, N, 2) (x, y), labels (Q, N), boxes (Q, 4), kinds (Q,).
+
+    In pixels of the image. Void is neither clicked on nor boxed. With vary, boxes move in or out,
+    inside the image, and of two kinds of prompt one is left out half the time, either as often.
+    """
+    background = args.background_points
+    if background is None:
+        background = max(1, args.points // 2)
+    points = torch.zeros(len(objects), args.points + background, 2)
+    labels, boxes = torch.zeros(points.shape[:2], dtype=torch.long), torch.zeros(len(objects), 4)
+    both = args.point_prompt and args.box_prompt
+    kinds = torch.full((len(objects),), BOTH if both else BOX if args.box_prompt else POINTS)
+    for i, number in enumerate(objects):
+        mask = ids == number
+        beside = (ids >= 0) & ~mask
+        points[i, :args.points] = sample_points(mask, args.points)
+        labels[i, :args.points] = 1
+        if beside.any():
+            points[i, args.points:] = sample_points(beside, background)
+        else:
+            labels[i, args.points:] = -1  # says nothing
+        box = box_of(mask)
+        if vary:
+            inward = args.bbox_shift * max(ids.shape) / 256 * (2 * torch.rand(4) - 1)
+            inward = inward.minimum((box[2:] - box[:2]).repeat(2) / 4)  # half of a small box stays
+            box = box + inward * torch.tensor([1, 1, -1, -1])
+        height, width = ids.shape
+        boxes[i] = box.clamp(min=torch.zeros(4), max=torch.tensor([width, height] * 2) - 1)
+        if vary and both and torch.rand(()) < 0.5:
+            kinds[i] = (POINTS, BOX)[torch.randint(2, ())]
+    return points, labels, boxes, kinds
+
+
+def sample_points(mask, count):
+    """`count` pixels (x, y) of a mask (H, W) bool, with repetition."""
+    inside = torch.from_numpy(np.argwhere(mask)[:, ::-1].copy())
+    return inside[torch.randint(len(inside), (count,))].float()
+
+
+def box_of(mask):
+    """Mask (H, W) bool -> x0, y0, x1, y1 of its outermost pixels."""
+    rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
+    return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
+
+
+def cover(ids, objects, args):
+    """ids (H, W), numbers (Q,) -> masks (Q, M, M) in 0..1, weight (M, M), as the decoder's masks.
+
+    Shares of the labelled part of each cell, so that no edge moves; void and padding weigh 0.
+    """
+    side = args.image_size // 4
+    size = resized_size(*ids.shape, args.image_size)
+    height, width = [max(1, round(length / 4)) for length in size]
+    parts = torch.cat([ids[None] == objects[:, None, None], ids[None] >= 0]).float()
+    parts = v2.functional.resize(parts, [height, width], antialias=True)
+    parts = F.pad(parts, (0, side - width, 0, side - height))
+    weight = parts[-1]
+    return (parts[:-1] / weight.clamp(min=1e-6)).clamp(0, 1), weight
+
+
+def preprocess(item, mirrored, args):
+    """(ID, image path, ...) -> (3, S, S) float32, resized, normalised and padded for the encoder."""
+    image = torch.from_numpy(utils.read_image(item[1]).transpose(2, 0, 1).copy())
+    height, width = resized_size(*image.shape[1:], args.image_size)
+    image = v2.functional.resize(image, [height, width], antialias=True)
+    image = image.flip(2) if mirrored else image
+    image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
+    return F.pad(image, (0, args.image_size - width, 0, args.image_size - height))
+
+
+def read_ids(item):
+    """(ID, image path, mask path, ...) -> ids (H, W) int64: 1 to Q, 0 background, -1 void."""
+    path = item[2]
+    mask = utils.read_mask(path).astype(np.int64)
+    size = utils.image_size(item[1])
+    if mask.shape != size[::-1]:
+        raise utils.InputError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, but {item[1]} "
+                               f"has {size[0]}x{size[1]}; save both at one size")
+    if mask.min() < 0:
+        raise utils.InputError(f"{path}: ids must not be negative; 0 is background, 255 void, each "
+                               "other number one object")
+    void = mask == VOID
+    numbers = np.unique(mask[~void & (mask > 0)])
+    ids = (np.searchsorted(numbers, mask) + 1) * (mask > 0)
+    ids[void] = -1
+    return ids
+
+
+def find_root(data_path, year):
+    """The folder VOC2012 in data_path or its VOCdevkit."""
+    for root in (Path(data_path, "VOCdevkit", f"VOC{year}"), Path(data_path, f"VOC{year}")):
+        if root.is_dir():
+            return root
+    raise utils.InputError(f"{data_path}: holds neither VOCdevkit/VOC{year} nor VOC{year}; give "
+                           "--data-path the folder that holds VOCdevkit, or another --year")
+
+
+def list_ids(root, name):
+    """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
+    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
+    ids = [line.split()[0] for line in lines if line.strip()]  # some lists have a second column
+    if not ids:
+        raise utils.InputError(f"{path}: lists nothing; write one ID per line")
+    repeated = [item_id for item_id, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise utils.InputError(f"{path}: lists {repeated[0]} twice; remove one")
+    return ids, path
+
+
+def list_files(folder, ids, list_path):
+    """{ID: path} of the images in folder; InputError if one of the ids has none, or two."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    wanted, found = set(ids), {}
+    for file in (folder / name for name in names if name[0] != "."):
+        if file.suffix.lower() not in utils.IMAGES or file.stem not in wanted:
+            continue
+        if file.stem in found:
+            raise utils.InputError(f"{found[file.stem]}: {file.name} has the same name; remove one")
+        found[file.stem] = file
+    for item_id in ids:
+        if item_id not in found:
+            raise utils.InputError(f"{folder}/{item_id}: no such image, but {list_path} lists it; add "
+                                   "it or remove the line (IDs have no extension)")
+    return found
+
+
+def find_items(root, name, args):
+    """[(ID, image path, mask path, class mask path or None)] of a list, in its order."""
+    ids, path = list_ids(root, name)
+    images = list_files(root / "JPEGImages", ids, path)
+    masks = list_files(root / f"Segmentation{args.masks.capitalize()}", ids, path)
+    classes = {}
+    if (root / "SegmentationClass").is_dir():
+        classes = list_files(root / "SegmentationClass", ids, path)
+    return [(item_id, images[item_id], masks[item_id], classes.get(item_id)) for item_id in ids]
+
+
+def find_class_names(root):
+    """{id: name} of class_names.json in root or above it; {} without one."""
+    for folder in (root, root.parent, root.parent.parent):
+        path = folder / "class_names.json"
+        if path.is_file():
+            try:
+                ids = json.loads(path.read_text(encoding="utf-8"))
+                return {int(value): str(name) for name, value in ids.items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise utils.InputError(f'{path}: not like {{"name": id}} ({error}); fix or remove '
+                                       'it') from None
+    return {}
+
+
+def check_items(items, num_pixels, part):
+    """Sizes of all items, pixels of the first num_pixels; InputError names the first bad file.
+
+    Returns them without those in which no object was found; how many is reported.
+    """
+    kept = []
+    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.hide_bar())):
+        utils.raise_if_stopped()
+        unread = i >= num_pixels and utils.image_size(item[1]) == utils.image_size(item[2])
+        if unread or read_ids(item).max() > 0:
+            kept.append(item)
+    if len(kept) < len(items):
+        print(f"note: {len(items) - len(kept)} of {len(items)} {part} images have no object and are "
+              "left out")
+    if not kept:
+        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has an object (an "
+                               "id from 1 to 254)")
+    return kept
+
+
+def create_loaders(args):
+    """Training and validation loaders over checked items, and that of --keep-path or None."""
+    if not args.data_path:
+        raise utils.InputError("--data-path: give the folder that holds VOCdevkit, or --demo")
+    root = find_root(args.data_path, args.year)
+    train_items = find_items(root, args.train_set, args)[:args.limit]
+    val_items = find_items(root, args.val_set, args)[:args.limit]
+    shared = {item[0] for item in train_items} & {item[0] for item in val_items}
+    if args.overfit:
+        train_items = val_items = train_items[:args.overfit]
+    elif shared:
+        print(f"note: {len(shared)} of {len(val_items)} validation images are trained on too")
+    num_pixels = None if args.sanity_check else 2000
+    train_items = check_items(train_items, num_pixels or len(train_items), "training")
+    val_items = check_items(val_items, num_pixels or len(val_items), "validation")
+    names = find_class_names(root)
+    train_set = VOCObjects(train_items, names, args, train=True, augment=not args.overfit)
+    val_sets = [VOCObjects(val_items, names, args, train=False, augment=False)]
+    if args.keep_path:
+        root = find_root(args.keep_path, args.year)
+        items = check_items(find_items(root, args.val_set, args)[:args.limit], 2000, "--keep-path")
+        val_sets.append(VOCObjects(items, find_class_names(root), args, train=False, augment=False))
+    train_loader = utils.create_loader(train_set, args, shuffle=True)
+    val_loaders = [utils.create_loader(dataset, args, shuffle=False, batch_size=1) for dataset in val_sets]
+    return train_loader, val_loaders[0], val_loaders[1] if args.keep_path else None
+
+
+def sanity_check(train_set, val_set, args):
+    """Prints what is in the data and draws what training sees."""
+    for part, dataset in (("train", train_set), ("val", val_set)):
+        sizes, objects, shares, void = Counter(), [], [], []
+        for item in dataset.items:
+            ids = read_ids(item)
+            sizes[f"{ids.shape[1]}x{ids.shape[0]}"] += 1
+            objects.append(ids.max())
+            shares.extend(np.bincount(ids[ids > 0])[1:] / ids.size)
+            void.append((ids < 0).mean())
+        common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
+        print(f"{part}: {len(dataset)} images, {common}")
+        print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per image; share of the "
+              f"image {min(shares):.3%} to {max(shares):.3%}, half below {np.median(shares):.3%}")
+        print(f"  {np.mean(void):.2%} of the pixels are void")
+    rows = {}
+    for index in range(min(8, len(train_set))):
+        item = train_set.items[index]
+        _, *prompts, masks, weight, _ = train_set[0, index]
+        image, seen = utils.read_image(item[1]), preprocess(item, False, args)
+        seen = (seen.permute(1, 2, 0) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)).clamp(0, 255)
+        numbers = torch.arange(1, len(masks) + 1)[:, None, None]
+        trained = ((masks >= 0.5) * numbers).amax(0).where(weight > 0, torch.tensor(VOID))
+        trained = F.interpolate(trained[None, None].float(), seen.shape[:2])[0, 0]  # nearest
+        seen = utils.overlay(np.ascontiguousarray(seen.byte()), trained.numpy())
+        rows[item[0]] = [image, utils.overlay(image, colour_ids(read_ids(item))), draw_prompts(seen, *prompts)]
+    path = Path(args.output_dir, "sanity_check.png")
+    utils.save_panel(path, rows, ["image", "objects", "as trained, with prompts"])
+    print(f"wrote {path}")
+    return {"train": len(train_set), "val": len(val_set)}
+
+
+def colour_ids(ids):
+    """ids (H, W) of read_ids -> 1 to 20, 0 and VOID, for drawing."""
+    ids = np.asarray(ids)
+    return np.where(ids > 0, (ids - 1) % 20 + 1, np.where(ids < 0, VOID, 0))
+
+
+def draw_prompts(image, points, labels, boxes, kinds):
+    """Image (H, W, 3) uint8 with the prompts of Q objects drawn into it, in its own pixels."""
+    image, size = image.copy(), max(2, len(image) // 100)
+    for query, positive, box, kind in zip(points.int(), labels, boxes.int().tolist(), kinds):
+        if kind != POINTS:
+            cv2.rectangle(image, box[:2], box[2:], (255, 255, 0), max(1, size // 3))
+        for point, label in zip(query.tolist(), positive.tolist()):
+            if kind != BOX and label >= 0:
+                cv2.circle(image, point, size, (0, 255, 0) if label else (255, 0, 0), -1)
+    return image
+
+
+# --- Model ---
+
+def create_model(args, checkpoint=None):
+    """The net, with --weights and what a checkpoint has trained, and the arguments that rebuild it."""
+    arch = {"model": args.model, "image_size": args.image_size}
+    model = NETS[args.model](args.image_size)
+    if args.weights != "none":
+        load_sam(model, args.weights)
+    model.requires_grad_(args.train == "all")
+    model.mask_decoder.requires_grad_(True)
+    if args.train == "token":
+        model.mask_decoder.transformer.requires_grad_(False)
+        model.mask_decoder.output_upscaling.requires_grad_(False)
+        model.mask_decoder.iou_token.requires_grad_(False)
+    if checkpoint:
+        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "sam", **arch})
+        part = trained_part(model, args)
+        utils.load_weights(part, checkpoint["model"], f"--resume {args.resume}")
+    return model, arch
+
+
+def load_sam(model, path, base=None):
+    """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
+
+    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Position
+    codes of another image size are interpolated.
+    """
+    file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
+    checkpoint = utils.load_checkpoint(file)
+    trained = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    utils.check_net(checkpoint, path, {"net": "sam", **trained.get("arch", {})})
+    state = utils.state_of(checkpoint)
+    if not state or not all(key.startswith("mask_decoder.") for key in state):
+        utils.load_weights(model, resize_positions(state, model), path)
+        return
+    base = base or trained.get("args", {}).get("weights")
+    if not base:
+        raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+    if base != "none":
+        load_sam(model, base)
+    same_size = trained and trained["arch"]["image_size"] == model.image_size
+    if same_size and trained["args"]["base_hash"] != hash_frozen(model):
+        raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
+                               "the right --base")
+    utils.load_weights(model, {**model.state_dict(), **state}, path)
+
+
+def trained_part(model, args):
+    """What checkpoints hold: the decoder, or with --train all the whole net; official keys."""
+    if args.train == "all":
+        return nn.ModuleDict(dict(model.named_children()))
+    return nn.ModuleDict({"mask_decoder": model.mask_decoder})
+
+
+def hash_frozen(model):
+    """16 hex digits of the weights of both encoders."""
+    digest = hashlib.sha256()
+    for part in (model.image_encoder, model.prompt_encoder):
+        for key, value in part.state_dict().items():
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def encode(model, features, dtype):
+    """Images (B, 3, S, S) float32, or kept embeddings in half precision -> (B, D, E, E) float32."""
+    if features.dtype == torch.float16:
+        return features.float()
+    with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
+        return model.image_encoder(features).float()
+
+
+@torch.no_grad()
+def cache_embeddings(model, datasets, run, args):
+    """Makes the embeddings of the data sets' images that are not yet on disk.
+
+    A file is named by the image's bytes, the encoder's weights, the size and the precision: none is
+    ever taken for another. Damaged ones are made again. Stopped and started again, it goes on.
+    """
+    folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for dataset in datasets:
+        views = (False, True) if dataset.augment and args.flip else (False,)
+        for index, item in enumerate(tqdm(dataset.items, "embeddings", leave=False, disable=None)):
+            utils.raise_if_stopped()
+            image = hashlib.sha256(item[1].read_bytes()).hexdigest()
+            for mirrored in views:
+                key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored}"
+                path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pth"
+                dataset.embeddings[index, mirrored] = path
+                if not is_whole(path):
+                    missing.append((item, mirrored, path))
+    numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
+    needed, free = 2 * numbers * len(missing) / 1e9, shutil.disk_usage(folder).free / 1e9
+    if missing:
+        print(f"making {len(missing)} embeddings, {needed:.2f} GB, in {folder}")
+    if needed > free:
+        raise utils.InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
+                               "another --cache-dir, or --no-cache")
+    images = torch.utils.data.DataLoader(
+        Pending(missing, args), batch_size=1 if run.device.type == "cpu" else 8,
+        num_workers=args.workers, worker_init_fn=utils.outlive_signals,
+        pin_memory=run.device.type == "cuda")
+    paths = iter(path for *_, path in missing)
+    with tqdm(total=len(missing), desc="encoding", leave=False, disable=None) as bar:
+        for batch in images:
+            embeddings = encode(model, batch.to(run.device, non_blocking=True), run.dtype)
+            for embedding in embeddings.half().cpu():
+                utils.save_checkpoint(next(paths), {"embedding": embedding.clone()})
+            bar.update(len(batch))
+            utils.raise_if_stopped()
+
+
+class Pending(torch.utils.data.Dataset):
+    """Images that have no embedding yet, ready for the encoder."""
+
+    def __init__(self, missing, args):
+        self.missing, self.args = missing, args
+
+    def __len__(self):
+        return len(self.missing)
+
+    def __getitem__(self, index):
+        item, mirrored, _ = self.missing[index]
+        return preprocess(item, mirrored, self.args)
+
+
+def is_whole(path):
+    """Whether there is a good embedding; a damaged one is reported."""
+    if not path.exists():
+        return False
+    try:
+        load_embedding(path)
+    except utils.InputError as error:
+        print(f"note: {error}: made again")
+        return False
+    return True
+
+
+def load_embedding(path):
+    """(D, E, E) in half precision; InputError if the file is damaged."""
+    return utils.load_checkpoint(path)["embedding"]
+
+
+def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+    """One pass over P objects -> mask logits (P, C, M, M), the net's own IoU (P, C); C is 3 or 1.
+
+    embeddings (P, D, E, E), prompts in pixels of the square, low_logits (P, 1, M, M) of an earlier
+    pass or None. Each kind of prompt has its own number of tokens, and so a call of its own.
+    """
+    groups = [(kinds == kind).nonzero()[:, 0] for kind in (POINTS, BOX, BOTH)]
+    outputs = []
+    for kind, chosen in zip((POINTS, BOX, BOTH), groups):
+        if not len(chosen):
+            continue
+        clicks = None if kind == BOX else (points[chosen], labels[chosen])
+        corners = None if kind == POINTS else boxes[chosen]
+        earlier = None if low_logits is None else low_logits[chosen]
+        with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
+            sparse, dense = model.prompt_encoder(points=clicks, boxes=corners, masks=earlier)
+            outputs.append(model.mask_decoder(
+                image_embeddings=embeddings[chosen], image_pe=model.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
+                multimask_output=multimask))
+    order = torch.cat(groups).argsort()
+    return [torch.cat(part).float()[order] for part in zip(*outputs)]
+
+
+def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):
+    """As the article: the best of three masks, by the net's own IoU, prompts a second pass.
+
+    Returns logits (P, 3, M, M), iou (P, 3) of the first, logits (P, 1, M, M), iou (P, 1) of the second.
+    """
+    prompts = (points, labels, boxes, kinds)
+    first, first_iou = decode(model, embeddings, *prompts, None, True, dtype)
+    best = first_iou.argmax(1)[:, None, None, None]  # of each object; the article: one for all
+    chosen = torch.take_along_dim(first, best, 1).detach()
+    second, second_iou = decode(model, embeddings, *prompts, chosen, False, dtype)
+    return first, first_iou, second, second_iou
+
+
+# --- Loss ---
+
+def criterion(logits, iou, masks, weight):
+    """Of P objects: cross entropy + Dice loss of the best of C masks + squared error of iou; (P,).
+
+    Logits (P, C, M, M), the net's own iou (P, C), masks (P, M, M) in 0..1, weight (P, M, M): 0 for
+    void and padding. Article: of the second pass alone; void is background; BCELoss of a sigmoid,
+    whose gradient is 0 where the net is surely wrong.
+    """
+    masks, weight = masks[:, None], weight[:, None]
+    entropy = F.binary_cross_entropy_with_logits(logits, masks.expand_as(logits), reduction="none")
+    entropy = (entropy * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-6)
+    prob = logits.sigmoid() * weight
+    overlap, total = (prob * masks).sum((2, 3)), (prob + masks * weight).sum((2, 3))
+    dice = (2 * overlap + 1e-5) / (total + 1e-5)
+    loss = (entropy + 1 - dice).min(1).values
+    error = iou - soft_iou(logits > 0, masks, weight)
+    return loss + error.square().mean(1)
+
+
+def soft_iou(pred, masks, weight):
+    """Boolean pred (P, C, M, M), masks in 0..1 and weight (P, 1, M, M) -> IoU (P, C)."""
+    pred, true = pred * weight, (masks >= 0.5) * weight
+    intersection = torch.minimum(pred, true).sum((2, 3))
+    return intersection / torch.maximum(pred, true).sum((2, 3)).clamp(min=1e-6)
+
+
+# --- Evaluation ---
+
+@torch.no_grad()
+def evaluate(model, loader, run, args):
+    """Means over all objects, in [0, 1], at the images' own size; prompts are unperturbed.
+
+    val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: by so many clicks,
+    the first where the object's edge is farthest, each next in the middle of the largest wrong region;
+    val_iou_error: how far the net's own guess for the box is off. Baselines: box_iou of the filled
+    box, disc_iou of the largest disc about the first click that the object holds. Void is left out.
+    class_box_iou: {class: (mean, objects)} where there is a SegmentationClass.
+    """
+    model.eval()
+    rows, classes = [], []
+    for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=None):
+        utils.raise_if_stopped()
+        ids = ids[0]
+        embedding = encode(model, features.to(run.device, non_blocking=True), run.dtype)
+        for numbers in torch.arange(1, ids.max() + 1).split(8):  # so many objects fit in memory
+            rows.append(judge(model, embedding, ids, numbers, run.dtype))
+            classes += classes_of(loader.dataset.items[index], ids, numbers)
+    rows = torch.cat(rows).double()
+    per_class = defaultdict(list)
+    for class_id, iou in zip(classes, rows[:, 0].tolist()):
+        if class_id is not None:
+            per_class[loader.dataset.class_names.get(class_id, str(class_id))].append(iou)
+    names = ["val_box_iou", "val_box_biou", *[f"val_click{count}_iou" for count in CLICKS],
+             "val_iou_error", "box_iou", "disc_iou"]
+    per_class = {name: (sum(ious) / len(ious), len(ious)) for name, ious in per_class.items()}
+    return {**dict(zip(names, rows.mean(0).tolist())), "class_box_iou": per_class}
+
+
+def judge(model, embedding, ids, numbers, dtype):
+    """Embedding (1, D, E, E), ids (H, W), numbers of q objects -> figures (q, 8) in evaluate's order."""
+    truth, labelled = ids == numbers[:, None, None], ids >= 0
+    points, labels, boxes = clear_prompts(truth)
+    logits, _, guess = segment(model, embedding, ids.shape, points, labels, boxes, BOX, None, dtype)
+    by_box = logits > 0
+    iou = mask_iou(by_box, truth, labelled)
+    figures, low_logits = [iou, boundary_iou(by_box, truth, labelled)], None
+    for count in range(1, max(CLICKS) + 1):
+        logits, low_logits, _ = segment(model, embedding, ids.shape, points, labels, boxes, POINTS,
+                                        low_logits, dtype)
+        if count in CLICKS:
+            figures.append(mask_iou(logits > 0, truth, labelled))
+        clicks = [next_click(mask, true, labelled) for mask, true in zip(logits > 0, truth)]
+        points = torch.cat([points, torch.stack([point for point, _ in clicks])[:, None]], 1)
+        labels = torch.cat([labels, torch.tensor([[label] for _, label in clicks])], 1)
+    figures.append((guess - iou).abs())
+
+    y, x = torch.meshgrid(*map(torch.arange, ids.shape), indexing="ij")
+    x0, y0, x1, y1 = boxes.T[..., None, None]
+    figures.append(mask_iou((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1), truth, labelled))
+    centre_x, centre_y = points[:, 0].T[..., None, None]
+    radius = torch.stack([depth(mask).max() for mask in truth])[:, None, None]
+    disc = (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2
+    figures.append(mask_iou(disc, truth, labelled))
+    return torch.stack(figures, 1)
+
+
+def clear_prompts(masks):
+    """Masks (q, H, W) bool -> a click each, points (q, 1, 2) and labels (q, 1), and boxes (q, 4)."""
+    points = torch.stack([middle(mask) for mask in masks])[:, None]
+    labels = torch.ones(len(masks), 1, dtype=torch.long)
+    return points, labels, torch.stack([box_of(mask) for mask in masks])
+
+
+def segment(model, embedding, size, points, labels, boxes, kind, low_logits, dtype):
+    """Embedding (1, D, E, E) of an image of this size (H, W), prompts of q objects in its pixels.
+
+    Returns logits (q, H, W) and the net's own IoU (q,) on the CPU, and low_logits (q, 1, M, M). Without
+    low_logits of an earlier call both passes are made, with them the second alone.
+    """
+    device, side = embedding.device, model.image_size
+    height, width = resized_size(*size, side)
+    scale = torch.tensor([width / size[1], height / size[0]])
+    prompts = [(points * scale).to(device), labels.to(device), (boxes * scale.repeat(2)).to(device),
+               torch.full((len(points),), kind, device=device)]
+    embeddings = embedding.expand(len(points), -1, -1, -1)
+    if low_logits is None:
+        *_, low_logits, iou = two_passes(model, embeddings, *prompts, dtype)
+    else:
+        low_logits, iou = decode(model, embeddings, *prompts, low_logits, False, dtype)
+    logits = model.postprocess_masks(low_logits, (height, width), size)
+    return logits[:, 0].cpu(), low_logits, iou[:, 0].cpu()
+
+
+def depth(mask):
+    """Mask (H, W) bool -> distance of each pixel to the nearest one outside, float32; 0 outside."""
+    padded = np.pad(np.asarray(mask, np.uint8), 1)
+    return torch.from_numpy(cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1])
+
+
+def middle(mask):
+    """Mask (H, W) bool -> (x, y) float32 of the place farthest from its edge."""
+    distance = depth(mask)
+    y, x = divmod(distance.argmax().item(), distance.shape[1])
+    return torch.tensor([x, y], dtype=torch.float32)
+
+
+def next_click(pred, truth, labelled):
+    """Masks (H, W) bool -> the middle (x, y) of the largest wrong region; 1 if it lacks, else 0.
+
+    Where nothing is wrong, the middle of the object again.
+    """
+    largest, area, label = truth, 0, 1
+    for kind, wrong in ((1, truth & ~pred & labelled), (0, pred & ~truth & labelled)):
+        count, regions, stats, _ = cv2.connectedComponentsWithStats(wrong.numpy().astype(np.uint8))
+        for k in range(1, count):
+            if stats[k, cv2.CC_STAT_AREA] > area:
+                largest, area, label = regions == k, stats[k, cv2.CC_STAT_AREA], kind
+    return middle(largest), label
+
+
+def mask_iou(pred, truth, labelled):
+    """Boolean masks (q, H, W), labelled (H, W) -> IoU (q,) where labelled; 0 if both are empty."""
+    intersection = (pred & truth & labelled).sum((1, 2))
+    return intersection / ((pred | truth) & labelled).sum((1, 2)).clamp(min=1)
+
+
+def boundary_iou(pred, truth, labelled):
+    """The same of the masks' inner boundaries, 2 % of the diagonal wide (Cheng et al. 2021)."""
+    width = max(1, round(0.02 * math.hypot(*labelled.shape)))
+
+    def boundary(mask):
+        padded = np.pad(np.asarray(mask, np.uint8), 1)
+        inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width)[1:-1, 1:-1]
+        return mask & torch.from_numpy(inner == 0)
+    pred, truth = [torch.stack([boundary(mask) for mask in masks]) for masks in (pred, truth)]
+    return mask_iou(pred, truth, labelled)
+
+
+def classes_of(item, ids, numbers):
+    """The class id that most pixels of each object have in SegmentationClass; None without one."""
+    if item[3] is None:
+        return [None] * len(numbers)
+    labels = torch.from_numpy(utils.read_mask(item[3]).astype(np.int64))
+    if labels.shape != ids.shape:
+        raise utils.InputError(f"{item[3]}: {labels.shape[1]}x{labels.shape[0]} pixels, but {item[2]} "
+                               f"has {ids.shape[1]}x{ids.shape[0]}; save both at one size")
+    return [labels[ids == number].mode().values.item() for number in numbers]
+
+
+def print_table(columns):
+    """{title: figures of evaluate}: a column each, in percent."""
+    first = next(iter(columns.values()))
+    print(" " * 22 + "".join(f"{title:>16}" for title in columns))
+    for name in [name for name, value in first.items() if isinstance(value, float)]:
+        values = "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values())
+        print(f"  {name:20}{values}")
+    for name in first["class_box_iou"]:
+        found = [figures["class_box_iou"].get(name, (math.nan, 0)) for figures in columns.values()]
+        values = "".join(f"{100 * mean:9.2f} ({count:4})" for mean, count in found)
+        print(f"  {name:20}{values}")
+
+
+@torch.no_grad()
+def draw_samples(model, dataset, run):
+    """val_samples.png: image with prompts | truth | by box | by click of the first four images."""
+    model.eval()
+    rows = {}
+    for index in range(min(4, len(dataset))):
+        image, (features, ids, _) = utils.read_image(dataset.items[index][1]), dataset[0, index]
+        numbers = torch.arange(1, min(ids.max(), 20) + 1)
+        prompts = clear_prompts(ids == numbers[:, None, None])
+        embedding = encode(model, features[None].to(run.device), run.dtype)
+        kinds = torch.full((len(numbers),), BOTH)
+        row = [draw_prompts(image, *prompts, kinds), utils.overlay(image, colour_ids(ids))]
+        for kind in (BOX, POINTS):
+            logits = segment(model, embedding, ids.shape, *prompts, kind, None, run.dtype)[0]
+            pred = ((logits > 0) * numbers[:, None, None]).amax(0)
+            row.append(utils.overlay(image, colour_ids(pred)))
+        rows[dataset.items[index][0]] = row
+    titles = ["image, prompts", "truth", "by box", "by click"]
+    utils.save_panel(run.folder / "val_samples.png", rows, titles)
+
+
+# --- Training ---
+
+def create_optimizer(model, args):
+    """AdamW; weight decay on matrices only, not on norms, biases and tokens (article: on all)."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, others = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decayed if p.ndim > 1 and id(p) not in embeddings else others).append(p)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def learning_rate(args, epoch):
+    """Rate of epoch 0, 1 ...; of the epoch alone, so that a resumed run may have more --epochs."""
+    floor = min(args.min_lr, args.lr)
+    return floor + (args.lr - floor) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+
+
+def set_learning_rate(optimizer, args, epoch):
+    """Before each epoch."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, epoch)
+
+
+def train_one_epoch(model, loader, optimizer, run, args):
+    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    model.train()
+    for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
+        loss_sum, num_objects = 0.0, 0
+        for batch in batches:
+            features, owner, points, labels, boxes, kinds, masks, weight = [
+                part.to(run.device, non_blocking=True) for part in batch[:-1]]
+            if not len(owner):  # no object in any of these images, which the start has not read
+                continue
+            with torch.set_grad_enabled(args.train == "all"):
+                embeddings = encode(model, features, run.dtype)[owner]
+            first, first_iou, second, second_iou = two_passes(
+                model, embeddings, points, labels, boxes, kinds, run.dtype)
+            loss = criterion(first, first_iou, masks, weight[owner]).sum()
+            loss = loss + criterion(second, second_iou, masks, weight[owner]).sum()
+            run.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+            num_objects += len(owner)
+        if run.accepts(optimizer, loss_sum, num_objects):  # the gradient is now of the mean over objects
+            run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# --- Main ---
+
+def prepare_demo(args):
+    """--demo: generated rings, and a small net that has learnt other objects, as nothing is fetched."""
+    folder = Path(args.output_dir)
+    args.data_path = args.data_path or utils.draw_demo("rings", folder / "data", 120)
+    if args.weights:
+        return
+    print("First a small net learns plain objects, all of it; it takes the place of an official file.")
+    plain = utils.draw_demo("plain", folder / "base/data", 200)
+    options = ["--demo", "--train", "all", "--weights", "none", "--epochs", "10", "--data-path", plain,
+               "--output-dir", str(folder / "base"), "--seed", str(args.seed), "--device", args.device]
+    options += ["--resume", "auto"] if args.resume else ["--overwrite"]
+    main(get_args_parser().parse_args(options))
+    args.weights = str(folder / "base/best.pth")
+    print("Then its decoder learns rings, of which it has seen none.")
+
+
+def save_decoder(run, part):
+    """decoder.pth, as the article: the decoder's tensors alone, under their official names."""
+    decoder = {key: value for key, value in part.state_dict().items() if key.startswith("mask_decoder.")}
+    utils.save_checkpoint(run.folder / "decoder.pth", decoder)
+
+
+def main(args):
+    """Fine-tunes as the options say; returns the last figures, those before and the best val_box_iou."""
+    if args.demo:
+        prepare_demo(args)
+    args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
+    if args.image_size % 16:
+        raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
+    if not (args.point_prompt or args.box_prompt):
+        raise utils.InputError("--point-prompt False: no prompts are left; keep one of the two kinds")
+    run = utils.Run(args, net="sam")  # seeds; device and precision; --resume's checkpoint
+    train_loader, val_loader, keep_loader = create_loaders(args)
+    train_set, val_set = train_loader.dataset, val_loader.dataset
+    if args.sanity_check:
+        return sanity_check(train_set, val_set, args)
+
+    model, arch = create_model(args, run.checkpoint)
+    args.base_hash = None if args.train == "all" else hash_frozen(model)
+    model = model.to(run.device)
+    run.describe(args.model, model, train_set, val_set)
+    keeps = not args.no_cache and args.train != "all"  # embeddings
+    if args.test_only:
+        run.check_test(same=[])
+        if keeps:
+            cache_embeddings(model, [val_set], run, args)
+        figures = evaluate(model, val_loader, run, args)
+        print_table({"test": figures})
+        return figures
+
+    optimizer = create_optimizer(model, args)
+    part = trained_part(model, args)
+    progress = run.start(arch, train_set, val_set, model=part, optimizer=optimizer)
+    if args.compile:
+        model.mask_decoder.compile()
+
+    figures = None
+    with run.saved_when_stopped():  # SIGTERM, Ctrl-C
+        if keeps:
+            sets = [loader.dataset for loader in (train_loader, val_loader, keep_loader) if loader]
+            cache_embeddings(model, sets, run, args)
+        if "before" not in progress:  # what the starting weights can do: fine-tuning's baseline
+            progress["before"] = evaluate(model, val_loader, run, args)
+            progress["keep_before"] = keep_loader and evaluate(model, keep_loader, run, args)
+            run.is_best(progress["before"]["val_box_iou"])
+            run.save_best()
+            save_decoder(run, part)
+        print_table({"before": progress["before"]})
+        while not run.is_over():    # --epochs, --early-stopping
+            set_learning_rate(optimizer, args, progress["epoch"])
+            train_one_epoch(model, train_loader, optimizer, run, args)
+            figures = evaluate(model, val_loader, run, args)
+            run.end_epoch(figures, show=["val_box_iou", "val_click1_iou", "val_click5_iou",
+                                         "val_iou_error"])
+            if run.is_best(figures["val_box_iou"]):
+                run.save_best()
+                save_decoder(run, part)
+            run.save_last()
+            run.plot_curves(["loss"], ["val_box_iou", "val_click1_iou", "val_click5_iou", "box_iou"])
+            draw_samples(model, val_set, run)
+
+    figures = figures or evaluate(model, val_loader, run, args)
+    columns = {"before": progress["before"], f"after {progress['epoch']}": figures}
+    if keep_loader:
+        columns["kept, before"] = progress["keep_before"]
+        columns["kept, after"] = evaluate(model, keep_loader, run, args)
+    print_table(columns)
+    run.finish("val_box_iou")
+    return {**figures, "before": progress["before"], "best_val_box_iou": progress["best"]}
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

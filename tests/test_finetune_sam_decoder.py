@@ -1,0 +1,528 @@
+"""finetune_sam_decoder.py: prompts, loss and figures on hand-worked masks, void, embeddings on disk, training."""
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_sam_decoder as script_
+import utils
+from conftest import save_grey
+
+SMALL = ["--year", "2012", "--model", "demo", "--weights", "none", "--image-size", "64", "-b", "2", "-j", "0",
+         "--device", "cpu", "--lr", "0.001", "--epochs", "1"]
+
+
+@pytest.fixture
+def instances(tmp_path):
+    """Folder with a VOCdevkit of ten 64x64 images of two objects or more, eight to train on."""
+    import demo_data
+    demo_data.write_instances(tmp_path / "voc", 10, rings=True, size=64)
+    return tmp_path / "voc"
+
+
+def options(*texts):
+    return script_.get_args_parser().parse_args([str(text) for text in texts])
+
+
+def train(folder, output, *more):
+    return script_.main(options("--data-path", folder, "--output-dir", output, *SMALL, *more))
+
+
+def voc(folder, *parts):
+    return folder.joinpath("VOCdevkit/VOC2012", *parts)
+
+
+def refuses(folder, *expected, more=()):
+    output = folder.parent / "refused"
+    with pytest.raises(utils.InputError) as caught:
+        train(folder, output, *more)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert str(text) in message, message
+    assert not (output / "best.pth").exists()
+
+
+# --- Prompts ---
+
+def ids_by_hand():
+    """20x30: object 1 in rows 4 to 10, columns 6 to 20, with void around it and right of it; object 2 a corner."""
+    ids = np.zeros((20, 30), np.int64)
+    ids[3:12, 5:22] = -1
+    ids[4:11, 6:21] = 1
+    ids[:, 22:] = -1
+    ids[18:, :4] = 2
+    return ids
+
+
+def test_prompts_lie_on_and_beside_the_object_and_never_on_void():
+    ids, args = ids_by_hand(), options("--points", 4, "--bbox-shift", 0)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        points, labels, boxes, _ = script_.sample_prompts(ids, [1, 2], args, vary=True)
+        assert labels.tolist() == [[1, 1, 1, 1, 0, 0]] * 2  # two to one
+        for query, number in zip(points.int().tolist(), (1, 2)):
+            found = [ids[y, x] for x, y in query]
+            assert found[:4] == [number] * 4 and all(value >= 0 and value != number for value in found[4:])
+    assert boxes.tolist() == [[6, 4, 20, 10], [0, 18, 3, 19]]
+    assert script_.sample_prompts(ids, [1], options(), False)[0].shape == (1, 2, 2)  # the article: one and one
+    full = np.ones((4, 4), np.int64)
+    assert script_.sample_prompts(full, [1], options(), False)[1].tolist() == [[1, -1]]  # nothing beside it
+
+
+def test_boxes_move_both_ways_and_half_of_a_small_one_stays():
+    ids, args = ids_by_hand(), options("--bbox-shift", 200)
+    seen = set()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        x0, y0, x1, y1 = script_.sample_prompts(ids, [1], args, vary=True)[2][0].tolist()
+        assert 0 <= x0 and x1 <= 29 and 0 <= y0 and y1 <= 19 and x1 - x0 >= 7 and y1 - y0 >= 3
+        seen.add("in" if x0 > 6 else "out")
+    assert seen == {"in", "out"}
+
+
+def test_either_kind_of_prompt_is_left_out_as_often():
+    """The article: 12.6 % without clicks, 9.4 % without a box. Here one in four each."""
+    ids, args = ids_by_hand(), options()
+    torch.manual_seed(0)
+    kinds = torch.stack([script_.sample_prompts(ids, [1], args, vary=True)[3][0] for _ in range(2000)])
+    shares = torch.bincount(kinds, minlength=3) / 2000
+    assert shares.tolist() == pytest.approx([0.25, 0.25, 0.5], abs=0.04)
+    for more, kind in ((["--box-prompt", "False"], script_.POINTS), (["--point_prompt", "False"], script_.BOX)):
+        assert script_.sample_prompts(ids, [1, 2], options(*more), True)[3].tolist() == [kind] * 2
+    assert script_.sample_prompts(ids, [1], args, False)[3].tolist() == [script_.BOTH]
+
+
+def test_masks_are_the_share_of_each_cell_without_void_and_padding():
+    """A 16x32 image at 32 pixels: cells of 4x4 pixels, four rows of eight; four rows are padding."""
+    ids = np.zeros((16, 32), np.int64)
+    ids[:8, :8] = 1
+    ids[4:8, 4:6] = -1   # half of the second cell of the second row is void, the other half object
+    ids[12:, 28:] = -1
+    masks, weight = script_.cover(torch.from_numpy(ids), torch.tensor([1]), SimpleNamespace(image_size=32))
+    assert masks.shape == (1, 8, 8) and weight.shape == (8, 8)
+    inner = v2_share(ids == 1), v2_share(ids >= 0)
+    assert torch.allclose(weight[:4], inner[1], atol=1e-6) and not weight[4:].any()
+    assert torch.allclose(masks[0, :4] * weight[:4], inner[0], atol=1e-6) and weight[3, 7] < 0.5
+    whole = np.ones((16, 32), np.int64)
+    masks, _ = script_.cover(torch.from_numpy(whole), torch.tensor([1]), SimpleNamespace(image_size=32))
+    assert masks[0, :4].min() == 1 and not masks[0, 4:].any()
+
+
+def v2_share(mask):
+    return F.interpolate(torch.from_numpy(mask)[None, None].float(), (4, 8), mode="bilinear", antialias=True)[0, 0]
+
+
+def test_image_and_masks_are_mirrored_together(instances):
+    args = options("--data-path", instances, *SMALL, "--flip", "--no-cache", "--points", 8, "--bbox-shift", 0)
+    dataset = script_.create_loaders(args)[0].dataset
+    plain = script_.preprocess(dataset.items[0], False, args)
+    seen = set()
+    for epoch in range(12):
+        image, points, labels, boxes, _, masks, weight, _ = dataset[epoch, 0]
+        mirrored = not torch.equal(image, plain)
+        seen.add(mirrored)
+        assert torch.equal(image.flip(2) if mirrored else image, plain)
+        for query, label, box, mask in zip(points, labels, boxes, masks):
+            x, y = (query[label == 1] / 4).int().T
+            assert (mask[y, x] > 0).all()  # clicks hit the mask as it lies now
+            rows, columns = (mask >= 0.5).nonzero().T
+            assert box[0] / 4 == pytest.approx(columns.min(), abs=1.5) and box[3] / 4 == pytest.approx(rows.max(), abs=1.5)
+    assert seen == {True, False}
+
+
+# --- Loss and figures ---
+
+def test_loss_of_hand_worked_masks():
+    masks, weight = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
+    masks[0, :2] = 1
+    logits = torch.full((1, 3, 4, 4), -20.0)
+    logits[0, 0, :2] = logits[0, 1, :1] = 20.0     # exact; half of it; everything
+    logits[0, 2] = 20.0
+    iou = torch.tensor([[1.0, 0.5, 0.5]])
+    assert script_.soft_iou(logits > 0, masks[:, None], weight[:, None]).tolist() == iou.tolist()
+    assert script_.criterion(logits, iou, masks, weight).item() == pytest.approx(0, abs=1e-5)  # the best of three
+    half = script_.criterion(logits[:, 1:2], iou[:, 1:2], masks, weight).item()
+    assert half == pytest.approx(20 * 4 / 16 + 1 - 2 * 4 / 12, rel=1e-5)
+    assert script_.criterion(logits[:, 1:2], iou[:, :1], masks, weight).item() == pytest.approx(half + 0.25, rel=1e-5)
+
+
+def test_a_logit_that_is_surely_wrong_has_a_gradient():
+    """The article's sigmoid and BCELoss give none at +20 and -110."""
+    logits = torch.tensor([20.0, -110.0]).reshape(1, 1, 1, 2).requires_grad_()
+    loss = script_.criterion(logits, torch.zeros(1, 1), torch.tensor([[[0.0, 1.0]]]), torch.ones(1, 1, 2))
+    loss.sum().backward()
+    assert logits.grad.flatten().tolist() == pytest.approx([0.5, -0.5], abs=0.01)
+
+
+def test_each_object_has_its_own_best_mask():
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :2], masks[1, :, 2:] = 1, 1
+    logits = torch.full((2, 3, 4, 4), -20.0)
+    logits[0, 0, :2], logits[1, 2, :, 2:] = 20.0, 20.0
+    losses = script_.criterion(logits, script_.soft_iou(logits > 0, masks[:, None], torch.ones(2, 1, 4, 4)), masks,
+                               torch.ones(2, 4, 4))
+    assert losses.tolist() == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_what_is_under_void_changes_neither_loss_nor_figure():
+    torch.manual_seed(0)
+    logits, iou = torch.randn(2, 3, 8, 8), torch.rand(2, 3)
+    masks, weight = (torch.rand(2, 8, 8) > 0.5).float(), torch.ones(2, 8, 8)
+    weight[:, 2:5, 3:] = 0
+    other_logits, other_masks = logits.clone(), masks.clone()
+    other_logits[:, :, 2:5, 3:] *= -7
+    other_masks[:, 2:5, 3:] = 1 - masks[:, 2:5, 3:]
+    assert torch.equal(script_.criterion(logits, iou, masks, weight),
+                       script_.criterion(other_logits, iou, other_masks, weight))
+    pred, truth, labelled = torch.rand(3, 20, 20) > 0.5, torch.rand(3, 20, 20) > 0.5, torch.ones(20, 20).bool()
+    labelled[5:9] = False
+    truth &= labelled
+    other = pred.clone()
+    other[:, 5:9] ^= True
+    assert torch.equal(script_.mask_iou(pred, truth, labelled), script_.mask_iou(other, truth, labelled))
+    for a, b, t in zip(pred, other, truth):
+        first, second = (script_.next_click(mask, t, labelled) for mask in (a, b))
+        assert torch.equal(first[0], second[0]) and first[1] == second[1]
+
+
+def test_labels_under_void_change_nothing_that_is_trained_or_measured(instances, tmp_path):
+    figures = train(instances, tmp_path / "a", "--cache-dir", tmp_path / "cache")
+    for path in voc(instances, "SegmentationClass").iterdir():
+        label = np.array(utils.Image.open(path))
+        label[label == 255] = 7
+        save_grey(path, label)
+    again = train(instances, tmp_path / "b", "--cache-dir", tmp_path / "cache")
+    assert again == figures
+
+
+def test_clicks_go_to_the_middle_of_the_largest_wrong_region():
+    truth, pred, labelled = torch.zeros(3, 20, 30).bool()
+    labelled[:] = True
+    truth[4:11, 6:21] = True
+    assert script_.middle(truth).tolist()[1] == 7 and 9 <= script_.middle(truth)[0] <= 17
+    pred[4:11, 6:16] = True                       # 7x5 pixels of the object are missing
+    pred[15:18, 0:3] = True                       # 9 pixels are too much
+    point, label = script_.next_click(pred, truth, labelled)
+    assert point[0] == 18 and 6 <= point[1] <= 8 and label == 1
+    pred[12:20, 20:30] = True                     # now 80 pixels are too much
+    point, label = script_.next_click(pred, truth, labelled)
+    assert truth[int(point[1]), int(point[0])] == 0 and label == 0 and 20 <= point[0] < 30
+    labelled[12:20, 20:30] = False                # but they are void
+    assert script_.next_click(pred, truth, labelled)[1] == 1
+    assert script_.next_click(truth, truth, labelled)[0].tolist() == script_.middle(truth).tolist()
+
+
+def test_boundaries_of_hand_worked_masks():
+    """Diagonal 50: boundaries are one pixel wide."""
+    truth, labelled = torch.zeros(1, 30, 40).bool(), torch.ones(30, 40).bool()
+    truth[0, 10:20, 10:20] = True
+    pred = truth.clone()
+    assert script_.boundary_iou(pred, truth, labelled).item() == 1
+    pred[0, 10:20, 19] = False                    # 36 true, 34 predicted, 26 of them the same
+    assert script_.boundary_iou(pred, truth, labelled).item() == pytest.approx(26 / (36 + 34 - 26))
+    assert script_.mask_iou(pred, truth, labelled).item() == pytest.approx(0.9)
+
+
+class Copy(torch.nn.Module):
+    """A net whose logits are what stands in the embedding's first channel, whatever it is asked."""
+    image_size = 64
+
+    def postprocess_masks(self, masks, input_size, original_size):
+        masks = F.interpolate(masks, (64, 64), mode="bilinear")[..., :input_size[0], :input_size[1]]
+        return F.interpolate(masks, tuple(original_size), mode="bilinear")
+
+
+def test_figures_of_a_hand_worked_image(monkeypatch):
+    """A net that always finds the left half of a 64x32 image, object 1 is the upper left quarter, 2 the right half."""
+    low = torch.full((1, 1, 16, 16), -9.0)
+    low[..., :4] = 9.0
+
+    def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+        count = len(points)
+        return [low.expand(count, 3 if multimask else 1, -1, -1), torch.full((count, 3 if multimask else 1), 0.75)]
+    monkeypatch.setattr(script_, "decode", decode)
+    ids = torch.zeros(64, 32, dtype=torch.long)
+    ids[:32, :16], ids[:, 16:] = 1, 2
+    rows = script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1, 2]), None)
+    assert rows.shape == (2, 8)
+    box, _, click1, click3, click5, error, filled, disc = rows.T
+    assert box.tolist() == click1.tolist() == click3.tolist() == click5.tolist() == [0.5, 0]
+    assert error.tolist() == [0.25, 0.75] and filled.tolist() == [1, 1] and disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
+
+
+# --- Embeddings ---
+
+def cached(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_encoder_looks_at_each_image_once_ever(instances, tmp_path, monkeypatch, capsys):
+    calls, encoder = [], script_.NETS["demo"](64).image_encoder.__class__
+    theirs = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda self, x: calls.append(len(x)) or theirs(self, x))
+    train(instances, tmp_path / "a", "--epochs", 3)
+    assert sum(calls) == 10 and "making 10 embeddings" in capsys.readouterr().out
+    assert len(cached(tmp_path / "embeddings")) == 10
+    train(instances, tmp_path / "b", "--epochs", 2)
+    assert sum(calls) == 10
+    train(instances, tmp_path / "c", "--no-cache", "--epochs", 2)
+    assert sum(calls) == 10 + 2 + 2 * (8 + 2 + 2)  # before; each epoch with its samples
+
+
+def test_a_changed_image_other_weights_another_size_or_precision_never_reuse_an_embedding(instances, tmp_path, capsys):
+    folder = tmp_path / "embeddings"
+    train(instances, tmp_path / "a")
+    names = set(cached(folder))
+    for number, more in enumerate((["--seed", 3], ["--image-size", 80], ["--amp", "bf16"])):
+        train(instances, tmp_path / f"b{number}", *more)
+        assert len(set(cached(folder)) - names) == 10, more
+        names = set(cached(folder))
+    path = next(voc(instances, "JPEGImages").iterdir())
+    utils.save_image(path, 255 - utils.read_image(path))
+    train(instances, tmp_path / "c")
+    assert len(set(cached(folder)) - names) == 1
+    train(instances, tmp_path / "d", "--flip")
+    assert len(set(cached(folder)) - names) == 1 + 8  # the training images' mirrored ones
+
+
+def test_damaged_embeddings_are_made_again_with_a_note(instances, tmp_path, capsys):
+    train(instances, tmp_path / "a")
+    whole = cached(tmp_path / "embeddings")
+    for number, name in enumerate(sorted(whole)[:3]):
+        spoilt = bytearray(whole[name][:len(whole[name]) // 2] if number == 0 else whole[name])
+        spoilt[len(spoilt) // 2] ^= 1
+        (tmp_path / "embeddings" / name).write_bytes(spoilt)
+    capsys.readouterr()
+    train(instances, tmp_path / "b")
+    said = capsys.readouterr().out
+    assert said.count(": made again") == 3 and "making 3 embeddings" in said
+    assert cached(tmp_path / "embeddings").keys() == whole.keys()
+    for name in whole:
+        a, b = (torch.load(utils.io.BytesIO(data), weights_only=True)["embedding"]
+                for data in (whole[name], (tmp_path / "embeddings" / name).read_bytes()))
+        assert torch.equal(a, b)
+
+
+def test_a_full_disk_is_said_beforehand(instances, tmp_path, monkeypatch):
+    monkeypatch.setattr(script_.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    refuses(instances, "GB needed, 0.00 GB free", "--cache-dir", "--no-cache")
+
+
+def test_cached_and_uncached_training_end_in_nearly_the_same_decoder(instances, tmp_path):
+    for name, more in (("a", []), ("b", ["--no-cache"])):
+        train(instances, tmp_path / name, "--epochs", 3, *more)
+    a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab")
+    torch.manual_seed(41)
+    start = script_.NETS["demo"](64).state_dict()
+    apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+    moved = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
+    assert 0 < apart < 0.1 * moved  # embeddings are kept in half precision
+
+
+# --- Training ---
+
+def test_every_file_is_written_and_testing_repeats_the_figures(instances, tmp_path, capsys):
+    figures = train(instances, tmp_path / "run", "--epochs", 3, "--keep-path", instances)
+    for name in ("last.pth", "best.pth", "decoder.pth", "log.csv", "curves.png", "val_samples.png", "split.json",
+                 "args.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    printed = capsys.readouterr().out
+    assert "kept, before" in printed and "blob" in printed and "disc_iou" in printed
+    assert set(figures["class_box_iou"]) == {"blob"} and figures["class_box_iou"]["blob"][1] >= 4
+    for weights in (["--resume", tmp_path / "run/last.pth"], ["--weights", tmp_path / "run/last.pth"]):
+        tested = train(instances, tmp_path / "x", "--test-only", *weights)
+        assert tested == {key: figures[key] for key in tested}
+    rows = (tmp_path / "run/log.csv").read_text().splitlines()
+    losses = [float(row.split(",")[rows[0].split(",").index("loss")]) for row in rows[1:]]
+    assert losses[-1] < losses[0]
+
+
+def test_checkpoints_hold_the_decoder_alone_with_official_keys(instances, tmp_path):
+    train(instances, tmp_path / "run")
+    decoder = torch.load(tmp_path / "run/decoder.pth", weights_only=True)
+    model = script_.NETS["demo"](64)
+    assert decoder.keys() == {key for key in model.state_dict() if key.startswith("mask_decoder.")}
+    missing, unexpected = model.load_state_dict(decoder, strict=False)
+    assert not unexpected and not any(key.startswith("mask_decoder.") for key in missing)
+    best = torch.load(tmp_path / "run/best.pth", weights_only=True)
+    assert best["model"].keys() == decoder.keys() and best["net"] == "sam"
+    assert (tmp_path / "run/best.pth").stat().st_size < 1.1 * (tmp_path / "run/decoder.pth").stat().st_size + 20_000
+
+
+@pytest.mark.parametrize("train_what", ["decoder", "token", "all"])
+def test_only_the_named_part_is_trained(instances, tmp_path, train_what):
+    train(instances, tmp_path / "run", "--train", train_what, "--weight-decay", 0.5)
+    after = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    torch.manual_seed(41)
+    before = script_.NETS["demo"](64).state_dict()
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    if train_what == "all":
+        assert after.keys() == before.keys() and "image_encoder.pos_embed" in changed
+        assert "prompt_encoder.no_mask_embed.weight" in changed
+        return
+    token = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.", "mask_decoder.iou_prediction_head.")
+    assert all(key.startswith("mask_decoder.") for key in after)
+    heads = [f"mask_decoder.output_hypernetworks_mlps.{i}.layers.2.bias" in changed for i in range(4)]
+    assert heads[0] and any(heads[1:])  # the second pass; the best of the first
+    assert {"mask_decoder.mask_tokens.weight", "mask_decoder.iou_prediction_head.layers.2.bias"} <= changed
+    assert ("mask_decoder.transformer.layers.0.mlp.lin1.weight" in changed) == (train_what == "decoder")
+    if train_what == "token":
+        assert all(key.startswith(token) for key in changed)
+
+
+@pytest.mark.parametrize("more", [
+    ["--point-prompt", "False"], ["--box_prompt", "False"], ["--points", 4], ["--background-points", 0], ["--flip"],
+    ["--masks", "class"], ["--amp", "bf16"], ["--accumulate", 2], ["-b", 5], ["--max-objects", 1], ["--no-cache"],
+    ["--overfit", 2], ["--limit", 2]])
+def test_every_option_trains(instances, tmp_path, more):
+    figures = train(instances, tmp_path / "run", *more)
+    assert math.isfinite(figures["val_box_iou"])
+    model = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    assert all(p.isfinite().all() for p in model.values())
+
+
+def test_the_gradient_is_the_mean_over_objects_however_they_lie_in_batches(instances, tmp_path):
+    for name, more in (("a", ["-b", 8]), ("b", ["-b", 2, "--accumulate", 4]), ("c", ["-b", 3, "--accumulate", 3])):
+        train(instances, tmp_path / name, *more)
+    a, b, c = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "abc")
+    for key in a:
+        if "k_proj.bias" not in key:  # whose true gradient is 0
+            assert torch.allclose(a[key], b[key], atol=1e-4) and torch.allclose(a[key], c[key], atol=1e-4), key
+
+
+def test_images_of_any_size_in_one_batch_and_images_without_objects(instances, tmp_path, capsys):
+    for name, size in (("blob_0001", (40, 64)), ("blob_0002", (90, 50)), ("blob_0003", (64, 64)), ("blob_0004", (64, 64)), ("blob_0005", (64, 64))):
+        utils.save_image(voc(instances, f"JPEGImages/{name}.jpg"), np.zeros((*size, 3), np.uint8))
+        ids = np.zeros(size, np.uint8)
+        if size != (64, 64):
+            ids[5:20, 5:30], ids[30:36, 8:20] = 3, 200
+        else:
+            ids[3:9] = 255  # void alone
+        for sub in ("Object", "Class"):
+            save_grey(voc(instances, f"Segmentation{sub}/{name}.png"), ids)
+    train(instances, tmp_path / "a", "-b", 6)
+    said = capsys.readouterr().out
+    assert "2 of 8 training images have no object and are left out" in said and "1 of 2 validation images" in said
+
+
+def test_an_empty_mask_found_later_does_no_harm(instances, tmp_path, monkeypatch):
+    check = script_.check_items
+    monkeypatch.setattr(script_, "check_items", lambda items, num_pixels, part: check(items, 1, part))
+    for name in ("blob_0002", "blob_0003", "blob_0004"):
+        save_grey(voc(instances, f"SegmentationObject/{name}.png"), np.zeros((64, 64), np.uint8))
+    figures = train(instances, tmp_path / "run", "-b", 1)
+    assert math.isfinite(figures["val_box_iou"])
+    assert "skipped" not in (tmp_path / "run/log.csv").read_text().splitlines()[1]
+
+
+def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch):
+    ids = torch.arange(1, 201).repeat_interleave(8).reshape(200, 8).repeat_interleave(4, 1)
+    dataset = SimpleNamespace(items=[("x", None, None, None)], class_names={})
+
+    class Loader(list):
+        pass
+    loader, counts = Loader([(torch.zeros(1, 4, 4, 4).half(), ids[None], [0])]), []
+    loader.dataset = dataset
+    monkeypatch.setattr(script_, "judge", lambda model, embedding, ids, numbers, dtype: counts.append(len(numbers))
+                        or torch.zeros(len(numbers), 8))
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=None)
+    figures = script_.evaluate(SimpleNamespace(eval=lambda: None), loader, run, None)
+    assert counts == [8] * 25 and figures["class_box_iou"] == {}
+
+
+def test_the_articles_command_line_runs(instances, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (instances / "VOCdevkit/VOC2012").rename(instances / "VOCdevkit/VOC2007")
+    script_.main(options(*f"""--w none --type demo --data {instances / 'VOCdevkit'} --point-prompt True --box-prompt True
+        --epochs 1 --batch-size 1 --save_dir ./weights --device cpu --image-size 64 -j 0""".split()))
+    assert (tmp_path / "weights/decoder.pth").exists()
+
+
+def test_sanity_check_prints_counts_and_draws_a_panel(instances, tmp_path, capsys):
+    train(instances, tmp_path / "run", "--sanity-check")
+    printed = capsys.readouterr().out
+    assert "train: 8 images, 8 of 64x64" in printed and "objects, 2 to" in printed and "are void" in printed
+    assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
+
+
+# --- Weights ---
+
+def test_an_official_file_loads_at_another_size_and_another_net_is_refused(instances, tmp_path):
+    theirs = script_.NETS["demo"](128)
+    torch.save(theirs.state_dict(), tmp_path / "official.pth")
+    model, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pth"))
+    assert torch.equal(model.mask_decoder.iou_token.weight, theirs.mask_decoder.iou_token.weight)
+    assert model.image_encoder.pos_embed.shape == (1, 4, 4, 96)
+    refuses(instances, "official.pth: weights of another net than Sam",
+            more=["--weights", tmp_path / "official.pth", "--model", "vit_b"])
+    torch.save({"format": 2, "net": "unet", "arch": {}, "args": {}, "model": {}}, tmp_path / "unet.pth")
+    refuses(instances, "unet.pth: holds net unet", more=["--weights", tmp_path / "unet.pth"])
+
+
+def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + ord(name[0]))
+        torch.save(script_.NETS["demo"](64).state_dict(), tmp_path / f"{name}.pth")
+    figures = train(instances, tmp_path / "run", "--weights", tmp_path / "one.pth")
+    tested = train(instances, tmp_path / "x", "--test-only", "--weights", tmp_path / "run/last.pth")
+    assert tested == {key: figures[key] for key in tested}
+    refuses(instances, "decoder.pth: holds a decoder alone", "--base", more=["--weights", tmp_path / "run/decoder.pth"])
+    shutil.copy(tmp_path / "two.pth", tmp_path / "one.pth")
+    refuses(instances, "best.pth: trained on other base weights than", more=["--weights", tmp_path / "run/best.pth"])
+    with pytest.raises(utils.InputError, match="trained with base weights of hash"):
+        train(instances, tmp_path / "run", "--weights", tmp_path / "one.pth", "--epochs", 2, "--resume", "auto")
+
+
+def test_official_names_are_fetched_by_hash_and_offline_the_url_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+    def offline(url, path, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    args = options("--model", "demo")
+    args.weights = "vit_b"
+    with pytest.raises(utils.InputError, match="sam_vit_b_01ec64.pth.*put it at"):
+        script_.create_model(args)
+    path = tmp_path / "hub/checkpoints/sam_vit_b_01ec64.pth"
+    path.write_bytes(b"x")
+    with pytest.raises(utils.InputError, match="instead of 375042383, ec2df627"):
+        script_.create_model(args)
+
+
+# --- Bad input ---
+
+@pytest.mark.parametrize("more, words", [
+    (["--image-size", "100"], ["--image-size 100", "multiple of 16"]), (["--weights", "no.pth"], ["no.pth", "no such file"]),
+    (["--resume", "no.pth"], ["no.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"]),
+    (["--point-prompt", "0", "--box-prompt", "no"], ["--point-prompt", "no prompts are left"]),
+    (["--year", "1999"], ["VOC1999", "--year"]), (["--val-set", "other"], ["other.txt: no such list"]),
+    (["--keep-path", "nowhere"], ["nowhere: holds neither"])])
+def test_options_that_cannot_be(instances, more, words):
+    refuses(instances, *words, more=more)
+
+
+def test_masks_that_cannot_be(instances):
+    path = voc(instances, "SegmentationObject/blob_0003.png")
+    save_grey(path, np.zeros((64, 40), np.uint8))
+    refuses(instances, "SegmentationObject/blob_0003.png: 40x64", "JPEGImages/blob_0003.jpg has 64x64")
+    utils.save_image(path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    refuses(instances, "blob_0003.png: colour-coded")
+    path.unlink()
+    refuses(instances, "SegmentationObject/blob_0003: no such image", "train.txt")
+    for path in voc(instances, "SegmentationObject").iterdir():
+        save_grey(path, np.full((64, 64), 255, np.uint8))
+    shutil.copy(path, path.with_name("blob_0003.png"))
+    refuses(instances, "SegmentationObject: none of 8 masks has an object")
+
+
+def test_real_folders_pass_the_sanity_check(real_data, tmp_path, capsys):
+    train(real_data / "nuclei_instance_voc", tmp_path / "run", "--sanity-check")
+    assert "train: 48 images" in capsys.readouterr().out
+    train(real_data / "voc2007_sample", tmp_path / "run", "--sanity-check", "--year", 2007)
+    assert "train: 2 images" in capsys.readouterr().out
