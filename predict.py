@@ -13,7 +13,8 @@ of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap,
 NAME is the file's, with its extension and folders where others have the same.
 SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the --points
 together are one, or belong to a single box. --prompts gives those of a folder, in pixels: {"NAME":
-{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}. --click takes them from the mouse.
+{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}. annotate.py writes such a
+file from clicks on a page.
 """
 import argparse
 import csv
@@ -31,7 +32,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,6 @@ def get_args_parser():
     add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1",
         help="may be repeated")
     add("--prompts", help="json file of points and boxes for each image")
-    add_switch("--click", help="show each image in a window, to click on")
     add_switch("--all-masks", help="also write all three masks of each object, NAME_OBJECT_1.png to "
                                    "_3.png")
     parser.add_device_options()
@@ -200,7 +199,7 @@ class Net(NamedTuple):
     predict: Callable          # see predict_unet; with prompts see predict_efficient_sam
     needs: str                 # option of its training that predicting needs
     overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
-    prompts: bool = False      # it cuts out what prompts show
+    encode: Callable = None    # of nets that need prompts: see encode_efficient_sam
 
 
 class Loaded(NamedTuple):
@@ -429,43 +428,6 @@ def predict_batch(loaded, images, args):
     return predict_averaged(loaded, images, args)
 
 
-def annotate(annotations, kind, image_id, category, mask, score=None):
-    """Appends COCO's annotations of mask (H, W) bool: one, or without score one per connected part."""
-    if not kind or not mask.any():
-        return
-    mask = mask.astype(np.uint8)
-    if score is None:
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask)
-    else:
-        count, labels, stats = 2, mask, [None, [*cv2.boundingRect(mask), cv2.countNonZero(mask)]]
-    for k in range(1, count):
-        x, y, width, height, area = map(int, stats[k])
-        part = (labels[y:y + height, x:x + width] == k).astype(np.uint8)
-        shape = run_lengths(part, x, y, mask.shape) if kind == "rle" else polygons(part, x, y)
-        annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
-                      "iscrowd": 0, "bbox": [x, y, width, height], "area": area, "segmentation": shape}
-        annotations.append(annotation if score is None else {**annotation, "score": score})
-
-
-def polygons(part, left, top):
-    """Outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
-    nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i: nodes 2i to 2i + 2
-    nodes[1:] |= nodes[:-1].copy()
-    nodes[:, 1:] |= nodes[:, :-1].copy()
-    outlines, _ = cv2.findContours(nodes, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [(outline[:, 0] / 2 + (left, top)).ravel().tolist() for outline in outlines]
-
-
-def run_lengths(part, left, top, size):
-    """COCO's uncompressed RLE of part (h, w) in an image (H, W): runs of 0, 1, 0 ... by columns."""
-    columns, rows = np.nonzero(part.T)
-    places = (left + columns) * size[0] + top + rows
-    starts = places[np.diff(places, prepend=-2) != 1]
-    ends = places[np.diff(places, append=-2) != 1] + 1
-    counts = np.diff(np.stack([starts, ends], 1).ravel(), prepend=0, append=size[0] * size[1])
-    return {"size": [*size], "counts": counts.tolist()}
-
-
 def write_classes(logits, image, loaded, prefix, note):
     """Mask of the likeliest class, overlay. Returns [class, pixels, ""] of each class.
 
@@ -516,8 +478,8 @@ def read_prompts(name, given, args):
         raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask can hold 254, give "
                                "fewer at a time")
     if not queries:
-        raise utils.InputError(f"{args.prompts or '--box'}: no prompts for {name}; give --box, --point, "
-                               "--prompts or --click")
+        raise utils.InputError(f"{args.prompts or '--box'}: no prompts for {name}; give --box, --point "
+                               "or --prompts")
     if max(len(labels) for _, labels in queries) > 6:
         raise utils.InputError(f"{name}: more than six points for one object, corners of its box "
                                "included; the net takes no more")
@@ -534,46 +496,60 @@ def check_prompts(name, queries, shape):
                                "one)")
 
 
-def predict_efficient_sam(loaded, image, queries):
-    """RGB (H, W, 3) uint8, prompts -> yields logits (q, C, H, W), scores (q, C), the best one's (q,).
+def encode_efficient_sam(loaded, image):
+    """RGB (H, W, 3) uint8 -> its embedding, for predict_efficient_sam."""
+    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    image = preprocess(torch.from_numpy(image.transpose(2, 0, 1).copy()), args)
+    return encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
 
-    As train_efficientsam.py validates, C 3.
+
+def predict_efficient_sam(loaded, embedding, size, queries):
+    """Embedding of an image of this size (H, W) and its queries, as train_efficientsam.py validates.
+
+    Yields mask logits (q, C, H, W), scores (q, C), numbers of the best (q,); C is 3.
     """
     args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
-    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    height, width = content_size(image.shape[1:], args)
-    scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
+    height, width = content_size(size, args)
+    scale = torch.tensor([width / size[1], height / size[0]])
     most = max(len(labels) for _, labels in queries)
-    points, labels = torch.full((len(queries), most, 2), -1.0), torch.full((len(queries), most), -1)
+    points = torch.full((1, len(queries), most, 2), -1.0)
+    labels = torch.full((1, len(queries), most), -1)
     for i, (query, kinds) in enumerate(queries):
-        points[i, :len(kinds)] = torch.tensor(query) * scale
-        labels[i, :len(kinds)] = torch.tensor(kinds)
-    inputs = [part[None].to(loaded.device) for part in (preprocess(image, args), points, labels)]
-    parts = predict_masks(loaded.model, *inputs, image.shape[-2:], args, loaded.dtype)
+        points[0, i, :len(kinds)] = torch.tensor(query) * scale
+        labels[0, i, :len(kinds)] = torch.tensor(kinds)
+    points, labels = points.to(loaded.device), labels.to(loaded.device)
+    parts = predict_masks(loaded.model, embedding, points, labels, size, args, loaded.dtype)
     for _, logits, scores in parts:
         yield logits, scores, scores.argmax(1)
 
 
-def predict_sam(loaded, image, queries):
-    """The same, C 4: as finetune_sam_decoder.py validates, the mask of the second pass, then the first's."""
-    model, device, size = loaded.model, loaded.device, image.shape[:2]
+def encode_sam(loaded, image):
+    """RGB (H, W, 3) uint8 -> its embedding (1, D, E, E), for predict_sam."""
+    size = resized_size(*image.shape[:2], loaded.model.image_size)
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    image = v2.functional.resize(image, size, antialias=True).to(loaded.device)
+    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        return loaded.model.image_encoder(loaded.model.preprocess(image.float())[None]).float()
+
+
+def predict_sam(loaded, embedding, size, queries):
+    """The same as finetune_sam_decoder.py validates; C is 4: the second pass's mask, the first's three."""
+    model, device = loaded.model, loaded.device
     height, width = resized_size(*size, model.image_size)
     scale = torch.tensor([width / size[1], height / size[0]])
-    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    image = v2.functional.resize(image, [height, width], antialias=True).to(device)
-    with torch.autocast(device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        embedding = model.image_encoder(model.preprocess(image.float())[None]).float()
-        for points, labels in queries:
-            points, labels = torch.tensor(points) * scale, torch.tensor(labels)
-            is_click = labels < 2
-            clicks = (points[is_click][None].to(device), labels[is_click][None].to(device))
-            clicks = clicks if is_click.any() else None
-            box = None if is_click.all() else points[~is_click].reshape(1, 4).to(device)
+    for points, labels in queries:
+        points, labels = torch.tensor(points) * scale, torch.tensor(labels)
+        click, clicks, box = labels < 2, None, None
+        if click.any():
+            clicks = (points[click][None].to(device), labels[click][None].to(device))
+        if not click.all():
+            box = points[~click].reshape(1, 4).to(device)
+        with torch.autocast(device.type, loaded.dtype, enabled=loaded.dtype is not None):
             first, first_scores = decode_sam(model, embedding, clicks, box, None, True)
             best = first[:, first_scores[0].argmax()][:, None]
             second, second_scores = decode_sam(model, embedding, clicks, box, best, False)
-            logits, scores = torch.cat([second, first], 1), torch.cat([second_scores, first_scores], 1)
-            yield model.postprocess_masks(logits, (height, width), size), scores, torch.tensor([0])
+        logits = model.postprocess_masks(torch.cat([second, first], 1), (height, width), size)
+        yield logits, torch.cat([second_scores, first_scores], 1), torch.tensor([0])
 
 
 def decode_sam(model, embedding, clicks, box, low_logits, multimask):
@@ -583,16 +559,6 @@ def decode_sam(model, embedding, clicks, box, low_logits, multimask):
         image_embeddings=embedding, image_pe=model.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=multimask)
     return masks.float(), iou.float()
-
-
-def keep_embedding(model):
-    """The net for one image: its embedding is computed at the first call."""
-    kept = []
-
-    def embed(image):
-        kept[:] = kept or [model.get_image_embeddings(image)]
-        return kept[0]
-    return SimpleNamespace(get_image_embeddings=embed, predict_masks=model.predict_masks)
 
 
 def content_size(size, args):
@@ -614,17 +580,21 @@ def preprocess(image, args):
     return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
 
 
-def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou.
+def encode(model, image, dtype):
+    """Image (1, 3, S, S) float32 in 0..1 -> its embedding, of which all queries are answered."""
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        return model.get_image_embeddings(image)
+
+
+def predict_masks(model, embedding, points, labels, size, args, dtype):
+    """Embedding, points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
 
     At the image's own size, and for q = 8 queries at a time, from number `first` on, to fit in memory.
     """
     side = args.image_size
     height, width = content_size(size, args)
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        embedding = model.get_image_embeddings(image)
     for i in range(0, points.shape[1], 8):
-        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(points.device.type, dtype, enabled=dtype is not None):
             logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8],
                                               True, side, side)
         logits = logits[0].float()
@@ -650,126 +620,14 @@ def write_objects(parts, image, prefix, note, all_masks):
     return rows
 
 
-class ClickWindow:
-    """An image in a matplotlib figure, to click on: `queries` as of read_prompts; s or q end it.
-
-    predict([query]) yields logits (1, 3, H, W), scores (1, 3), the best one's; that one is drawn.
-    """
-
-    KEYS = ("left: object   right: background   drag: box   u: undo   enter: next object   s: save   "
-            "q: quit")
-
-    def __init__(self, figure, image, predict):
-        self.figure, self.image, self.predict = figure, image, predict
-        self.pressed = self.done = None
-        self.objects, self.masks = [[]], [None]  # of each object its boxes and clicks, and its mask
-        figure.clear()
-        self.axes = figure.add_axes([0, 0, 1, 0.93])
-        self.axes.axis("off")
-        self.shown = self.axes.imshow(image)
-        for event in ("button_press_event", "button_release_event", "key_press_event", "close_event"):
-            figure.canvas.mpl_connect(event, getattr(self, event))
-        self.draw()
-
-    @property
-    def queries(self):
-        return [self.query(prompts) for prompts in self.objects if prompts]
-
-    def query(self, prompts):
-        """The prompts of one object; of several boxes the last counts."""
-        boxes, clicks = [p for p in prompts if len(p) == 4][-1:], [p for p in prompts if len(p) == 3]
-        corners = [[*box[i:i + 2]] for box in boxes for i in (0, 2)]
-        points = corners + [[x, y] for x, y, _ in clicks]
-        return points, [2, 3][:len(corners)] + [label for *_, label in clicks]
-
-    def button_press_event(self, event):
-        panning = getattr(self.figure.canvas.toolbar, "mode", "")  # or zooming
-        if event.inaxes is self.axes and not panning:
-            self.pressed = event
-
-    def button_release_event(self, event):
-        first, self.pressed = self.pressed, None
-        if first is None:
-            return
-        places = self.axes.transData.inverted().transform([(first.x, first.y), (event.x, event.y)])
-        start, stop = places.clip(0, np.array(self.image.shape[1::-1]) - 1)
-        prompt = (*start.tolist(), int(first.button == 1))
-        dragged = max(abs(event.x - first.x), abs(event.y - first.y)) > 4  # pixels of the screen
-        if first.button == 1 and dragged:
-            prompt = (*np.minimum(start, stop).tolist(), *np.maximum(start, stop).tolist())
-        area = len(prompt) == 3 or (stop != start).all()
-        if area and len(self.query([*self.objects[-1], prompt])[1]) <= 6:  # the net takes no more
-            self.objects[-1].append(prompt)
-            self.change()
-
-    def key_press_event(self, event):
-        if event.key in ("s", "q"):
-            self.end(event.key)
-        elif event.key == "enter" and self.objects[-1] and len(self.objects) < 254:
-            self.objects, self.masks = [*self.objects, []], [*self.masks, None]
-            self.draw()
-        elif event.key == "u" and self.queries:
-            if not self.objects[-1]:
-                self.objects, self.masks = self.objects[:-1], self.masks[:-1]
-            self.objects[-1].pop()
-            self.change()
-
-    def close_event(self, event):
-        self.end("q")
-
-    def end(self, key):
-        self.done = self.done or key
-        self.figure.canvas.stop_event_loop()
-
-    def change(self):
-        """The last object is cut out anew."""
-        self.masks[-1] = None
-        if self.objects[-1]:
-            logits, _, best = next(self.predict([self.query(self.objects[-1])]))
-            self.masks[-1] = (logits[0, best[0]] > 0).cpu().numpy()
-        self.draw()
-
-    def draw(self):
-        ids = np.zeros(self.image.shape[:2], np.uint8)
-        for k, mask in enumerate(self.masks, 1):
-            if mask is not None:
-                ids[mask] = k
-        shown, size = utils.overlay(self.image, ids), max(2, max(ids.shape) // 200)
-        colours = [(255, 0, 0), (0, 255, 0), (255, 255, 0), (255, 255, 0)]  # by label
-        for points, labels in self.queries:
-            for point, label in zip(np.round(points).astype(int).tolist(), labels):
-                cv2.circle(shown, point, size, colours[label], -1)
-        self.shown.set_data(shown)
-        self.figure.suptitle(f"object {len(self.objects)}   {self.KEYS}", fontsize=9)
-        self.figure.canvas.draw_idle()
-
-
-def open_figure():
-    """An empty figure on the screen; InputError where there is none."""
-    try:
-        import matplotlib.pyplot as plt  # late: it takes a second
-        plt.rcParams.update({key: [] for key in plt.rcParams if key.startswith("keymap.")})
-        figure = plt.figure("predict.py", figsize=(10, 8))
-        on_screen = figure.canvas.required_interactive_framework
-    except Exception:  # each toolkit has errors of its own
-        on_screen = None
-    if not on_screen:
-        raise utils.InputError("--click: no display to open a window on; give --point or --box")
-    figure.show()
-    figure.timer = figure.canvas.new_timer(200)  # milliseconds; a toolkit's loop sees no Ctrl-C
-    figure.timer.add_callback(lambda: utils.stop_asked() and figure.canvas.stop_event_loop())
-    figure.timer.start()
-    return figure
-
-
 NETS = {
     "unet": Net(lambda model, **arch: UNETS[model](**arch), predict_unet, "image_size",
                 overlapping=True),
     "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
     "efficient_sam": Net(lambda model, image_size: EFFICIENT_SAMS[model](image_size),
-                         predict_efficient_sam, "preprocess", prompts=True),
+                         predict_efficient_sam, "preprocess", encode=encode_efficient_sam),
     "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
-               prompts=True),
+               encode=encode_sam),
 }
 
 
@@ -779,26 +637,20 @@ def check_options(args, loaded):
     """InputError for an option that is not for this net, or not beside another."""
     dense = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile}
     prompts = {"--box": args.box, "--point": args.point, "--prompts": args.prompts,
-               "--all-masks": args.all_masks, "--click": args.click}
-    wanted = "nets without prompts" if loaded.net.prompts else "nets with prompts"
-    for option, given in (dense if loaded.net.prompts else prompts).items():
+               "--all-masks": args.all_masks}
+    wanted = "nets without prompts" if loaded.net.encode else "nets with prompts"
+    for option, given in (dense if loaded.net.encode else prompts).items():
         if given:
             raise utils.InputError(f"{option}: is for {wanted}; {args.weights} is {loaded.name}; leave "
                                    "it out")
     if not all(0.1 <= scale <= 10 for scale in args.scales):
         raise utils.InputError(f"--scales {args.scales}: must be from 0.1 to 10")
-    if args.click and loaded.name != "efficient_sam":
-        raise utils.InputError(f"--click: is for EfficientSAM; {args.weights} is {loaded.name}")
     if args.base and loaded.name != "sam":
         raise utils.InputError(f"--base: is for SAM; {args.weights} is {loaded.name}; leave it out")
     if args.overlap is not None and not args.tile:
         raise utils.InputError("--overlap: is of tiles; give --tile too")
-    if args.click and args.all_masks:
-        raise utils.InputError("--all-masks: not with --click, which cannot know what it will write")
-    given = [args.box or args.point, args.prompts, args.click]
-    if sum(map(bool, given)) > 1:
-        raise utils.InputError("--prompts: takes the place of --box and --point, --click of all; give "
-                               "one or the other")
+    if args.prompts and (args.box or args.point):
+        raise utils.InputError("--prompts: takes the place of --box and --point; give one or the other")
 
 
 def plan_outputs(paths, loaded, args):
@@ -816,7 +668,7 @@ def plan_outputs(paths, loaded, args):
     files = [name + ending for name, _ in inputs for ending in endings] + ["areas.csv"]
     if args.coco:
         files.append("annotations.json")
-    if loaded.net.prompts and not args.click:
+    if loaded.net.encode:
         for name, _ in inputs:
             try:
                 queries[name] = read_prompts(name, prompts, args)
@@ -843,10 +695,19 @@ def write_tables(output_dir, areas, images, annotations, loaded, args):
         csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *areas])
     if args.coco:
         names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
-        names = {1: "object"} if loaded.net.prompts else names
-        categories = [{"id": k, "name": name} for k, name in names.items() if k > 0]
-        (output_dir / "annotations.json").write_text(json.dumps(
-            {"images": images, "categories": categories, "annotations": annotations}))
+        names.pop(0, None)  # the background
+        names = {1: "object"} if loaded.net.encode else names
+        import_convert_labels().write_coco(output_dir / "annotations.json", images, names, annotations)
+
+
+def import_convert_labels():
+    """The script that knows COCO's format; late, as only --coco needs it."""
+    try:
+        import convert_labels
+    except ImportError:
+        raise utils.InputError("--coco: convert_labels.py is not beside this script; copy it too, or "
+                               "leave --coco out") from None
+    return convert_labels
 
 
 def do_classes(batch, loaded, note, args):
@@ -858,23 +719,13 @@ def do_classes(batch, loaded, note, args):
         yield name, path, image, write_classes(logits, image, loaded, prefix, note)
 
 
-def do_prompts(batch, loaded, note, args, queries, figure, stop):
-    """Cuts out one image by its queries, or by clicks into figure; yields as do_classes, or nothing."""
+def do_prompts(batch, loaded, note, args, queries):
+    """Cuts out what the queries show in one image; yields as do_classes."""
     (name, path, image), = batch
-    own = queries.get(name)
-    if figure:
-        loaded = loaded._replace(model=keep_embedding(loaded.model))
-        window = ClickWindow(figure, image, functools.partial(loaded.net.predict, loaded, image))
-        figure.canvas.start_event_loop()
-        utils.raise_if_stopped()
-        own = window.queries if window.done == "s" else []
-        if window.done == "q":
-            stop()
-    if own:
-        check_prompts(name, own, image.shape)
-        parts = loaded.net.predict(loaded, image, own)
-        prefix = Path(args.output_dir, name)
-        yield name, path, image, write_objects(parts, image, prefix, note, args.all_masks)
+    check_prompts(name, queries[name], image.shape)
+    embedding, prefix = loaded.net.encode(loaded, image), Path(args.output_dir, name)
+    parts = loaded.net.predict(loaded, embedding, image.shape[:2], queries[name])
+    yield name, path, image, write_objects(parts, image, prefix, note, args.all_masks)
 
 
 @torch.no_grad()
@@ -884,19 +735,21 @@ def main(args):
     check_options(args, loaded)
     paths = find_inputs(args.inputs)
     inputs, queries, bad = plan_outputs(paths, loaded, args)
-    figure = open_figure() if args.click else None
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
 
-    def note(category, mask, score=None):  # for --coco, of the image that is being done
-        annotate(annotations, args.coco, len(images) + 1, category, mask, score)
+    annotate = import_convert_labels().annotate if args.coco else None
 
-    size = 1 if loaded.net.prompts or args.tile else args.batch_size
+    def note(category, mask, score=None):  # for --coco, of the image that is being done
+        if annotate:
+            annotate(annotations, args.coco, len(images) + 1, category, mask, score)
+
+    size = 1 if loaded.net.encode or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
     do = do_classes
-    if loaded.net.prompts:
-        do = functools.partial(do_prompts, queries=queries, figure=figure, stop=batches.close)
+    if loaded.net.encode:
+        do = functools.partial(do_prompts, queries=queries)
     try:
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
             try:

@@ -426,7 +426,7 @@ def evaluate(model, loader, run, args):
     loss = torch.zeros((), dtype=precise, device=run.device)
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
     for image, label, _ in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():
+        if utils.stop_asked():  # all processes leave together, below
             break
         image = image.to(run.device, non_blocking=True)
         label = label.to(run.device, non_blocking=True)
@@ -505,7 +505,7 @@ def write_record(run, text, figures):
 
 
 def write_results(run, path, figures):
-    """The article's results*.txt: one entry per epoch, in percent, in place of a later one."""
+    """The article's results*.txt: one entry per epoch (from 0), in percent."""
     if run.rank == 0:
         accuracy = [f"{100 * value:.1f}" for value in figures["class_accuracy"]]
         iou = [f"{100 * value:.1f}" for value in figures["class_iou"]]
@@ -580,7 +580,7 @@ def train_one_epoch(net, loader, optimizer, run, args):
                 outputs = net(images.contiguous(memory_format=torch.channels_last))
             # Labelled pixels in units of an image: sums over pixels would be too large for fp16
             labelled = (labels != VOID).sum() / labels[0].numel()
-            loss = criterion(outputs, labels) * labelled
+            loss = criterion(outputs, labels) * labelled  # the sum over labelled pixels
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_labelled += labelled
@@ -625,7 +625,8 @@ def main(args):
     net = model
     if args.world_size > 1:
         devices = [run.device] if run.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        net.broadcast_buffers = False  # each process keeps its own batch statistics
     results = run.folder / f"results{time.strftime('%Y%m%d-%H%M%S')}.txt"
     if run.checkpoint:
         results = max(run.folder.glob("results*.txt"), default=results)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import utils
 from nets.efficient_sam import NETS, WEIGHTS
 
+FIGURES = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")  # of evaluate
 MASK_SIZE = 256  # largest side in pixels at which training compares masks, as the article
 DEMO = {"model": "demo", "weights": "none", "image_size": 128, "lr": 2e-3, "epochs": 14,
         "workers": 0, "scheduler": "cosine", "bbox_shift": 5,
@@ -67,10 +68,10 @@ def get_args_parser():
 
     add("--multimask", choices=["min", "all"], default="min",
         help="train the best of the three masks, or, as the article, all on the same truth")
-    add("--seg-loss-weight", type=non_negative, default=1.0, help="of Dice (%(default)s)")
-    add("--ce-loss-weight", type=non_negative, default=1.0, help="of cross entropy (%(default)s)")
+    add("--seg-loss-weight", type=non_negative, default=1.0, help="weight of Dice (%(default)s)")
+    add("--ce-loss-weight", type=non_negative, default=1.0, help="weight of cross entropy (%(default)s)")
     add("--iou-loss-weight", type=non_negative, default=1.0,
-        help="of the squared error of the net's own IoU (%(default)s)")
+        help="weight of the squared error of the net's own IoU (%(default)s)")
     add("--epochs", "--num-epochs", type=positive, default=1000,
         help="passes over the training data (%(default)s)")
     add("-b", "--batch-size", type=positive, default=4,
@@ -97,11 +98,11 @@ class NpyDataset(torch.utils.data.Dataset):
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and
     labels (Q, N) as in nets/efficient_sam.py. Training: masks (Q, M, M) bool of up to --max-objects,
     M = min(S, MASK_SIZE); validation: ids (H, W) of the image's own size, 1 to Q. valid (Q,): these
-    are objects. An image without any, which the start has not read, has one query that is none;
-    index -1, with which processes keep step, has only such. What is random depends on (seed, epoch,
-    index) alone.
+    are objects. An image without any, which the start has not read, gets one query that is not
+    valid; index -1 fills up the last batch of a process and has none valid. What is random depends
+    on (seed, epoch, index) alone.
     """
-    classes = []
+    classes = []  # objects have none
 
     def __init__(self, items, args, train, augment):
         self.items, self.args, self.train, self.augment = items, args, train, augment
@@ -232,8 +233,8 @@ def find_items(data_path):
                                "and gts/")
     for name in sorted(images.keys() ^ masks.keys()):
         path, other = (images[name], "gts") if name in images else (masks[name], "imgs")
-        raise utils.InputError(f"{path}: {data_path}/{other} has no file of that name; add it or "
-                               "remove this one")
+        raise utils.InputError(f"{path}: {data_path}/{other} has no {name}.npy; add it or remove this "
+                               "one")
     return [(name, images[name], masks[name]) for name in sorted(images)]
 
 
@@ -370,17 +371,21 @@ def mask_iou(pred, mask):
 
 # --- Evaluation ---
 
-def predict_masks(model, image, points, labels, size, args, dtype):
-    """Image (1, 3, S, S), points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou.
+def encode(model, image, dtype):
+    """Image (1, 3, S, S) float32 in 0..1 -> its embedding, of which all queries are answered."""
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        return model.get_image_embeddings(image)
+
+
+def predict_masks(model, embedding, points, labels, size, args, dtype):
+    """Embedding, points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
 
     At the image's own size, and for q = 8 queries at a time, from number `first` on, to fit in memory.
     """
     side = args.image_size
     height, width = content_size(size, args)
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        embedding = model.get_image_embeddings(image)
     for i in range(0, points.shape[1], 8):
-        with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(points.device.type, dtype, enabled=dtype is not None):
             logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8],
                                               True, side, side)
         logits = logits[0].float()
@@ -397,14 +402,15 @@ def evaluate(model, loader, run, args):
     val_iou_error: how far its own guess is off; box_iou: of the filled box, the baseline.
     """
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64)
+    rows = [torch.zeros(0, len(FIGURES), dtype=torch.float64)]  # of each object
     for batch in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():
+        if utils.stop_asked():  # all processes leave together, below
             break
         image, points, labels, ids, valid = [part.to(run.device) for part in batch[:-1]]
         if not valid.any():
             continue
-        predictions = predict_masks(model, image, points, labels, ids.shape[-2:], args, run.dtype)
+        embedding, size = encode(model, image, run.dtype), ids.shape[-2:]
+        predictions = predict_masks(model, embedding, points, labels, size, args, run.dtype)
         for first, logits, guess in predictions:
             numbers = torch.arange(first + 1, first + 1 + len(guess), device=run.device)
             truth = ids == numbers[:, None, None]
@@ -412,14 +418,14 @@ def evaluate(model, loader, run, args):
             best = guess.argmax(1, keepdim=True)
             chosen = iou.gather(1, best)[:, 0]
             error = (guess.gather(1, best)[:, 0] - chosen).abs()
-            rows = [chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(truth),
-                    torch.ones_like(chosen)]
-            sums += torch.stack(rows).cpu().double().sum(1)
+            figures = [chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(truth)]
+            rows.append(torch.stack(figures, 1).cpu().double())
     utils.raise_if_stopped(run.device)
+    rows = torch.cat(rows)
+    sums = torch.cat([rows.sum(0), torch.tensor([len(rows)])])
     if args.world_size > 1:
         sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
-    names = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")
-    return dict(zip(names, (sums[:5] / sums[5]).tolist()))
+    return dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
 
 
 def box_iou(masks):
@@ -440,9 +446,10 @@ def draw_samples(model, dataset, run):
     for index in range(min(4, len(dataset))):
         image, ids = read_item(dataset.items[index])
         seen, points, labels, truth, _, _ = dataset[0, index]
-        inputs = [part[None].to(run.device) for part in (seen, points, labels)]
-        pred = np.zeros(ids.shape, int)
-        for first, logits, guess in predict_masks(model, *inputs, ids.shape, args, run.dtype):
+        seen, *prompts = [part[None].to(run.device) for part in (seen, points, labels)]
+        embedding, pred = encode(model, seen, run.dtype), np.zeros(ids.shape, int)
+        predictions = predict_masks(model, embedding, *prompts, ids.shape, args, run.dtype)
+        for first, logits, guess in predictions:
             best = torch.take_along_dim(logits, guess.argmax(1)[:, None, None, None], 1)[:, 0]
             for k, mask in enumerate((best > 0).cpu().numpy(), first + 1):
                 pred[mask] = k
@@ -563,7 +570,7 @@ def main(args):
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
-    print_table("before training: ", progress["before"])
+    print_table("before training:", progress["before"])
     print_table(f"after epoch {progress['epoch']}:", figures)
     print(f"filled boxes of the same objects: IoU {figures['box_iou']:.4f}")
     run.finish("val_iou")

@@ -44,8 +44,8 @@ def get_args_parser():
         help="the same as --output-dir models/NAME, as in the article")
     add("--val-path", help="folder of the same layout to validate on, instead of splitting")
     add("--split", help="split.json of another run to use, instead of splitting by --seed")
-    add("--img-ext", help="only images with this extension (any)")
-    add("--mask-ext", help="only masks with this extension (any)")
+    add("--img-ext", help="only images with this extension, npy too (those of image files)")
+    add("--mask-ext", help="only masks with this extension, npy too (those of image files)")
     add("--image-size", type=pixel_size, default=(96, 96),
         help="N or W,H: pixels that images are resized to (96)")
     add("--input-w", type=utils.number(int, 32), help="width, overrides --image-size")
@@ -205,6 +205,9 @@ def find_items(data_path, args):
     if root.is_dir():
         folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
         folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
+    if not folders and args.num_classes > 1:
+        raise utils.InputError(f"{root}: holds no class folders, but --num-classes is "
+                               f"{args.num_classes}; put each class's masks into masks/0, masks/1 ...")
     folders = folders or [root]
     if len(folders) != args.num_classes:
         names = ", ".join(path.name for path in folders[:5])
@@ -216,8 +219,8 @@ def find_items(data_path, args):
             path, other = images.get(name), folder
             if name not in images:
                 path, other = found[name], Path(data_path, "images")
-            raise utils.InputError(f"{path}: {other} has no image of that name; add it or remove this "
-                                   "one")
+            raise utils.InputError(f"{path}: {other} has no image file of that name; add it or remove "
+                                   "this one (.npy: --mask-ext npy)")
     items = [(name, images[name], [found[name] for found in masks]) for name in sorted(images)]
     return items, [folder.name for folder in folders]
 
@@ -320,7 +323,7 @@ def forward(model, image, dtype):
 # --- Loss ---
 
 def criterion(outputs, mask, loss):
-    """The named loss, averaged over outputs (deep supervision).
+    """The named loss, averaged over outputs (deep supervision) and over the images of the batch.
 
     Logits (B, K, H, W), one tensor or a list, and mask (B, K, H, W) in [0, 1] -> scalar.
     """
@@ -469,7 +472,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             images = images.to(run.device, non_blocking=True)
             masks = masks.to(run.device, non_blocking=True)
             outputs = forward(model, images, run.dtype)
-            loss = criterion(outputs, masks.float(), args.loss) * len(images)
+            loss = criterion(outputs, masks.float(), args.loss) * len(images)  # the sum over images
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_images += len(images)
@@ -487,7 +490,7 @@ def main(args):
     """Trains as the options say; returns the last validation figures and the best val_iou."""
     args.image_size = (args.input_w or args.image_size[0], args.input_h or args.image_size[1])
     if args.depth and not (args.test_only and args.deep_supervision):
-        raise utils.InputError("--depth: is for --test-only with --deep-supervision; leave it out")
+        raise utils.InputError("--depth: works only together with --test-only and --deep-supervision")
     run = utils.Run(args, net="unet")  # seeds; picks device and precision; reads --resume's checkpoint
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset

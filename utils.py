@@ -156,6 +156,9 @@ def run(main, parser):
             torch.distributed.destroy_process_group()
     except InputError as error:  # from a loader process: after that one's traceback
         parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(0)
     except OSError as error:  # a folder that cannot be written, a full disk: the system's words
         if error.errno is None:
             raise
@@ -183,6 +186,8 @@ class Run:
     continues, or None. progress: epoch, step, best ... and the sums of the running epoch over all
     processes: images, loss, count (what the mean loss is over), skipped steps, and those that the
     script adds. Every checkpoint holds it.
+    A data set has `items`, whose first member is a name and whose second the image's path, and
+    `classes` (names); it is indexed by (epoch, index), and what it returns ends with index.
     """
 
     def __init__(self, args, net, several=False):
@@ -204,7 +209,7 @@ class Run:
             args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
 
     def describe(self, name, model, train_set, val_set):
-        """Prints the start line: parameters, images, device."""
+        """Prints the start line: parameters, images, device; args.data_hash is set."""
         self.args.data_hash = data_hash(train_set.items + val_set.items)
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -223,7 +228,8 @@ class Run:
         for option in same:
             now, before = getattr(args, option), trained_with.get(option, getattr(args, option))
             if json.dumps(now) != json.dumps(before):
-                raise InputError(f"--{option.replace('_', '-')} {now}: trained with {before}")
+                raise InputError(f"--{option.replace('_', '-')} {now}: trained with {before}; give "
+                                 "that")
         if trained_with.get("data_hash", args.data_hash) != args.data_hash:
             print("note: other images or another split than in training: some may have been trained "
                   "on")
@@ -338,11 +344,16 @@ class Run:
         return self.parts["optimizer"].param_groups[0]["lr"]
 
     def end_epoch(self, figures, show):
-        """Prints the figures in `show`, writes all numbers to log.csv, begins the next epoch."""
+        """Prints the figures named in show, writes all of them to log.csv and begins the next epoch.
+
+        figures: numbers; lists and dicts (figures of each class) are left out of the log. From here
+        on progress["epoch"] is one more, and loss and sums are those of the next epoch.
+        """
         progress, epoch = self.progress, self.progress["epoch"] + 1
+        numbers = {name: float(value) for name, value in figures.items()
+                   if not isinstance(value, (list, dict))}
         row = {"epoch": epoch, "step": epoch * self.steps_per_epoch, "lr": self.learning_rate(),
-               "loss": self.mean_loss(),
-               **{name: value for name, value in figures.items() if isinstance(value, float)},
+               "loss": self.mean_loss(), **numbers,
                "skipped": progress["skipped"], "seconds": self.seconds,
                "images_per_s": (progress["images"] - self.images_before) / self.seconds,
                "peak_mb": peak_memory_mb(self.device)}
@@ -394,7 +405,7 @@ class Run:
         figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
         for axis, names in zip(axes[0], groups):
             for name in names:
-                values = [float(row[name] or "nan") for row in self.rows]
+                values = [float(row.get(name) or "nan") for row in self.rows]
                 axis.plot([int(row["epoch"]) for row in self.rows], values, ".-", label=name)
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -548,11 +559,11 @@ def load_weights(model, state, path):
         elif not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
             shape = tuple(getattr(found, "shape", ()))
             differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
-    differing += [f"{key} unknown" for key in state if key not in own]
-    if differing:
+    unknown = [f"{key} unknown" for key in state if key not in own]
+    if differing or unknown:
         raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
-                         f"{len(differing)} of {len(own)} tensors differ "
-                         f"({', '.join(differing[:3])} ...)")
+                         f"{len(differing)} of {len(own)} tensors missing or of another shape, "
+                         f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...)")
     model.load_state_dict(state)
 
 
@@ -999,8 +1010,9 @@ def log_row(path, row):
                              "auto") from None
     rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value)
                  for key, value in row.items()})
+    columns = dict.fromkeys(key for row in reversed(rows) for key in row)  # of older versions too
     with open(f"{path}.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{path}.tmp", path)

@@ -127,6 +127,7 @@ class DeepLabV3(nn.Module):
                 for name, x in logits.items()}
 
 
+# Fresh weights; to start from ImageNet's, give the builders below weights="DEFAULT"
 def _resnet(build):
     net = build(weights=None, replace_stride_with_dilation=[False, True, True])
     return Backbone(list(net.named_children()), ("layer4", "layer3")), 2048, 1024

@@ -156,4 +156,5 @@ class NestedUNet(nn.Module):
         return self.final(x0_4)
 
 
+# Called with num_classes= and input_channels=; they return logits, or a list with the prediction last
 NETS = {"UNet": UNet, "NestedUNet": NestedUNet}

@@ -131,7 +131,8 @@ def test_image_and_masks_are_mirrored_together(instances):
             x, y = (query[label == 1] / 4).int().T
             assert (mask[y, x] > 0).all()  # clicks hit the mask as it lies now
             rows, columns = (mask >= 0.5).nonzero().T
-            assert box[0] / 4 == pytest.approx(columns.min(), abs=1.5) and box[3] / 4 == pytest.approx(rows.max(), abs=1.5)
+            assert box[0] / 4 == pytest.approx(columns.min(), abs=1.5)
+            assert box[3] / 4 == pytest.approx(rows.max(), abs=1.5)
     assert seen == {True, False}
 
 
@@ -252,7 +253,8 @@ def test_figures_of_a_hand_worked_image(monkeypatch):
     assert rows.shape == (2, 8)
     box, _, click1, click3, click5, error, filled, disc = rows.T
     assert box.tolist() == click1.tolist() == click3.tolist() == click5.tolist() == [0.5, 0]
-    assert error.tolist() == [0.25, 0.75] and filled.tolist() == [1, 1] and disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
+    assert error.tolist() == [0.25, 0.75] and filled.tolist() == [1, 1]
+    assert disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
 
 
 # --- Embeddings ---
@@ -365,7 +367,8 @@ def test_only_the_named_part_is_trained(instances, tmp_path, train_what):
         assert after.keys() == before.keys() and "image_encoder.pos_embed" in changed
         assert "prompt_encoder.no_mask_embed.weight" in changed
         return
-    token = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.", "mask_decoder.iou_prediction_head.")
+    token = ("mask_decoder.mask_tokens.", "mask_decoder.output_hypernetworks_mlps.",
+             "mask_decoder.iou_prediction_head.")
     assert all(key.startswith("mask_decoder.") for key in after)
     heads = [f"mask_decoder.output_hypernetworks_mlps.{i}.layers.2.bias" in changed for i in range(4)]
     assert heads[0] and any(heads[1:])  # the second pass; the best of the first
@@ -396,7 +399,8 @@ def test_the_gradient_is_the_mean_over_objects_however_they_lie_in_batches(insta
 
 
 def test_images_of_any_size_in_one_batch_and_images_without_objects(instances, tmp_path, capsys):
-    for name, size in (("blob_0001", (40, 64)), ("blob_0002", (90, 50)), ("blob_0003", (64, 64)), ("blob_0004", (64, 64)), ("blob_0005", (64, 64))):
+    sizes = [(40, 64), (90, 50), (64, 64), (64, 64), (64, 64)]
+    for name, size in zip([f"blob_000{i}" for i in range(1, 6)], sizes):
         utils.save_image(voc(instances, f"JPEGImages/{name}.jpg"), np.zeros((*size, 3), np.uint8))
         ids = np.zeros(size, np.uint8)
         if size != (64, 64):
@@ -438,8 +442,8 @@ def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch)
 def test_the_articles_command_line_runs(instances, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (instances / "VOCdevkit/VOC2012").rename(instances / "VOCdevkit/VOC2007")
-    script_.main(options(*f"""--w none --type demo --data {instances / 'VOCdevkit'} --point-prompt True --box-prompt True
-        --epochs 1 --batch-size 1 --save_dir ./weights --device cpu --image-size 64 -j 0""".split()))
+    script_.main(options(*f"""--w none --type demo --data {instances / 'VOCdevkit'}
+        --point-prompt True --box-prompt True --epochs 1 --batch-size 1 --save_dir ./weights --device cpu --image-size 64 -j 0""".split()))
     assert (tmp_path / "weights/decoder.pth").exists()
 
 
@@ -498,7 +502,8 @@ def test_official_names_are_fetched_by_hash_and_offline_the_url_is_told(tmp_path
 # --- Bad input ---
 
 @pytest.mark.parametrize("more, words", [
-    (["--image-size", "100"], ["--image-size 100", "multiple of 16"]), (["--weights", "no.pth"], ["no.pth", "no such file"]),
+    (["--image-size", "100"], ["--image-size 100", "multiple of 16"]),
+     (["--weights", "no.pth"], ["no.pth", "no such file"]),
     (["--resume", "no.pth"], ["no.pth", "no such file"]), (["--test-only"], ["--test-only", "--weights or --resume"]),
     (["--point-prompt", "0", "--box-prompt", "no"], ["--point-prompt", "no prompts are left"]),
     (["--year", "1999"], ["VOC1999", "--year"]), (["--val-set", "other"], ["other.txt: no such list"]),

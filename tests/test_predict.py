@@ -1,6 +1,7 @@
 """predict.py: masks at the image's own size from a checkpoint alone; a bad image does not stop the others."""
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,7 +281,8 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
     folder, figures = sam_run
     names, prompts, truth = voc(folder, "ImageSets/Segmentation/val.txt").read_text().split(), {}, {}
     for name in names:
-        ids = script_.read_ids((name, voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")))
+        image, ids = voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")
+        ids = script_.read_ids((name, image, ids))
         truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
         prompts[name] = {"boxes": [script_.box_of(mask).tolist() for mask in truth[name][0]]}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
@@ -303,7 +305,8 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
     masks = []
     for number, weights in enumerate([["run/best.pth"], ["run/best.pth", "--base", folder / "base.pth"]]):
         out = tmp_path / str(number)
-        run("--weights", folder / weights[0], *weights[1:], image, "--point", "30,30", "--box", "5,5,50,50", "--all-masks",
+        run("--weights", folder / weights[0], *weights[1:], image, "--point", "30,30", "--box", "5,5,50,50",
+            "--all-masks",
             "--output-dir", out)
         masks.append(np.array(Image.open(out / "blob_0000_mask.png")))
         assert len((out / "areas.csv").read_text().splitlines()) == 5 and (out / "blob_0000_1_3.png").exists()
@@ -318,7 +321,8 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
     with pytest.raises(utils.InputError, match="decoder.pth: holds a decoder alone; give predict.py its --base"):
         predict.load_model(args)
     monkeypatch.setattr(predict, "official_checkpoint", lambda path, name: {
-        "format": 0, "net": "sam", "classes": [], "arch": {"model": "demo", "image_size": 64}, "args": {"image_size": 64}})
+        "format": 0, "net": "sam", "classes": [], "arch": {"model": "demo", "image_size": 64},
+        "args": {"image_size": 64}})
     args.base = str(folder / "base.pth")
     ours, _ = load(folder / "run/best.pth")
     theirs = predict.load_model(args)
@@ -330,8 +334,8 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
 
 def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):
     folder, _ = sam_run
-    for weights, more, words in ((folder / "run/best.pth", ["--click"], "--click: is for EfficientSAM"),
-                                 (folder / "run/best.pth", ["--box", "1,1,9,9", "--tile", "64"], "--tile: is for nets without"),
+    for weights, more, words in ((folder / "run/best.pth", ["--box", "1,1,9,9", "--tile", "64"],
+                                  "--tile: is for nets without"),
                                  (tiny, ["--base", "x.pth"], "--base: is for SAM")):
         with pytest.raises(utils.InputError, match=words):
             run("--weights", weights, voc(folder, "JPEGImages/blob_0000.jpg"), *more, "--output-dir", tmp_path / "out")
@@ -443,7 +447,9 @@ def test_prompts_follow_a_wide_image_into_the_nets_square(monkeypatch, preproces
     monkeypatch.setattr(predict, "predict_masks",
                         lambda model, image, points, labels, size, *rest: [(0, seen.extend([image, points, size]),
                                                                            torch.zeros(1, 3))])
-    [*predict.predict_efficient_sam(loaded, noise(16, 32), [([[3, 5], [20, 12]], [2, 3])])]
+    monkeypatch.setattr(predict, "encode", lambda model, image, dtype: image)
+    embedding = predict.encode_efficient_sam(loaded, noise(16, 32))
+    [*predict.predict_efficient_sam(loaded, embedding, (16, 32), [([[3, 5], [20, 12]], [2, 3])])]
     image, points, size = seen
     assert image.shape == (1, 3, 64, 64) and tuple(size) == (16, 32)
     assert points.tolist() == [[[[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]]]
@@ -460,9 +466,9 @@ def test_options_of_another_net_are_refused(tiny, scenes_run, objects_run, tmp_p
     for weights, option, words in [
             (tiny, "--depth 2", "--depth: is for NestedUNet"), (deep, "--depth 2", "--depth: is for NestedUNet"),
             (deeplab, "--depth 2", "--depth: is for NestedUNet"), (sam, "--depth 2", "--depth: is for NestedUNet"),
-            (sam, "--tile 64 --box 1,1,9,9", "--tile: is for nets without prompts"), (tiny, "--click", "--click: is for"),
-            (tiny, "--box 1,1,9,9", "--box: is for nets with prompts"), (sam, "--click --box 1,1,9,9", "one or the other"),
-            (sam, "--click", "--click: no display.*--point or --box"), (sam, "--click --all-masks", "--all-masks: not"),
+            (sam, "--tile 64 --box 1,1,9,9", "--tile: is for nets without prompts"), 
+            (tiny, "--box 1,1,9,9", "--box: is for nets with prompts"),
+            (sam, "--prompts x.json --box 1,1,9,9", "one or the other"),
             (tiny, "--overlap 0.5", "--overlap: is of tiles"), (tiny, "--scales 1,20", "--scales.*from 0.1 to 10")]:
         with pytest.raises(utils.InputError, match=words):
             run("--weights", weights, tmp_path / "x.png", *option.split(), "--output-dir", tmp_path / "out")
@@ -735,117 +741,9 @@ def test_coco_annotations_decode_to_the_masks(two, scenes_run, objects_run, tmp_
             assert (last == (expected if form[-1] == "rle" else without_holes(expected))).all()
 
 
-def test_polygons_run_along_the_edges_of_pixels_and_hold_no_holes():
-    ring = np.ones((3, 4), np.uint8)
-    ring[1, 1] = 0
-    assert sorted(zip(*[iter(predict.polygons(ring, 5, 7)[0])] * 2)) == [(5, 7), (5, 10), (9, 7), (9, 10)]
-    assert sorted(zip(*[iter(predict.polygons(ring[:1, :1], 0, 0)[0])] * 2)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert predict.run_lengths(ring, 0, 0, (3, 4))["counts"] == [0, 4, 1, 7, 0]
-    assert predict.run_lengths(ring[:1, :2], 1, 1, (3, 4))["counts"] == [4, 1, 2, 1, 4]
-    apart, found = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]], bool), []
-    predict.annotate(found, "rle", 1, 2, apart)
-    assert [one["area"] for one in found] == [1, 2, 1, 1] and found[1]["bbox"] == [2, 0, 2, 1]
-    predict.annotate(found, "polygon", 1, 2, apart, 0.5)
-    assert len(found) == 5 and len(found[4]["segmentation"]) == 4 and found[4]["area"] == 5
-    predict.annotate(found, None, 1, 2, apart)
-    predict.annotate(found, "rle", 1, 2, apart & False)
-    assert len(found) == 5
-
-
-# --- Clicks ---
-
-def agg_figure():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure((6, 6))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def mouse(figure, *places, button=1):
-    """Pressed at the first place (x, y) of the image, let go at the last."""
-    from matplotlib.backend_bases import MouseEvent
-    for name, place in (("button_press_event", places[0]), ("button_release_event", places[-1])):
-        at = figure.axes[0].transData.transform(place)
-        figure.canvas.callbacks.process(name, MouseEvent(name, figure.canvas, *at, button))
-
-
-def key(figure, *names):
-    from matplotlib.backend_bases import KeyEvent
-    for name in names:
-        figure.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", figure.canvas, name))
-
-
-def test_clicks_become_prompts_and_can_be_undone():
-    asked = []
-
-    def cut_out(queries):
-        asked.append(queries)
-        logits = torch.full((1, 3, 40, 60), -1.0)
-        logits[0, 1, 10:20, 10:20] = 1.0
-        yield logits, torch.tensor([[0.1, 0.9, 0.2]]), torch.tensor([1])
-    figure, image = agg_figure(), np.full((40, 60, 3), 100, np.uint8)
-    window = predict.ClickWindow(figure, image, cut_out)
-    assert all(word in figure.get_suptitle() for word in ("left", "right", "drag", "u:", "enter", "s:", "q:"))
-    key(figure, "enter", "u", "x")  # nothing to leave, nothing to undo, nothing at all
-    mouse(figure, (15, 12))
-    assert window.queries == [([[pytest.approx(15), pytest.approx(12)]], [1])] and asked == [window.queries]
-    shown = window.shown.get_array()
-    assert (shown[15, 12] != 100).any() and (shown[30, 50] == 100).all() and (shown[14:18, 17:19] != 100).any()
-    mouse(figure, (5, 6), button=3)
-    mouse(figure, (40, 30), (8, 4))  # dragged up and left
-    points, labels = window.queries[0]
-    assert np.allclose(points, [[8, 4], [40, 30], [15, 12], [5, 6]]) and labels == [2, 3, 1, 0]
-    mouse(figure, (1, 2), (500, 39))  # ends outside: cut to the image, and takes the first box's place
-    assert np.allclose(window.queries[0][0][:2], [[1, 2], [59, 39]])
-    key(figure, "u")
-    assert np.allclose(window.queries[0][0], points) and len(asked) == 5 and asked[-1] == window.queries
-    mouse(figure, (1, 1)), mouse(figure, (2, 2)), mouse(figure, (3, 3))
-    assert len(window.queries[0][1]) == 6  # the net takes no more
-    key(figure, "enter", "enter")
-    mouse(figure, (50, 30))
-    assert [labels for _, labels in window.queries] == [[2, 3, 1, 0, 1, 1], [1]]
-    assert "object 2" in figure.get_suptitle()
-    key(figure, "u", "u")  # the second object goes, then the last click of the first
-    assert [labels for _, labels in window.queries] == [[2, 3, 1, 0, 1]] and window.done is None
-    mouse(figure, (200, 200))  # not in the image
-    key(figure, *"uuuuuuu")
-    assert window.queries == [] and (window.shown.get_array() == 100).all()
-    key(figure, "s")
-    assert window.done == "s"
-
-
-def test_a_folder_is_clicked_through_with_one_embedding_a_image(objects_run, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    for k in range(4):
-        Image.fromarray(np.load(objects_run[0] / f"imgs/object_000{k}.npy")).save(tmp_path / f"in/p{k}.png")
-    figure, encoded, theirs = agg_figure(), [], predict.load_model
-
-    def load_model(args):
-        loaded = theirs(args)
-        loaded.model.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
-        return loaded
-
-    def clicks():  # what the user does; one step each time the event loop looks
-        yield lambda: mouse(figure, (30, 40))
-        yield lambda: mouse(figure, (20, 20), (90, 90))
-        yield lambda: (key(figure, "enter"), mouse(figure, (60, 60)), key(figure, "u"), mouse(figure, (50, 60)))
-        yield lambda: key(figure, "s")
-        yield lambda: key(figure, "s")  # nothing shown: the image is passed over
-        yield lambda: (mouse(figure, (64, 64)), key(figure, "s"))
-        yield lambda: (mouse(figure, (64, 64)), key(figure, "q"))
-    steps = clicks()
-    monkeypatch.setattr(predict, "load_model", load_model)
-    monkeypatch.setattr(predict, "open_figure", lambda: figure)
-    monkeypatch.setattr(figure.canvas, "flush_events", lambda: next(steps)())
-    weights = objects_run[0] / "run/last.pth"
-    assert run("--weights", weights, tmp_path / "in", "--click", "--coco", "--output-dir", tmp_path / "out") == {
-        "images": 2}
-    assert len(encoded) == 3 and not [*steps]  # p0, p2, p3; p1 was not clicked on
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "annotations.json", "areas.csv", "p0_mask.png", "p0_overlay.png", "p2_mask.png", "p2_overlay.png"]
-    run("--weights", weights, tmp_path / "in/p2.png", "--point", "64,64", "--output-dir", tmp_path / "told")
-    told, clicked = [np.array(Image.open(tmp_path / f"{folder}/p2_mask.png")) for folder in ("told", "out")]
-    assert (told == clicked).mean() > 0.999
-    rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["p0", "object 1"], ["p0", "object 2"], ["p2", "object 1"]]
+def test_coco_needs_convert_labels_beside_it(tiny, tmp_path, monkeypatch):
+    Image.fromarray(noise(20, 30)).save(tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "convert_labels", None)
+    with pytest.raises(utils.InputError, match="--coco: convert_labels.py is not beside this script"):
+        run("--weights", tiny, tmp_path / "x.png", "--coco", "--output-dir", tmp_path / "out")
+    run("--weights", tiny, tmp_path / "x.png", "--output-dir", tmp_path / "out")

@@ -28,13 +28,15 @@ SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
 ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
 # Functions that have one name in several scripts and differ because the articles do.
-DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders", "sanity_check",
-             "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "print_table",
-             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image", "preprocess", "mask_iou", "draw_prompts"}
+DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders",
+             "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "print_table",
+             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image",
+             "preprocess", "mask_iou", "draw_prompts", "encode"}
 RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
 STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
          "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",
-         "run.end_epoch", "run.is_best", "run.save_best", "run.save_last", "run.plot_curves", "draw_samples", "run.finish"]
+         "run.end_epoch", "run.is_best", "run.save_best", "run.save_last", "run.plot_curves",
+         "draw_samples", "run.finish"]
 
 
 def tree(name):
@@ -84,7 +86,8 @@ def test_main_tells_the_story_in_order(name):
     places = [text.rindex(f"{call}(") for call in STORY if call not in ("evaluate", "sanity_check", "run.save_best")]
     assert places == sorted(places)
     loop = text[text.index("run.is_over()"):]
-    assert loop.index("train_one_epoch(") < loop.index("evaluate(") < loop.index("run.end_epoch(") < loop.index("save_best")
+    order = [loop.index(call) for call in ("train_one_epoch(", "evaluate(", "run.end_epoch(", "save_best")]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -147,6 +150,12 @@ def test_lines_are_short(path):
     assert all(len(line) <= 120 for line in lines)
     if path.name not in ("benchmark.py", "demo_data.py"):  # which nobody reads beside an article
         assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
+
+
+def test_tests_keep_within_the_limit():
+    for path in Path(__file__).parent.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{path.name}:{number}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -122,7 +122,8 @@ def test_points_follow_the_image_into_the_nets_square(objects):
     ids[10:20, 20:40] = 70_000
     np.save(objects / "gts/o0.npy", ids)
     items = script_.find_items(objects)
-    image, points, _, masks, *_ = script_.NpyDataset(items, options("--image-size", 64), train=True, augment=False)[0, 0]
+    dataset = script_.NpyDataset(items, options("--image-size", 64), train=True, augment=False)
+    image, points, _, masks, *_ = dataset[0, 0]
     assert points.tolist() == [[[16, 16], pytest.approx([31.2, 30.4])]] and image.shape == (3, 64, 64)
     assert masks.shape == (1, 64, 64) and masks[0, 16:32, 16:32].all() and masks.sum() == 256
     args = options("--image-size", 64, "--preprocess", "article")
@@ -146,9 +147,6 @@ def test_what_the_articles_preprocessing_pads_is_cut_off_again(shape):
     height, width = script_.content_size(shape, args)
 
     class Placed:
-        def get_image_embeddings(self, image):
-            return image
-
         def predict_masks(self, image, points, labels, *rest):
             logits = torch.full((1, points.shape[1], 3, 128, 128), -1.0)
             logits[..., :height, :width] = 1
@@ -344,7 +342,7 @@ def test_sanity_check_prints_counts_and_draws_a_panel(objects, tmp_path, capsys)
 def test_missing_folders_and_pairs(objects, tmp_path):
     refuses(tmp_path / "nowhere", "nowhere/imgs: no such folder", "--data-path")
     (objects / "gts/o2.npy").unlink()
-    refuses(objects, "imgs/o2.npy", "gts has no file of that name")
+    refuses(objects, "imgs/o2.npy", "gts has no o2.npy")
     for path in (objects / "imgs").iterdir():
         path.unlink()
     refuses(objects, "imgs: no .npy files")

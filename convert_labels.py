@@ -1,0 +1,715 @@
+"""Annotations of other tools -> the layouts of the training scripts; masks -> COCO json.
+
+    python convert_labels.py coco annotations.json --images images --to voc --output-dir data
+    python convert_labels.py labelme labels --to masks voc npy --classes cat,dog --output-dir data
+    python convert_labels.py yolo dataset --to npy --output-dir data
+    python convert_labels.py masks out --to coco --output-dir out-coco
+
+Reads:  coco     a json file: polygons, run lengths (compressed or not), crowds
+        labelme  a folder of json files: polygons, rectangles, circles, masks; shapes of one label
+                 and one group_id are one object
+        yolo     a folder with labels/*.txt (class x y x y ... in 0..1) and images/; names of the
+                 classes in classes.txt or data.yaml, else in --classes
+        masks    a folder with images/ and masks/, or an --output-dir of predict.py: each connected
+                 part of a class is an object
+Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), masks/classes.txt
+        voc      VOCdevkit/VOC2012/: JPEGImages, SegmentationClass, SegmentationObject,
+                 ImageSets/Segmentation/train.txt and val.txt, class_names.json
+        npy      imgs/NAME.npy, gts/NAME.npy (one number per object)
+        coco     annotations.json: polygons, which cannot represent holes, or with --rle run lengths
+        check_LAYOUT.png: the first images with their classes and objects
+NAME is that of the image's file, with its folders: sub_a for sub/a.jpg. Images are copied as they are.
+A pixel belongs to a polygon if its centre (of the first: 0.5, 0.5) is inside, by the even-odd rule.
+An object is the union of its shapes. In voc and npy smaller objects lie above larger ones. A crowd is
+part of its class in masks, 255 (void) in voc where no object is, and left out in npy. Masks are those
+of the image as it is seen, with EXIF rotation; they are turned where a json's width and height are
+those before it. What cannot be used (no area, no such image ...) is counted, the first two named.
+"""
+import base64
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import reprlib
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+import utils
+
+VOID = 255
+VOC = "VOCdevkit/VOC2012"
+TARGETS = {"masks": ["images", "masks"], "voc": [VOC], "npy": ["imgs", "gts"],
+           "coco": ["annotations.json"]}
+STORED = {5: np.transpose, 6: np.rot90, 7: lambda mask: np.rot90(mask.T, 2),
+          8: lambda mask: np.rot90(mask, -1)}  # EXIF orientation: view of a mask (H, W) before it
+BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, cv2.error)
+
+
+# --- Options ---
+
+def get_args_parser():
+    parser = utils.ArgumentParser(__doc__.splitlines()[0],
+                                  "%(prog)s KIND INPUT --to LAYOUT [LAYOUT ...] [options]")
+    add = parser.add_argument
+    add("kind", choices=list(READERS), help="what INPUT is: coco, labelme, yolo or masks")
+    add("input", metavar="INPUT", help="json file, or folder")
+    add("--to", nargs="+", required=True, choices=list(TARGETS),
+        help="one or several: masks (for train_unet.py), voc (train_deeplabv3.py), npy "
+             "(train_efficientsam.py), coco (json)")
+    add("--images", help="folder of the images (that of the json; of yolo and masks INPUT/images)")
+    add("--output-dir", default="data", help="folder for the layouts (%(default)s)")
+    parser.add_switch("--overwrite", help="replace files in --output-dir")
+    add("--classes", type=lambda text: text.split(","), metavar="NAME[,NAME...]",
+        help="classes to convert, in this order (all)")
+    add("--val", type=utils.number(float, 0, 1), default=0.2, metavar="SHARE",
+        help="of voc's images in val.txt, evenly spaced; 0 or 1 writes one list only (%(default)s)")
+    parser.add_switch("--rle", help="coco: run lengths, which can represent holes, not polygons")
+    add("--limit", type=utils.number(int, 1), metavar="N", help="convert the first N images")
+    return parser
+
+
+# --- Shapes ---
+
+def crop(mask):
+    """Mask (H, W) bool -> the window (slices) that holds all that is set, the part (h, w) in it."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    window = np.s_[y:y + height, x:x + width]
+    return window, mask[window]
+
+
+def connected_parts(mask):
+    """Mask (H, W) bool -> yields window and part (h, w) of each connected part (8 neighbours)."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    for k in range(1, count):
+        x, y, width, height, _ = map(int, stats[k])
+        window = np.s_[y:y + height, x:x + width]
+        yield window, labels[window] == k
+
+
+def fill(mask, polygon):
+    """Sets the pixels of mask (H, W) bool whose centres are in polygon (N, 2), even-odd rule.
+
+    A centre on a left or upper edge is inside, on a right or lower one outside: neighbours share no
+    pixel.
+    """
+    start, end = polygon - 0.5, np.roll(polygon, -1, 0) - 0.5  # now centres are whole numbers
+    upward = start[:, 1:] > end[:, 1:]
+    (x0, y0), (x1, y1) = np.where(upward, end, start).T, np.where(upward, start, end).T
+    first, last = [np.ceil(y).clip(0, mask.shape[0]).astype(int) for y in (y0, y1)]
+    edge = np.repeat(np.arange(len(y0)), last - first)  # one entry per row that it crosses
+    if not edge.size:
+        return
+    row = np.arange(len(edge)) + (last - np.cumsum(last - first))[edge]
+    x = x0[edge] + (x1 - x0)[edge] * ((row - y0[edge]) / (y1 - y0)[edge])
+    column = np.ceil(x).clip(0, mask.shape[1]).astype(int)  # the first pixel right of the crossing
+    top, bottom, left, right = row.min(), row.max() + 1, column.min(), column.max()
+    crossings = np.zeros((bottom - top, right - left + 1), np.uint8)
+    np.bitwise_xor.at(crossings, (row - top, column - left), 1)
+    mask[top:bottom, left:right] |= np.bitwise_xor.accumulate(crossings, 1)[:, :-1].view(bool)
+
+
+def as_polygon(values):
+    """[x, y, x, y ...] or [[x, y], [x, y] ...] -> (N, 2), N at least 3."""
+    points = np.asarray(values if isinstance(values, list) else [], np.float64).reshape(-1, 2)
+    if len(points) < 3 or not (np.abs(points) <= 1e9).all():  # not so if NaN
+        raise ValueError(f"{short(values)} is not a polygon of three or more points")
+    return points
+
+
+def draw_coco(shape, mask):
+    """Draws a polygon [x, y, x, y ...], or run lengths {"size": [H, W], "counts": ...}."""
+    if not isinstance(shape, dict):
+        return fill(mask, as_polygon(shape))
+    counts = shape["counts"]
+    counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
+    if shape["size"] != [*mask.shape] or counts.min() < 0 or counts.sum() != mask.size:
+        raise ValueError(f"run lengths of size {short(shape['size'])} with {short(counts.sum())} "
+                         f"pixels, but the image is {[*mask.shape]}")
+    runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns
+    mask |= runs.reshape(mask.shape[::-1]).T
+
+
+def decode_counts(text):
+    """COCO's compressed run lengths -> list of int.
+
+    A character holds five bits, the lowest first, and whether more follow; the highest bit is the
+    sign. From the fourth number on it is the difference to the one two before.
+    """
+    counts, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        if not 0 <= code < 64 or shift > 40:
+            raise ValueError(f"{short(text)} are no run lengths")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def draw_labelme(shape, mask):
+    """Draws one of LabelMe's shapes; ValueError for a line or a point, which have no area."""
+    kind, points = shape.get("shape_type") or "polygon", shape["points"]
+    if kind in ("polygon", "oriented_rectangle"):
+        return fill(mask, as_polygon(points))
+    if kind not in ("rectangle", "circle", "mask"):
+        raise ValueError(f"a {short(kind)} has no area")
+    x0, y0, x1, y1 = np.asarray(points, np.float64).ravel().tolist()
+    if kind == "rectangle":
+        fill(mask, as_polygon([x0, y0, x1, y0, x1, y1, x0, y1]))
+    elif kind == "circle":  # its centre and a point on it
+        rows, columns = np.ogrid[:mask.shape[0], :mask.shape[1]]
+        mask |= np.hypot(columns + 0.5 - x0, rows + 0.5 - y0) <= math.hypot(x1 - x0, y1 - y0)
+    else:
+        pixels = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
+        pixels = cv2.imdecode(pixels, cv2.IMREAD_GRAYSCALE)
+        if pixels is None:
+            raise ValueError("its mask is not a PNG in base64")
+        y, x, (height, width) = int(y0), int(x0), pixels.shape
+        draw_part(np.s_[y:y + height, x:x + width], pixels > 0, mask)
+
+
+def draw_yolo(values, mask):
+    """Draws a polygon [x, y, x, y ...] in parts of the image's width and height."""
+    if len(values) == 4:
+        raise ValueError("a box, not a polygon")
+    polygon = as_polygon(values)
+    if polygon.min() < -0.1 or polygon.max() > 1.1:
+        raise ValueError(f"{short(values)} is not in 0..1")
+    fill(mask, polygon * mask.shape[::-1])
+
+
+def draw_part(window, part, mask):
+    if min(side.start for side in window) < 0 or mask[window].shape != part.shape:
+        raise ValueError("its mask lies outside the image")
+    mask[window] |= part
+
+
+# --- Reading ---
+
+class Object(NamedTuple):
+    """An object; each of its shapes is a function that draws it on a mask (H, W) bool."""
+    name: str  # of its class
+    where: str
+    shapes: list
+    crowd: bool = False
+
+
+class Item(NamedTuple):
+    """An image, and how to load its Objects."""
+    file: str  # relative path
+    path: Path | None  # None if there is no such image
+    size: tuple  # (width, height) as the annotations say, None where they do not
+    load: Callable
+
+
+class Notes(dict):
+    """{what is odd or left out: [how often, the first, the second]}"""
+
+    def add(self, what, where):
+        entry = self.setdefault(what, [0])
+        entry[0] += 1
+        if len(entry) < 3:
+            entry.append(short(where, 200))
+
+
+def short(value, length=60):
+    """Any value as one line of printable text."""
+    text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
+    text = text if len(text) <= length else text[:length] + " ..."
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def reason(error):
+    text = getattr(error, "strerror", None) or str(error)  # OSError's without its number and file
+    if isinstance(error, (TypeError, AttributeError)):
+        text = f"a value of the wrong type ({text})"
+    return short(f"has no {text}" if isinstance(error, KeyError) else text, 120)
+
+
+@contextlib.contextmanager
+def reading(place, remedy="correct it, or export it again"):
+    """Whatever is wrong with values of a file that are used inside: one line naming the place."""
+    try:
+        yield
+    except (*BAD_VALUES, OSError, RecursionError, csv.Error) as error:
+        raise utils.InputError(f"{short(place, 200)}: {reason(error)}; {remedy}") from None
+
+
+def read_text(path):
+    with reading(path, "give a file of UTF-8 text"):
+        return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def read_json(path):
+    with reading(path, "it must be json: export it again"):
+        return json.loads(read_text(path))
+
+
+def class_names(values):
+    """Names as lines of printable text, without empty ones."""
+    names = [short(" ".join(str(value).split()), 100) for value in values]
+    return [name for name in names if name]
+
+
+def list_files(folder, endings):
+    """{path in folder without ending: path}, sorted; InputError if there are none."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    if not paths:
+        raise utils.InputError(f"{folder}: no {' '.join(sorted(endings))} files here; give another "
+                               "folder")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def find_image(folder, name):
+    """(name, path) in folder, without folders of another computer if it is not there; else None."""
+    name = name.replace("\\", "/")
+    for file in (name, name.rsplit("/", 1)[-1]):
+        if os.path.isfile(Path(folder, file)):
+            return file, Path(folder, file)
+    return name, None
+
+
+def read_coco(args, notes):
+    """Names of the classes, by id, and Items of a COCO json."""
+    path = Path(args.input)
+    found, names, items, objects = read_json(path), {}, {}, {}
+    with reading(path, "give COCO's json; for LabelMe's the KIND is labelme"):
+        for i, category in enumerate(found["categories"]):
+            with reading(f"{path}: categories[{i}]"):
+                names[category["id"]], = class_names([category["name"]])
+        for i, image in enumerate(found["images"]):
+            with reading(f"{path}: images[{i}]"):
+                k, size = image["id"], (image.get("width"), image.get("height"))
+                if k in items:
+                    raise ValueError(f"id {short(k)} is that of another image too")
+                objects[k] = []
+                file = find_image(args.images or path.parent, image["file_name"])
+                items[k] = Item(*file, size, objects[k].copy)
+        for i, annotation in enumerate(found["annotations"]):
+            with reading(f"{path}: annotations[{i}]"):
+                k, category = annotation["image_id"], annotation["category_id"]
+                where = f"annotation {short(annotation.get('id', f'[{i}]'))}"
+                if k not in items or category not in names:
+                    notes.add("annotations of an unknown image or category, left out", where)
+                    continue
+                shapes = annotation.get("segmentation")
+                shapes = shapes if shapes and isinstance(shapes, list) else [shapes]
+                objects[k].append(Object(names[category], f"{where} of {items[k].file}",
+                                         [partial(draw_coco, shape) for shape in shapes],
+                                         annotation.get("iscrowd") == 1))
+        return [names[k] for k in sorted(names)], [*items.values()]
+
+
+def read_labelme(args, notes):
+    """Names of the classes, sorted, and Items of a folder of LabelMe's json files."""
+    files, items, names = list_files(args.input, {".json"}), [], set()
+    for key, path in tqdm(files.items(), "reading", leave=False, disable=utils.hide_bar()):
+        utils.raise_if_stopped()
+        objects, image, size = load_labelme(path)
+        names |= {obj.name for obj in objects}
+        file = (Path(key).parent / image.replace("\\", "/").rsplit("/", 1)[-1]).as_posix()
+        found = find_image(args.images, file) if args.images else find_image(path.parent, image)
+        items.append(Item(file, found[1], size, lambda path=path: load_labelme(path)[0]))
+    return sorted(names), items
+
+
+def load_labelme(path):
+    """Objects, the image's file and its size of one json file."""
+    found, objects = read_json(path), {}
+    with reading(path, "give LabelMe's json; for COCO's the KIND is coco"):
+        for i, shape in enumerate(found["shapes"]):
+            with reading(f"{path}: shapes[{i}]"):
+                (name,), group = class_names([shape["label"]]), shape.get("group_id")
+                obj = Object(name, f"shapes[{i}] of {path}", [])
+                obj = objects.setdefault(i if group is None else (name, group), obj)
+                obj.shapes.append(partial(draw_labelme, shape))
+        image, size = "" + found["imagePath"], (found.get("imageWidth"), found.get("imageHeight"))
+    return [*objects.values()], image, size
+
+
+def read_yolo(args, notes):
+    """Names of the classes, by id, and Items of a folder of YOLO's segmentation txt files."""
+    root = Path(args.input)
+    names = read_yolo_names(root) or read_yolo_names(root.parent)
+    names = names or class_names(args.classes or [])
+    if not names:
+        raise utils.InputError(f"{root}: no classes.txt or data.yaml that names the classes; give "
+                               "--classes the names of 0, 1, 2 ...")
+    labels, folder = [root / sub if (root / sub).is_dir() else root for sub in ("labels", "images")]
+    labels, images = list_files(labels, {".txt"}), list_files(args.images or folder, utils.IMAGES)
+    for key, path in images.items():
+        if key not in labels:
+            notes.add("images without a .txt, left out (an empty one says: no object)", path)
+    return names, [Item(key, images.get(key), (None, None), partial(load_yolo, path, names, notes))
+                   for key, path in labels.items() if path.name != "classes.txt"]
+
+
+def read_yolo_names(folder):
+    """Names in classes.txt, one per line, or under "names:" in a yaml file; [] without them."""
+    if (folder / "classes.txt").is_file():
+        return class_names(read_text(folder / "classes.txt").splitlines())
+    names = []
+    for path in sorted(folder.glob("*.y*ml"))[:1]:
+        text = re.sub(r"(^|\s)#.*", "", read_text(path), flags=re.M)  # no comments
+        found = re.search(r"^names:(.*?)(?=^\w|\Z)", text, re.M | re.S)
+        for line in re.split(r"[,\n]", found[1].strip("[]{} \r\n") if found else ""):
+            k, name = re.match(r"\s*(?:-|(\d+)\s*:)?\s*(.*?)\s*$", line).groups()
+            if k and int(k) != len(names):
+                raise utils.InputError(f"{path}: class {k} where {len(names)} is due; number the "
+                                       "names 0, 1, 2 ...")
+            names += class_names([name.strip("'\"")])
+    return names
+
+
+def load_yolo(path, names, notes):
+    """Objects of one txt file."""
+    objects = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        k, *values = line.split() or [""]
+        where = f"line {number} of {path}"
+        if k.isdecimal() and int(k[:9]) < len(names):
+            objects.append(Object(names[int(k)], where, [partial(draw_yolo, values)]))
+        elif k:
+            what = f"lines without a class of 0 to {len(names) - 1}, left out"
+            notes.add(what, f"{where}: {line}")
+    return objects
+
+
+def read_masks(args, notes):
+    """Names of the classes and Items of images/ and masks/, or of what predict.py wrote."""
+    root, layers = Path(args.input), {}  # {image: [(class, path of mask, id; None: 0 and 255)]}
+    if (root / "masks").is_dir():
+        folders = sorted(path for path in (root / "masks").iterdir() if path.is_dir())
+        folders = folders or [root / "masks"]
+        names = [path.name for path in folders]
+        if (root / "masks/classes.txt").is_file():
+            names = class_names(read_text(root / "masks/classes.txt").splitlines())
+            folders = [root / "masks" / str(k) for k in range(len(names))]
+        for name, folder in zip(names, folders):
+            for key, path in list_files(folder, utils.IMAGES).items():
+                layers.setdefault(key, []).append((name, path, None))
+    else:
+        with reading(root / "areas.csv", "give a folder that predict.py wrote, or one with masks/"):
+            for row in csv.DictReader(read_text(root / "areas.csv").splitlines()):
+                layers.setdefault(row["image"], []).append(row["class"])
+        for key, names in layers.items():
+            names = names[1:] or names  # of several the first is the background
+            layers[key] = [(name, root / f"{key}_mask.png", k) for k, name in enumerate(names, 1)]
+    folder = args.images or root / "images"
+    images = list_files(folder, utils.IMAGES) if os.path.isdir(folder) else {}
+    return names, [Item(key, images.get(key), utils.image_size(found[0][1]),
+                        partial(load_masks, found)) for key, found in layers.items()]
+
+
+def load_masks(layers):
+    """Objects of the layers of an image: each connected part of a class."""
+    objects, before = [], None
+    for name, path, k in layers:
+        if path != before:
+            mask, before = utils.read_mask(path), path
+        class_mask = mask == k
+        if k is None:
+            class_mask = mask if mask.dtype == bool else mask > 127
+        for part in connected_parts(class_mask):
+            objects.append(Object(name, path, [partial(draw_part, *part)]))
+    return objects
+
+
+READERS = {"coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "masks": read_masks}
+
+
+# --- COCO ---
+
+def annotate(annotations, kind, image_id, category, mask, score=None):
+    """Appends annotations of mask (H, W) bool: one, or without score one per connected part."""
+    for window, part in connected_parts(mask) if score is None else [crop(mask)]:
+        if kind and part.size:
+            annotate_part(annotations, kind, image_id, category, window, part, mask.shape)
+            annotations[-1] |= {} if score is None else {"score": score}
+
+
+def annotate_part(annotations, kind, image_id, category, window, part, size, crowd=False):
+    """Appends the annotation of an object, part (h, w) in a window of (H, W).
+
+    kind: polygon or rle; crowds are always run lengths.
+    """
+    top, left = [side.start for side in window]
+    if kind == "rle" or crowd:
+        segmentation = run_lengths(part, left, top, size)
+    else:
+        segmentation = polygons(part, left, top)
+    annotations.append({
+        "id": len(annotations) + 1, "image_id": image_id, "category_id": category,
+        "iscrowd": int(crowd), "bbox": [left, top, *part.shape[::-1]], "area": int(part.sum()),
+        "segmentation": segmentation})
+
+
+def polygons(part, left, top):
+    """Outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
+    part = part.astype(np.uint8)
+    nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i: nodes 2i to 2i + 2
+    nodes[1:] |= nodes[:-1].copy()
+    nodes[:, 1:] |= nodes[:, :-1].copy()
+    outlines, _ = cv2.findContours(nodes, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [(outline[:, 0] / 2 + (left, top)).ravel().tolist() for outline in outlines]
+
+
+def run_lengths(part, left, top, size):
+    """COCO's uncompressed RLE of part (h, w) in an image (H, W): runs of 0, 1, 0 ... by columns."""
+    columns, rows = np.nonzero(part.T)
+    places = (left + columns) * size[0] + top + rows
+    starts = places[np.diff(places, prepend=-2) != 1]
+    ends = places[np.diff(places, append=-2) != 1] + 1
+    counts = np.diff(np.stack([starts, ends], 1).ravel(), prepend=0, append=size[0] * size[1])
+    return {"size": [*size], "counts": counts.tolist()}
+
+
+def write_coco(path, images, names, annotations):
+    """annotations.json; names: {category id: name}."""
+    categories = [{"id": k, "name": name} for k, name in names.items()]
+    Path(path).write_text(json.dumps(
+        {"images": images, "categories": categories, "annotations": annotations}))
+
+
+# --- Writing ---
+
+def draw_objects(item, size, view, classes, notes):
+    """Yields the objects as (number of the class from 0, crowd, window, part), see crop."""
+    for obj in item.load():
+        if obj.name not in classes:
+            notes.add("objects of other classes, left out", obj.name)
+            continue
+        mask, reasons = np.zeros(size[::-1], bool), []
+        for draw in obj.shapes:
+            try:
+                draw(view(mask))
+            except BAD_VALUES as error:
+                reasons.append(reason(error))
+        window, part = crop(mask)
+        if reasons:
+            notes.add("objects with shapes that cannot be used", f"{obj.where}: {reasons[0]}")
+        elif not part.size:
+            notes.add("objects that cover no pixel, left out", obj.where)
+        if part.size:
+            yield classes.index(obj.name), obj.crowd, window, part.copy()
+
+
+def paint(drawn, size):
+    """Classes from 1 and objects from 1, each (H, W) int32; 255 is void; smaller objects on top."""
+    label, ids = np.zeros((2, *size[::-1]), np.int32)
+    order = sorted(range(len(drawn)), key=lambda i: (not drawn[i][1], -drawn[i][3].sum()))
+    for number, (k, crowd, window, part) in ((i + 1, drawn[i]) for i in order):
+        label[window][part] = VOID if crowd else k + 1
+        ids[window][part] = VOID if crowd else number + (number >= VOID)  # no object is 255
+    return label, ids
+
+
+def write_masks(out, name, path, drawn, label, num_classes):
+    for number in range(num_classes):
+        mask = np.zeros(label.shape, np.uint8)
+        for k, _, window, part in drawn:
+            if k == number:
+                mask[window][part] = 255
+        utils.save_image(ready(out / f"masks/{number}/{name}.png"), mask)
+    copy_image(path, out / "images" / name)
+
+
+def write_voc(out, name, path, label, ids, notes):
+    utils.save_mask(ready(out / VOC / f"SegmentationClass/{name}.png"), label)
+    file = ready(out / VOC / f"SegmentationObject/{name}.png")
+    if ids.max() > VOID:
+        utils.save_image(file, ids.astype(np.uint16))
+        notes.add("images with more than 254 objects, SegmentationObject as 16-bit PNG", file)
+    else:
+        utils.save_mask(file, ids)
+    copy_image(path, out / VOC / "JPEGImages" / name)
+
+
+def write_npy(out, name, path, ids):
+    ids = np.where(ids == VOID, 0, ids)
+    np.save(ready(out / f"gts/{name}.npy"), ids.astype(np.min_scalar_type(ids.max())))
+    np.save(ready(out / f"imgs/{name}.npy"), read_image(path))
+
+
+def ready(path):
+    """path, whose folder is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_image(path):
+    with reading(path, "replace it"):  # damaged bytes raise more than utils expects
+        return utils.read_image(path)
+
+
+def copy_image(path, target):
+    """Copies an image to target, with its ending; as PNG if the scripts do not read that ending."""
+    if path.suffix.lower() not in utils.IMAGES:
+        return utils.save_image(ready(Path(f"{target}.png")), read_image(path))
+    shutil.copyfile(path, ready(Path(f"{target}{path.suffix}")))
+
+
+def preview(path, label, ids):
+    """The image, its classes and its objects, made small enough to be kept."""
+    image = read_image(path)
+    shown = [image, utils.overlay(image, label % VOID), utils.overlay(image, ids % VOID)]
+    size = [max(1, round(side * 512 / max(512, *label.shape))) for side in label.shape[::-1]]
+    return [cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) for pixels in shown]
+
+
+# --- Main ---
+
+def choose_classes(names, args):
+    """The classes to convert, in their order."""
+    names = [name for name in names if name not in ("background", "_background_")]
+    classes = [*dict.fromkeys(class_names(args.classes or names))]
+    unknown = [name for name in classes if name not in names]
+    if unknown and (args.kind != "labelme" or len(unknown) == len(classes)):  # a part may lack some
+        known = short(", ".join(names) or "none", 200)
+        raise utils.InputError(f"--classes: {', '.join(unknown)}: no class of {args.input}, which "
+                               f"has {known}; correct it or leave it out")
+    if not classes or ("voc" in args.to and len(classes) >= VOID):
+        raise utils.InputError(f"{args.input}: {len(classes)} classes; one is needed, voc can hold "
+                               "254: choose with --classes")
+    return classes
+
+
+def find_images(items, args, notes):
+    """{name: (item, file, size, view)} of the images that are there, if all fit.
+
+    view: that of a mask on which the objects are drawn, see STORED.
+    """
+    found, paths, items = {}, set(), sorted(items, key=lambda item: item.file)
+    for item in tqdm(items, "checking", leave=False, disable=utils.hide_bar()):
+        utils.raise_if_stopped()
+        file, size, view = Path(item.file), item.size, np.asarray
+        if item.path:
+            file, size = file.with_name(item.path.name), utils.image_size(item.path)
+        elif args.kind != "masks" or args.to != ["coco"]:
+            notes.add("images that are not there, left out", item.file)
+            continue
+        if item.size == size[::-1] != size:
+            with utils.open_image(item.path) as image:
+                view = STORED.get(image.getexif().get(0x0112))
+            notes.add("images annotated before EXIF rotation, masks turned", item.file)
+        elif any(told not in (None, side) for told, side in zip(item.size, size)):
+            view = None
+        if view is None:
+            told = " x ".join(map(short, item.size))
+            raise utils.InputError(
+                f"{args.input}: {short(item.file)}: width x height is {told}, but {item.path} has "
+                f"{size[0]} x {size[1]}; give the image that was annotated")
+        if item.path in paths:
+            raise utils.InputError(f"{args.input}: two entries of {item.path}; make them one")
+        paths |= {item.path} - {None}
+        parts = re.split(r"[/\\:]", file.with_suffix("").as_posix())
+        name = "_".join(part for part in parts if part.strip(". "))
+        name = "".join(letter if letter.isprintable() else "_" for letter in name)  # one line
+        name = name.encode()[-200:].decode(errors="ignore").strip(". ") or "image"
+        while name.casefold() in found:
+            name += "_2"
+        found[name.casefold()] = name, item, file, size, view
+        if len(found) == args.limit:
+            break
+    if not found:
+        first = f" (first: {short(items[0].file)})" if items else ""
+        raise utils.InputError(f"{args.input}: none of its {len(items)} images is there{first}; "
+                               "give their folder with --images")
+    return {name: rest for name, *rest in found.values()}
+
+
+def check_targets(found, args):
+    """InputError if a folder or file that is to be written is there, or is read from."""
+    read = {Path(args.input).resolve(), Path(args.input, "masks").resolve()}
+    for item, *_ in found.values():
+        if item.path:
+            read |= {item.path.parent.resolve(), *item.path.parent.resolve().parents}
+    for target in [target for layout in args.to for target in TARGETS[layout]]:
+        path = Path(args.output_dir, target)
+        if path.resolve() in read:
+            raise utils.InputError(f"{path}: would be written, and is read; give another "
+                                   "--output-dir")
+        if path.exists() and not args.overwrite:
+            raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
+
+
+def write_lists(out, names, classes, args):
+    """Names of the classes and, for voc, of the images."""
+    texts = {}
+    if "masks" in args.to:
+        texts["masks/classes.txt"] = "".join(f"{name}\n" for name in classes)
+    if "voc" in args.to:
+        ids = {name: k for k, name in enumerate(["background", *classes])}
+        texts[f"{VOC}/class_names.json"] = json.dumps(ids, ensure_ascii=False)
+        for i, name in enumerate(names):
+            part = "val" if math.ceil((i + 1) * args.val) > math.ceil(i * args.val) else "train"
+            path = f"{VOC}/ImageSets/Segmentation/{part}.txt"
+            texts[path] = texts.get(path, "") + f"{name}\n"
+    for path, text in texts.items():
+        ready(out / path).write_text(text, encoding="utf-8")
+
+
+def main(args):
+    """Converts all images; returns {"images": how many, "objects": {class: how many}}."""
+    notes, images, annotations, panel = Notes(), [], [], {}
+    names, items = READERS[args.kind](args, notes)
+    classes = choose_classes(names, args)
+    found = find_images(items, args, notes)
+    check_targets(found, args)
+    out, counts = Path(args.output_dir), Counter(dict.fromkeys(classes, 0))
+    bar = tqdm(found.items(), "converting", leave=False, disable=utils.hide_bar())
+    for name, (item, file, size, view) in bar:
+        utils.raise_if_stopped()
+        drawn = [*draw_objects(item, size, view, classes, notes)]
+        counts.update(classes[k] for k, *_ in drawn)
+        label, ids = paint(drawn, size)
+        if not drawn:
+            notes.add("images without an object", file)
+        if "masks" in args.to:
+            write_masks(out, name, item.path, drawn, label, len(classes))
+        if "voc" in args.to:
+            write_voc(out, name, item.path, label, ids, notes)
+        if "npy" in args.to:
+            write_npy(out, name, item.path, ids)
+        if "coco" in args.to:
+            images.append({"id": len(images) + 1, "file_name": file.as_posix(),
+                           "width": size[0], "height": size[1]})
+            for k, crowd, window, part in drawn:
+                annotate_part(annotations, "rle" if args.rle else "polygon", len(images), k + 1,
+                              window, part, size[::-1], crowd)
+        if item.path and len(panel) < 8:
+            panel[name] = preview(item.path, label, ids)
+    write_lists(out, found, classes, args)
+    if "coco" in args.to:
+        categories = dict(enumerate(classes, 1))
+        write_coco(ready(out / "annotations.json"), images, categories, annotations)
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{len(found)} images, {counts.total()} objects ({shown}) in {out}")
+    if panel:
+        check = out / f"check_{'_'.join(args.to)}.png"
+        utils.save_panel(check, panel, ["image", "classes", "objects"])
+        print(f"look at {check}: the first images, their classes and objects")
+    for name in classes:
+        if not counts[name]:
+            notes.add("classes without an object", name)
+    for what, (count, *first) in notes.items():
+        print(f"note: {what}: {count} ({'; '.join(first)}{'; ...' if count > 2 else ''})")
+    if not counts.total():
+        raise utils.InputError(f"{args.input}: no object in {len(found)} images; see the notes")
+    return {"images": len(found), "objects": dict(counts)}
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

@@ -1,0 +1,804 @@
+"""convert_labels.py: masks right to the pixel, layouts that the scripts read, mistakes in one line."""
+import base64
+import contextlib
+import copy
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import convert_labels
+import train_deeplabv3
+import train_efficientsam
+import train_unet
+import utils
+from conftest import ROOT
+
+VOC = "VOCdevkit/VOC2012"
+SIZE = 48, 60  # height and width of the images
+BOX, FAR_BOX = [4, 6, 14, 6, 14, 16, 4, 16], [50, 0, 60, 0, 60, 10, 50, 10]
+INNER = [6, 8, 10, 8, 10, 12, 6, 12]  # in BOX
+TRIANGLE = [20, 20, 40, 20, 20, 40]  # its slope runs through no centre but those of the diagonal
+
+
+def convert(*words):
+    return convert_labels.main(convert_labels.get_args_parser().parse_args([*map(str, words)]))
+
+
+def save_images(folder, *names, size=SIZE):
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        utils.save_image(path, np.full((*size, 3), (90 + number) % 256, np.uint8))
+
+
+def encode(mask, compressed=False):
+    """RLE of mask (H, W); the compressed form is written here as its inverse is in the script."""
+    runs = np.flatnonzero(np.diff(mask.T.ravel().astype(int), prepend=0, append=2))
+    counts = np.diff(runs, prepend=0).tolist()
+    if not compressed:
+        return {"size": [*mask.shape], "counts": counts}
+    text = ""
+    for i, count in enumerate(counts):
+        value, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            code, value = value & 31, value >> 5
+            more = value != (-1 if code & 16 else 0)
+            text += chr(48 + code + 32 * more)
+    return {"size": [*mask.shape], "counts": text}
+
+
+def coco(folder, objects, images=("p0.png",), categories=((5, "cat"), (3, "dog")), **extra):
+    """annotations.json; objects: (image, category, segmentation, further keys)."""
+    annotations = [{"id": k, "image_id": image, "category_id": category, "segmentation": shape, **dict(more)}
+                   for k, (image, category, shape, *more) in enumerate(objects, 1)
+                   for more in [more[0] if more else {}]]
+    listed = [{"id": k, "file_name": name, "width": SIZE[1], "height": SIZE[0], **extra}
+              for k, name in enumerate(images)]
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": listed, "annotations": annotations,
+                                "categories": [{"id": k, "name": name} for k, name in categories]}))
+    return path
+
+
+def labelme(folder, name, shapes, image=None, **extra):
+    shapes = [{"label": label, "points": np.reshape(points, (-1, 2)).tolist(), "shape_type": kind, **dict(more)}
+              for label, points, kind, *rest in shapes for more in [rest[0] if rest else {}]]
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": "6.3.1", "imagePath": image or f"{name}.png", "imageData": None,
+                                "imageHeight": SIZE[0], "imageWidth": SIZE[1], "shapes": shapes, **extra}))
+
+
+def rectangle(left, top, right, bottom, size=SIZE):
+    mask = np.zeros(size, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def lower_triangle():
+    """Pixels whose centres lie in TRIANGLE; those on its slope, a right edge, are outside."""
+    y, x = np.indices(SIZE) + 0.5
+    return (x > 20) & (y > 20) & (x + y < 60)
+
+
+def read(folder, *names):
+    """Masks, for a class True, of images in a folder of the output."""
+    return [utils.read_mask(folder / name) for name in names]
+
+
+def note(capsys, *words):
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    return any(all(word in line for word in words) for line in lines)
+
+
+# --- Pixels ---
+
+def test_fill_is_even_odd_of_pixel_centres():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        polygon, mask = rng.uniform(-20, 70, (rng.integers(3, 12), 2)), np.zeros(SIZE, bool)
+        convert_labels.fill(mask, polygon)
+        (y, x), (x0, y0) = np.indices(SIZE)[..., None] + 0.5, polygon.T
+        x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
+        crossed = ((y0 > y) != (y1 > y)) & (x < x0 + (x1 - x0) * (y - y0) / (y1 - y0))
+        assert (mask == crossed.sum(-1) % 2).all()
+
+
+def test_polygons_that_share_an_edge_share_no_pixel_and_leave_none_out():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        x, y = rng.integers(1, 59), rng.integers(1, 47)  # four triangles about this point fill the image
+        corners, counts = [(0, 0), (60, 0), (60, 48), (0, 48)], np.zeros(SIZE, int)
+        for start, end in zip(corners, corners[1:] + corners[:1]):
+            mask = np.zeros(SIZE, bool)
+            convert_labels.fill(mask, np.array([start, end, (x + 0.5, y + 0.5)]))
+            counts += mask
+        assert (counts == 1).all()
+
+
+def test_a_bridge_there_and_back_has_no_pixels():
+    """So YOLO's converters join the parts of an object, and cut out holes."""
+    polygon = [*BOX[:2], *INNER[:2], *INNER[6:], *INNER[4:6], *INNER[2:4], *INNER[:2], *BOX]
+    mask = np.zeros(SIZE, bool)
+    convert_labels.fill(mask, convert_labels.as_polygon(polygon))
+    assert (mask == rectangle(4, 6, 14, 16) & ~rectangle(6, 8, 10, 12)).all()
+
+
+def test_huge_and_outer_polygons_are_cut_off():
+    for polygon, expected in (([-1e9, -1e9, 1e9, -1e9, 1e9, 1e9, -1e9, 1e9], np.ones(SIZE, bool)),
+                              ([-9, -9, 5, -9, 5, 3, -9, 3], rectangle(0, 0, 5, 3)),
+                              ([90, 90, 99, 90, 99, 99], np.zeros(SIZE, bool)),
+                              ([3, 9, 30, 9, 50, 9], np.zeros(SIZE, bool))):
+        mask = np.zeros(SIZE, bool)
+        convert_labels.fill(mask, convert_labels.as_polygon(polygon))
+        assert (mask == expected).all()
+
+
+def test_run_lengths_are_read_in_both_forms():
+    rng = np.random.default_rng(2)
+    for share in (0, 0.02, 0.5, 0.98, 1):
+        for size in (SIZE, (1, 1), (7, 300)):
+            truth = rng.random(size) < share
+            for compressed in (False, True):
+                mask = np.zeros(size, bool)
+                convert_labels.draw_coco(encode(truth, compressed), mask)
+                assert (mask == truth).all()
+    truth = rectangle(3, 2, 10, 7, (9, 12)) & ~rectangle(5, 4, 8, 5, (9, 12)) | rectangle(11, 0, 12, 1, (9, 12))
+    mask = np.zeros((9, 12), bool)  # the text is pycocotools 2.0.11's
+    convert_labels.draw_coco({"size": [9, 12], "counts": "m05400MM030M030M033007LM"}, mask)
+    assert (mask == truth).all() and encode(truth, True)["counts"] == "m05400MM030M030M033007LM"
+
+
+# --- The formats ---
+
+def test_coco_polygons_run_lengths_holes_and_crowds_to_the_pixel(tmp_path):
+    save_images(tmp_path, "p0.png", "p1.png", "p2.png")
+    ring = rectangle(25, 5, 45, 25) & ~rectangle(30, 10, 40, 20)
+    path = coco(tmp_path, [
+        (0, 5, [TRIANGLE, BOX]), (0, 3, [FAR_BOX]), (1, 5, encode(ring)), (1, 3, encode(ring, True)),
+        (2, 5, encode(rectangle(0, 0, 30, 48)), {"iscrowd": 1}), (2, 5, [BOX]), (2, 3, [INNER])],
+        ["p0.png", "p1.png", "p2.png"])
+    found = convert("coco", path, "--to", "masks", "voc", "npy", "--output-dir", tmp_path / "data")
+    assert found == {"images": 3, "objects": {"dog": 3, "cat": 4}}  # by category id
+    data = tmp_path / "data"
+    assert (data / "masks/classes.txt").read_text() == "dog\ncat\n"
+    box, far, triangle, inner = (rectangle(4, 6, 14, 16), rectangle(50, 0, 60, 10), lower_triangle(),
+                                 rectangle(6, 8, 10, 12))
+    for k, masks in enumerate([(far, ring, inner), (box | triangle, ring, rectangle(0, 0, 30, 48))]):
+        for image, mask in enumerate(masks):
+            assert (read(data / f"masks/{k}", f"p{image}.png")[0] == 255 * mask).all()
+    labels = read(data / VOC / "SegmentationClass", "p0.png", "p1.png", "p2.png")
+    ids = [np.load(data / f"gts/p{i}.npy") for i in range(3)]
+    objects = read(data / VOC / "SegmentationObject", "p0.png", "p1.png", "p2.png")
+    assert (labels[0] == far + 2 * (box | triangle)).all() and (ids[0] == 2 * far + (box | triangle)).all()
+    assert (labels[1] == ring).all() and (ids[1] == 2 * ring).all()  # equal ones: the later on top
+    crowd = rectangle(0, 0, 30, 48) & ~box
+    assert (labels[2] == 255 * crowd + 2 * (box & ~inner) + inner).all()
+    assert (ids[2] == 2 * (box & ~inner) + 3 * inner).all() and (objects[2] == ids[2] + 255 * crowd).all()
+    assert (objects[0] == ids[0]).all() and ids[0].dtype == np.uint8
+    assert Image.open(data / VOC / "SegmentationClass/p0.png").mode == "P"
+
+
+def test_smaller_objects_lie_above_larger_ones_and_classes_overlap_in_masks(tmp_path):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 3, [INNER]), (0, 5, [BOX])])
+    convert("coco", path, "--to", "masks", "voc", "npy", "--classes", "cat,dog", "--output-dir", tmp_path / "data")
+    box, inner = rectangle(4, 6, 14, 16), rectangle(6, 8, 10, 12)
+    assert (read(tmp_path / "data/masks/0", "p0.png")[0] == 255 * box).all()
+    assert (read(tmp_path / "data/masks/1", "p0.png")[0] == 255 * inner).all()
+    assert (read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")[0] == box * 1 + inner).all()
+    assert (np.load(tmp_path / "data/gts/p0.npy") == 2 * box - 1 * inner).all()
+    names = json.loads((tmp_path / "data" / VOC / "class_names.json").read_text())
+    assert names == {"background": 0, "cat": 1, "dog": 2}
+
+
+def test_labelme_shapes_to_the_pixel(tmp_path, capsys):
+    save_images(tmp_path, "p0.png")
+    blob = np.random.default_rng(0).random((7, 9)) < 0.5
+    blob[0, 0] = True
+    png = base64.b64encode(cv2.imencode(".png", blob * np.uint8(255))[1].tobytes()).decode()
+    file = io.BytesIO()
+    Image.fromarray(blob).save(file, "PNG")  # one bit per pixel, as LabelMe
+    one_bit = base64.b64encode(file.getvalue()).decode()
+    labelme(tmp_path, "p0", [
+        ("dog", TRIANGLE, "polygon"), ("cat", [14, 16, 4, 6], "rectangle"),  # dragged to the upper left
+        ("cat", [50.5, 10.5, 50.5, 13.5], "circle"), ("cat", [30, 30, 39, 37], "mask", {"mask": png}),
+        ("bird", [0, 40, 9, 47], "mask", {"mask": one_bit}),
+        ("dog", [0, 20, 4, 20, 4, 24, 0, 24], None, {"group_id": 1}),  # without a type: a polygon
+        ("dog", [0, 30, 4, 30, 4, 34, 0, 34], "polygon", {"group_id": 1}),
+        ("cat", [0, 36, 4, 36, 4, 38, 0, 38], "oriented_rectangle", {"group_id": 1}),
+        ("cat", [1, 1, 9, 9], "line"), ("cat", [[3, 3]], "point")])
+    found = convert("labelme", tmp_path, "--to", "masks", "npy", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"bird": 1, "cat": 4, "dog": 2}
+    assert note(capsys, "objects with shapes that cannot be used: 2", "shapes[8] of", "p0.json: a line has no area")
+    bird, cat, dog = [read(tmp_path / f"data/masks/{k}", "p0.png")[0] > 0 for k in range(3)]
+    y, x = np.indices(SIZE)
+    expected = rectangle(4, 6, 14, 16) | ((x - 50) ** 2 + (y - 10) ** 2 <= 9) | rectangle(0, 36, 4, 38)
+    expected[30:37, 30:39] |= blob
+    assert (cat == expected).all()
+    assert (dog == lower_triangle() | rectangle(0, 20, 4, 24) | rectangle(0, 30, 4, 34)).all()
+    assert (bird[40:47, :9] == blob).all() and bird.sum() == blob.sum()
+    ids = np.load(tmp_path / "data/gts/p0.npy")
+    assert len(np.unique(ids)) == 1 + 7 and ids[21, 1] == ids[31, 1] != ids[37, 1]  # a group of one label
+
+
+@pytest.mark.parametrize("names", [
+    "names: [cat, 'dog']  # two\nnc: 2", "nc: 2\nnames:\n  0: cat\n  1: dog\ntrain: x",
+    "path: x\nnames:\n- cat\n- \"dog\"\n", "names: {0: cat, 1: dog}", "names: ['cat',\n  'dog']",
+    "classes.txt", "--classes"])
+def test_yolo_polygons_to_the_pixel(tmp_path, capsys, names):
+    root = tmp_path / "set"
+    save_images(root / "images/train", "p 0.png", "p1.jpg", "bare.png")
+    (root / "labels/train").mkdir(parents=True)
+    scaled = [" ".join(f"{value / side:.12f}" for value, side in zip(polygon, [60, 48] * 9))
+              for polygon in (BOX, [20, 20, 39.6, 20, 20, 39.6])]  # its slope is near no centre
+    lines = f"0 {scaled[0]}", "", f"1 {scaled[1]}", "0 0.5 0.5 0.2 0.2", "0 4 6 9 6 9 9", "7 0 0 1 1 0 1"
+    (root / "labels/train/p 0.txt").write_text("\n".join(lines))
+    (root / "labels/train/p1.txt").write_text("")
+    options = []
+    if names == "--classes":
+        options = ["--classes", "cat,dog"]
+    elif names == "classes.txt":
+        (root / "classes.txt").write_text("cat\ndog\n")
+    else:
+        (root / "data.yaml").write_text(names + "\n")
+    found = convert("yolo", root, *options, "--to", "masks", "coco", "--output-dir", tmp_path / "data")
+    assert found == {"images": 2, "objects": {"cat": 1, "dog": 1}}
+    cat, dog = [read(tmp_path / f"data/masks/{k}", "train_p 0.png")[0] > 0 for k in range(2)]
+    assert (cat == rectangle(4, 6, 14, 16)).all() and (dog == lower_triangle()).all()
+    assert not read(tmp_path / "data/masks/1", "train_p1.png")[0].any()
+    assert (tmp_path / "data/images/train_p1.jpg").read_bytes() == (root / "images/train/p1.jpg").read_bytes()
+    out = capsys.readouterr().out
+    assert "images without a .txt" in out and "bare.png" in out and "line 4 of" in out and "a box, not a polygon" in out
+    assert "line 5 of" in out and "is not in 0..1" in out
+    assert "lines without a class of 0 to 1, left out: 1" in out and "line 6 of" in out
+    assert "images without an object: 1" in out
+    images = json.loads((tmp_path / "data/annotations.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["train/p 0.png", "train/p1.jpg"]
+
+
+# --- Masks -> COCO ---
+
+def decode(annotation, size=SIZE):
+    segmentation, mask = annotation["segmentation"], np.zeros(size, bool)
+    for shape in segmentation if isinstance(segmentation, list) else [segmentation]:
+        convert_labels.draw_coco(shape, mask)
+    return mask
+
+
+@pytest.mark.parametrize("rle", [True, False])
+def test_coco_to_masks_to_coco_keeps_the_areas(tmp_path, rle):
+    save_images(tmp_path, "p0.png", "p1.png")
+    ring = rectangle(25, 5, 45, 25) & ~rectangle(30, 10, 40, 20)
+    second = encode(ring if rle else rectangle(25, 5, 45, 25))
+    path = coco(tmp_path, [(0, 5, [BOX]), (0, 5, [FAR_BOX]), (0, 3, [TRIANGLE]), (1, 3, second)], ["p0.png", "p1.png"])
+    convert("coco", path, "--to", "masks", "coco", *["--rle"] * rle, "--output-dir", tmp_path / "data")
+    convert("masks", tmp_path / "data", "--to", "coco", *["--rle"] * rle, "--output-dir", tmp_path / "back")
+    one, two = [json.loads((tmp_path / name / "annotations.json").read_text()) for name in ("data", "back")]
+    assert one["images"] == two["images"] and one["categories"] == two["categories"] == [
+        {"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    keys = [sorted((a["image_id"], a["category_id"], a["area"], tuple(a["bbox"])) for a in found["annotations"])
+            for found in (one, two)]
+    assert keys[0] == keys[1] and len(keys[0]) == 4
+    assert {area for _, _, area, _ in keys[0]} == {100, lower_triangle().sum(), 300 if rle else 400}
+    for found in (one, two):
+        for annotation in found["annotations"]:
+            mask = decode(annotation)
+            assert mask.sum() == annotation["area"] and isinstance(annotation["segmentation"], dict) == rle
+
+
+def test_a_small_crowd_lies_below_a_large_object(tmp_path):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX]), (0, 5, encode(rectangle(6, 8, 20, 12)), {"iscrowd": 1})])
+    convert("coco", path, "--classes", "cat", "--to", "voc", "--output-dir", tmp_path / "data")
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")
+    assert (label == rectangle(4, 6, 14, 16) + 255 * rectangle(14, 8, 20, 12)).all()
+
+
+def test_crowds_stay_crowds_in_coco(tmp_path):
+    save_images(tmp_path, "p0.png")
+    crowd = rectangle(3, 3, 30, 9) | rectangle(40, 20, 50, 30)
+    path = coco(tmp_path, [(0, 5, encode(crowd, True), {"iscrowd": 1}), (0, 3, [BOX])])
+    convert("coco", path, "--to", "coco", "--output-dir", tmp_path / "data")
+    first, second = json.loads((tmp_path / "data/annotations.json").read_text())["annotations"]
+    assert first["iscrowd"] == 1 and (decode(first) == crowd).all() and second["iscrowd"] == 0
+
+
+def test_what_predict_wrote_becomes_coco(tmp_path):
+    (tmp_path / "out").mkdir()
+    mask = rectangle(4, 6, 14, 16) * 1 + rectangle(50, 0, 60, 10) * 1 + lower_triangle() * 2
+    utils.save_mask(tmp_path / "out/p0_mask.png", mask)
+    with open(tmp_path / "out/areas.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *[
+            ["p0", name, 1, 1, ""] for name in ("background", "cat", "dog")]])
+    convert("masks", tmp_path / "out", "--to", "coco", "--rle", "--output-dir", tmp_path / "back")
+    found = json.loads((tmp_path / "back/annotations.json").read_text())
+    assert found["images"] == [{"id": 1, "file_name": "p0", "width": 60, "height": 48}]
+    assert [c["name"] for c in found["categories"]] == ["cat", "dog"]
+    assert [(a["category_id"], a["area"]) for a in found["annotations"]] == [
+        (1, 100), (1, 100), (2, lower_triangle().sum())]
+    save_images(tmp_path / "in", "p0.jpg")
+    convert("masks", tmp_path / "out", "--images", tmp_path / "in", "--to", "voc", "npy",
+            "--output-dir", tmp_path / "data")
+    assert (read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")[0] == mask).all()
+    assert len(np.unique(np.load(tmp_path / "data/gts/p0.npy"))) == 4
+    with pytest.raises(utils.InputError, match="none of its 1 images is there .first: p0.; give .* --images"):
+        convert("masks", tmp_path / "out", "--to", "npy", "--output-dir", tmp_path / "other")
+
+
+def test_annotate_takes_parts_or_one_object_with_its_score():
+    ring = rectangle(25, 5, 45, 25) & ~rectangle(30, 10, 40, 20) | rectangle(2, 2, 4, 4)
+    annotations = []
+    convert_labels.annotate(annotations, None, 1, 2, ring)
+    convert_labels.annotate(annotations, "rle", 1, 2, np.zeros(SIZE, bool))
+    assert annotations == []
+    convert_labels.annotate(annotations, "rle", 1, 2, ring)
+    convert_labels.annotate(annotations, "polygon", 3, 1, ring, 0.5)
+    assert [(a["id"], a["image_id"], a["area"], a.get("score")) for a in annotations] == [
+        (1, 1, 4, None), (2, 1, 300, None), (3, 3, 304, 0.5)]
+    assert (decode(annotations[0]) | decode(annotations[1]) == ring).all()
+    assert (decode(annotations[2]) == rectangle(25, 5, 45, 25) | rectangle(2, 2, 4, 4)).all()  # no hole
+    small = convert_labels.polygons(np.ones((1, 1), bool), 5, 7)
+    assert sorted(zip(*[iter(small[0])] * 2)) == [(5, 7), (5, 8), (6, 7), (6, 8)]
+    assert json.dumps(annotations)
+
+
+# --- Layouts and names ---
+
+def check_loaders(data, num_classes, count):
+    small = {train_unet: ["--num-classes", num_classes, "--image-size", "32"],
+             train_deeplabv3: ["--num-classes", num_classes, "--base-size", "32", "--crop-size", "32", "-b", "2"],
+             train_efficientsam: ["--image-size", "64"]}
+    for script, options in small.items():
+        words = ["--data-path", data, "-j", "0", "--device", "cpu", *options]
+        args = script.get_args_parser().parse_args([*map(str, words)])
+        train_loader, val_loader = script.create_loaders(args)[:2]
+        assert len(train_loader.dataset) + len(val_loader.dataset) == count and next(iter(train_loader))
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme"])
+def test_the_three_layouts_in_one_folder_are_read_by_the_scripts(tmp_path, capsys, kind):
+    names = [f"p{i}.png" for i in range(6)]
+    save_images(tmp_path / "in", *names)
+    if kind == "coco":
+        source = coco(tmp_path, [(i, category, shape) for i in range(6) for category, shape in (
+            (5, [TRIANGLE, BOX]), (3, [FAR_BOX]))], names)
+    else:
+        source = tmp_path / "labels"
+        for name in names:
+            labelme(source, name[:-4], [("cat", TRIANGLE, "polygon"), ("dog", FAR_BOX, "polygon")], f"..\\in\\{name}")
+    convert(kind, source, "--images", tmp_path / "in", "--to", "masks", "voc", "npy", "--output-dir", tmp_path / "data")
+    check_loaders(tmp_path / "data", 2, 6)
+    lists = [(tmp_path / "data" / VOC / f"ImageSets/Segmentation/{part}.txt").read_text().split()
+             for part in ("train", "val")]
+    assert lists == [["p1", "p2", "p3", "p4"], ["p0", "p5"]]
+    assert "6 images, 12 objects (" in capsys.readouterr().out
+    check = Image.open(tmp_path / "data/check_masks_voc_npy.png")
+    assert check.size[0] > 3 * 256 and len(np.unique(np.array(check))) > 10
+
+
+def test_train_and_val_json_fill_one_voc_folder(tmp_path):
+    for part, share in (("train", 0), ("val", 1)):
+        folder = tmp_path / part
+        save_images(folder, *[f"{part}{i}.jpg" for i in range(3)])
+        path = coco(folder, [(i, 5, [BOX]) for i in range(3)], [f"{part}{i}.jpg" for i in range(3)])
+        convert("coco", path, "--to", "voc", "--val", share, "--overwrite", share, "--output-dir", tmp_path / "data")
+    for part in ("train", "val"):
+        text = (tmp_path / "data" / VOC / f"ImageSets/Segmentation/{part}.txt").read_text()
+        assert text == "".join(f"{part}{i}\n" for i in range(3))
+
+
+def test_names_agree_with_spaces_folders_backslashes_and_equal_stems(tmp_path):
+    files = ["a b.png", "sub/a b.png", "sub/x.jpg", "other/x.jpg", "x.JPG", "x.bmp", "深 度.png", "x_2.png",
+             "v1.2.png", "V1.2.tif"]
+    save_images(tmp_path / "in", *files)
+    listed = [file.replace("/", "\\") for file in files]
+    listed[2] = "sub/x.jpg"
+    path = coco(tmp_path, [(i, 5, [BOX]) for i in range(len(files))], listed)
+    convert("coco", path, "--images", tmp_path / "in", "--to", "masks", "voc", "npy", "--output-dir", tmp_path / "data")
+    voc, data = tmp_path / "data" / VOC, tmp_path / "data"
+    ids = [line for part in ("train", "val") for line in (
+        voc / f"ImageSets/Segmentation/{part}.txt").read_text(encoding="utf-8").splitlines()]
+    assert len(ids) == len(files) == len({name.casefold() for name in ids})
+    assert {"a b", "sub_a b", "sub_x", "other_x", "x", "x_2", "x_2_2", "深 度", "V1.2", "v1.2_2"} == set(ids)
+    for folder in (data / "images", data / "masks/0", voc / "JPEGImages", voc / "SegmentationClass",
+                   voc / "SegmentationObject", data / "imgs", data / "gts"):
+        assert {path.stem for path in folder.iterdir()} == set(ids)
+    assert {path.suffix for path in (data / "images").iterdir()} == {".png", ".jpg", ".JPG", ".bmp", ".tif"}
+    for name in ("sub_a b", "a b"):  # image and mask belong together
+        number = files.index(name.replace("_", "/") + ".png")
+        assert (np.load(data / f"imgs/{name}.npy") == 90 + number).all()
+
+
+@pytest.mark.parametrize("listed, stem", [("C:\\Users\\me\\a b.png", "a b"), ("/home/me/a b.png", "a b"),
+                                          ("../in/a b.png", "in_a b"), ("./a b.png", "a b")])
+def test_paths_of_another_computer_are_found_and_written_in_the_folder(tmp_path, listed, stem):
+    save_images(tmp_path / "in", "a b.png")
+    path = coco(tmp_path, [(0, 5, [BOX])], [listed])
+    convert("coco", path, "--images", tmp_path / "in", "--to", "masks", "--output-dir", tmp_path / "data")
+    assert [file.name for file in (tmp_path / "data/images").iterdir()] == [f"{stem}.png"]
+
+
+def test_names_are_one_line_of_a_list(tmp_path):
+    for name in ("a\nb.png", "c\u2028d.png", "  e .png"):
+        save_images(tmp_path / "in", name)
+    path = coco(tmp_path, [(i, 5, [BOX]) for i in range(3)], ["a\nb.png", "c\u2028d.png", "  e .png"],
+                [(5, "big\ncat"), (3, "dog")])
+    convert("coco", path, "--images", tmp_path / "in", "--to", "voc", "masks", "--val", 0,
+            "--output-dir", tmp_path / "data")
+    ids = (tmp_path / "data" / VOC / "ImageSets/Segmentation/train.txt").read_text().splitlines()
+    assert sorted(ids) == ["a_b", "c_d", "e"]
+    assert {path.stem for path in (tmp_path / "data" / VOC / "JPEGImages").iterdir()} == set(ids)
+    assert (tmp_path / "data/masks/classes.txt").read_text().splitlines() == ["dog", "big cat"]
+
+
+def test_images_are_copied_or_made_png_and_rotated_ones_agree_with_their_masks(tmp_path):
+    save_images(tmp_path, "a.webp")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall = np.zeros((*SIZE[::-1], 3), np.uint8)  # as it is seen, 60 high
+    Image.fromarray(np.rot90(tall)).save(tmp_path / "b.jpg", exif=exif)
+    np.save(tmp_path / "c.npy", np.full((*SIZE, 3), 7, np.uint8))
+    path = coco(tmp_path, [(i, 5, [BOX]) for i in range(3)], ["a.webp", "b.jpg", "c.npy"], width=None, height=None)
+    convert("coco", path, "--classes", "cat", "--to", "masks", "npy", "--output-dir", tmp_path / "data")
+    images = tmp_path / "data/images"
+    assert {file.name for file in images.iterdir()} == {"a.webp", "b.jpg", "c.png"}
+    assert (images / "b.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
+    assert (utils.read_image(images / "c.png") == 7).all()
+    assert utils.read_image(images / "b.jpg").shape[:2] == (60, 48) == np.load(tmp_path / "data/imgs/b.npy").shape[:2]
+    assert (read(tmp_path / "data/masks/0", "b.png")[0] == 255 * rectangle(4, 6, 14, 16, (60, 48))).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+def test_masks_are_turned_where_the_json_has_the_size_before_exif_rotation(tmp_path, capsys, orientation):
+    exif, stored = Image.Exif(), np.zeros((*SIZE, 3), np.uint8)
+    exif[0x0112] = orientation
+    stored[6:16, 4:14] = 255  # BOX, in white
+    Image.fromarray(stored).save(tmp_path / "p0.png", exif=exif)
+    path = coco(tmp_path, [(0, 5, [BOX]), (0, 3, encode(rectangle(20, 0, 60, 5)))])
+    convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")
+    image = utils.read_image(tmp_path / "data/images/p0.png")
+    assert image.shape[:2] == (SIZE if orientation == 1 else SIZE[::-1])
+    dog, cat = [read(tmp_path / f"data/masks/{k}", "p0.png")[0] for k in range(2)]
+    assert (cat == image[..., 0]).all() and (dog > 0).sum() == 200
+    assert note(capsys, "images annotated before EXIF rotation") == (orientation > 1)
+
+
+def test_more_than_254_objects_and_classes(tmp_path, capsys):
+    save_images(tmp_path, "p0.png")
+    pixels = [(k % 60, k // 60) for k in range(300)]
+    path = coco(tmp_path, [(0, 5, [[x, y, x + 1, y, x + 1, y + 1, x, y + 1]]) for x, y in pixels])
+    convert("coco", path, "--to", "voc", "npy", "--output-dir", tmp_path / "data")
+    ids, = read(tmp_path / "data" / VOC / "SegmentationObject", "p0.png")
+    assert len(np.unique(ids)) == 301 and not (ids == 255).any() and ids.dtype == np.uint16
+    assert (np.load(tmp_path / "data/gts/p0.npy") == ids).all() and note(capsys, "more than 254 objects", "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])], categories=[(k, f"c{k}") for k in range(255)])
+    with pytest.raises(utils.InputError, match="255 classes; one is needed, voc can hold 254: choose with --classes"):
+        convert("coco", path, "--to", "voc", "--output-dir", tmp_path / "other")
+    convert("coco", path, "--to", "voc", "--classes", "c5,c6", "--output-dir", tmp_path / "other")
+
+
+def test_nothing_is_overwritten_or_written_over_what_is_read(tmp_path):
+    save_images(tmp_path / "in/images", "p0.png", "p1.png")
+    path = coco(tmp_path, [(0, 5, [BOX])], ["p0.png", "p1.png"])
+    words = ["coco", path, "--images", tmp_path / "in/images", "--output-dir", tmp_path / "data", "--to"]
+    convert(*words, "masks")
+    before = {file: file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()}
+    for layouts, name in ((["masks"], "images"), (["voc", "masks"], "images")):
+        with pytest.raises(utils.InputError, match=f"data/{name}: exists; give --overwrite or another --output-dir"):
+            convert(*words, *layouts)
+    assert {file: file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()} == before
+    convert(*words, "voc", "npy", "coco")  # further layouts may go beside it
+    convert(*words, "masks", "voc", "npy", "coco", "--overwrite")
+    for layout, out, target in (("masks", "in", "images"), ("coco", ".", "annotations.json")):
+        with pytest.raises(utils.InputError, match=f"{target}: would be written, and is read"):
+            convert(*words[:4], "--output-dir", tmp_path / out, "--to", layout, "--overwrite")
+    with pytest.raises(utils.InputError, match="would be written, and is read"):
+        convert("masks", tmp_path / "data", "--to", "masks", "--output-dir", tmp_path / "data", "--overwrite")
+
+
+def test_limit_takes_the_first_images(tmp_path):
+    save_images(tmp_path, "p0.png", "p1.png", "p2.png")
+    path = coco(tmp_path, [(i, 5, [BOX]) for i in range(3)], ["p2.png", "p0.png", "p1.png"])
+    assert convert("coco", path, "--to", "masks", "--limit", 2, "--output-dir", tmp_path / "data")["images"] == 2
+    assert {file.name for file in (tmp_path / "data/images").iterdir()} == {"p0.png", "p1.png"}
+
+
+# --- Mistakes ---
+
+def test_the_odd_case_of_the_project(tmp_path, capsys):
+    """A space in the name, an empty and a flat segmentation beside a good one."""
+    save_images(tmp_path, "a b.png", size=(40, 40))
+    shapes = [], [4, 4, 20, 4, 20, 20], [[4, 4, 20, 4, 20, 20, 4, 20]]
+    (tmp_path / "odd.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a b.png", "width": 40, "height": 40}],
+        "categories": [{"id": 5, "name": "cat"}],
+        "annotations": [{"id": k, "image_id": 1, "category_id": 5, "segmentation": shape}
+                        for k, shape in enumerate(shapes, 1)]}))
+    convert("coco", tmp_path / "odd.json", "--to", "voc", "--output-dir", tmp_path / "data")
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "a b.png")
+    assert (label == rectangle(4, 4, 20, 20, (40, 40))).all()
+    assert (tmp_path / "data" / VOC / "ImageSets/Segmentation/val.txt").read_text() == "a b\n"
+    assert note(capsys, "objects with shapes that cannot be used: 2", "annotation 1 of a b.png: [] is not",
+                "annotation 2 of a b.png: 4 is not a polygon")
+
+
+def test_what_cannot_be_used_is_counted_and_the_first_are_named(tmp_path, capsys):
+    save_images(tmp_path, "p0.png")
+    good, bad = {"size": [*SIZE], "counts": [0, SIZE[0] * SIZE[1]]}, {"size": [9, 9], "counts": [81]}
+    path = coco(tmp_path, [
+        (0, 5, [BOX]), (7, 5, [BOX]), (0, 99, [BOX]), (0, 3, [BOX]), (0, 5, [[3, 9, 30, 9, 50, 9]]), (0, 5, bad),
+        (0, 5, {**good, "counts": [5]}), (0, 5, {**good, "counts": "~~"}), (0, 5, None), (0, 5, [["a"] * 6]),
+        (0, 5, [[1, 2, 3, 4, 5]]), (0, 5, [[1, 2, 3, 4]]), (0, 5, [[float("nan")] * 6])], ["p0.png", "gone.png"])
+    found = convert("coco", path, "--classes", "cat", "--to", "masks", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"cat": 1}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for words in ("annotations of an unknown image or category, left out: 2 (annotation 2; annotation 3)",
+                  "images that are not there, left out: 1 (gone.png)", "objects of other classes, left out: 1 (dog)",
+                  "objects that cover no pixel, left out: 1 (annotation 5 of p0.png)",
+                  "objects with shapes that cannot be used: 8 (annotation 6 of p0.png: run lengths of size [9, 9]"):
+        assert any(words in line for line in lines), words
+    assert len(lines) == 5
+
+
+def test_one_bad_part_leaves_the_others_of_the_object(tmp_path):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX, [1, 2, 3, 4]])])
+    words = "--classes", "cat", "--to", "masks", "--output-dir", tmp_path / "data"
+    assert convert("coco", path, *words)["objects"] == {"cat": 1}
+    assert (read(tmp_path / "data/masks/0", "p0.png")[0] > 0).sum() == 100
+
+
+def wrong_inputs():
+    """{name: (kind, what lays the input, what the line says)}"""
+    def spoilt(**changes):
+        def lay(folder):
+            path = coco(folder, [(0, 5, [BOX])])
+            found = json.loads(path.read_text())
+            path.write_text(json.dumps({**found, **changes}))
+            return path
+        return lay
+
+    def labels(**changes):
+        def lay(folder):
+            labelme(folder / "labels", "p0", [("cat", BOX, "polygon")], "../p0.png")
+            path = folder / "labels/p0.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+            return folder / "labels"
+        return lay
+
+    def text(content, name="annotations.json"):
+        def lay(folder):
+            (folder / name).write_bytes(content)
+            return folder / name
+        return lay
+
+    def yolo(folder):
+        (folder / "set").mkdir()
+        (folder / "set/p0.txt").write_text("0 0 0 1 1 0 1\n")
+        save_images(folder / "set", "p0.png")
+        return folder / "set"
+
+    def yolo_gap(folder):
+        (yolo(folder) / "data.yaml").write_text("names:\n  1: cat\n  2: dog\n")
+        return folder / "set"
+
+    image = {"id": 0, "file_name": "p0.png"}
+    return {
+        "size": ("coco", spoilt(images=[{**image, "width": 60, "height": 40}]),
+                 r"annotations.json: p0.png: width x height is 60 x 40, but .*p0.png has 60 x 48; give the image"),
+        "turned": ("coco", spoilt(images=[{**image, "width": 48, "height": 60}]),
+                   "annotations.json: p0.png: width x height is 48 x 60, but .*p0.png has 60 x 48; give the image"),
+        "labelme size": ("labelme", labels(imageWidth=61), r"p0.png: width x height is 61 x 48, but .*60 x 48"),
+        "no images": ("coco", spoilt(images=[{**image, "file_name": "x\\gone.png"}]),
+                      r"annotations.json: none of its 1 images is there \(first: x/gone.png\); give their folder with"),
+        "no image list": ("coco", spoilt(images=None), "annotations.json: .*; give COCO's json"),
+        "twice": ("coco", spoilt(images=[image, {**image, "id": 1}]), r"two entries of .*p0.png; make them one"),
+        "same id": ("coco", spoilt(images=[image, {**image, "file_name": "p1.png"}]), r"images\[1\]: id 0 is that of"),
+        "no name": ("coco", spoilt(images=[{"id": 0}]),
+                    r"annotations.json: images\[0\]: has no 'file_name'; correct it"),
+        "name": ("coco", spoilt(images=[{**image, "file_name": 5}]), r"annotations.json: images\[0\]: "),
+        "category": ("coco", spoilt(categories=[{"name": "cat"}]), r"annotations.json: categories\[0\]: has no 'id'"),
+        "annotation": ("coco", spoilt(annotations=[3]), r"annotations.json: annotations\[0\]: "),
+        "no objects": ("coco", spoilt(annotations=[]), "annotations.json: no object in 1 images"),
+        "labelme as coco": ("coco", lambda folder: labels()(folder) / "p0.json",
+                            "p0.json: has no 'categories'; .* labelme"),
+        "coco as labelme": ("labelme", lambda folder: spoilt()(folder).parent,
+                            "annotations.json: has no 'shapes'; .* coco"),
+        "shape": ("labelme", labels(shapes=[{"points": []}]), r"p0.json: shapes\[0\]: has no 'label'"),
+        "cut": ("coco", text(b'{"images": [{"id"'), "annotations.json: .*; it must be json: export it again"),
+        "binary": ("coco", text(bytes(range(256))), "annotations.json: .*; give a file of UTF-8 text"),
+        "gbk": ("coco", text('{"狗": 1}'.encode("gbk")), "annotations.json: .*; give a file of UTF-8 text"),
+        "deep": ("coco", text(b"[" * 100000), "annotations.json: .*; it must be json"),
+        "list": ("coco", text(b"[1, 2]"), "annotations.json: .*; give COCO's json"),
+        "missing": ("coco", lambda folder: folder / "gone.json", "gone.json: No such file or directory; give"),
+        "folder": ("coco", lambda folder: folder, "Is a directory"),
+        "no folder": ("labelme", lambda folder: folder / "gone", "gone: no .json files here; give another folder"),
+        "no classes": ("yolo", yolo, "set: no classes.txt or data.yaml that names the classes; give --classes"),
+        "gap": ("yolo", yolo_gap, "data.yaml: class 1 where 0 is due; number the names 0, 1, 2"),
+        "no table": ("masks", lambda folder: folder, "areas.csv: No such file .*; give a file of UTF-8 text"),
+        "bad image": ("coco", lambda folder: (folder / "p0.png").write_bytes(b"no image") and spoilt()(folder),
+                      "p0.png: not an image that can be read"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_wrong_input_is_one_line_that_names_file_and_entry(tmp_path, name):
+    save_images(tmp_path, "p0.png", "p1.png")
+    kind, lay, message = wrong_inputs()[name]
+    with pytest.raises(utils.InputError, match=message) as error:
+        convert(kind, lay(tmp_path), "--to", "masks", "voc", "npy", "--output-dir", tmp_path / "data")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    if name != "no objects":
+        assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme"])
+def test_classes_that_never_occur(tmp_path, capsys, kind):
+    save_images(tmp_path, "p0.png")
+    if kind == "coco":
+        source = coco(tmp_path, [(0, 5, [BOX])])
+    else:
+        labelme(tmp_path, "p0", [("cat", BOX, "polygon"), ("dog", FAR_BOX, "polygon")])
+        source = tmp_path
+    words = [kind, source, "--to", "masks", "--output-dir", tmp_path / "data", "--classes"]
+    with pytest.raises(utils.InputError, match="--classes: horse, cow: no class of .* has (cat, dog|dog, cat); "):
+        convert(*words, "horse,cow")
+    if kind == "labelme":  # a part of the images may lack a class that others have
+        assert convert(*words, "cat,horse")["objects"] == {"cat": 1, "horse": 0}
+        assert note(capsys, "classes without an object: 1 (horse)")
+        assert not read(tmp_path / "data/masks/1", "p0.png")[0].any()
+    else:
+        assert convert(*words, "cat,dog")["objects"] == {"cat": 1, "dog": 0}
+
+
+def test_a_truncated_image_is_named_where_its_pixels_are_needed(tmp_path):
+    save_images(tmp_path, "p0.png", "p1.png")
+    whole = (tmp_path / "p1.png").read_bytes()
+    (tmp_path / "p1.png").write_bytes(whole[:len(whole) - 30])
+    path = coco(tmp_path, [(0, 5, [BOX])], ["p0.png", "p1.png"])
+    with pytest.raises(utils.InputError, match="p1.png: truncated or unreadable"):
+        convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")
+
+
+# --- Mutations ---
+
+VALUES = [None, True, -1, 1e9, float("nan"), float("inf"), 10 ** 400, "", "5", "\ud800\n", [], [[]], {}, [1, [2]],
+          {"size": [48, 60]}, {"size": "x", "counts": "\udcff"}, {"size": [48, 60], "counts": [-5, 2885]},
+          {"size": [48, 60], "counts": "P" * 999}, [[1, 2, {}]], [[[[[[[1]]]]]]], ["mask", None]]
+
+
+def places(value, path=()):
+    """The path of every value in nested lists and dicts."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*path, key))
+
+
+def mutate(found, rng):
+    """Replaces, removes or repeats a random value."""
+    *path, last = [*places(found)][1:][rng.integers(len([*places(found)]) - 1)]
+    parent = found
+    for key in path:
+        parent = parent[key]
+    if rng.random() < 0.2:
+        del parent[last]
+    elif isinstance(parent, list) and rng.random() < 0.2:
+        parent.append(copy.deepcopy(parent[last]))
+    else:
+        parent[last] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
+
+
+def mutated_json(kind, number, folder):
+    rng = np.random.default_rng(number)
+    if kind == "coco":
+        path = coco(folder, [(0, 5, [BOX, TRIANGLE]), (1, 3, encode(lower_triangle())),
+                             (1, 5, encode(lower_triangle(), True), {"iscrowd": 1})], ["p0.png", "p1.png"])
+    else:
+        path = folder / "p0.json"
+        png = base64.b64encode(cv2.imencode(".png", np.full((5, 5), 255, np.uint8))[1].tobytes()).decode()
+        labelme(folder, "p0", [("cat", TRIANGLE, "polygon", {"group_id": 1}),
+                               ("cat", BOX[:4], "rectangle", {"group_id": 1}),
+                               ("dog", BOX[:4], "circle"), ("dog", [3, 3, 8, 8], "mask", {"mask": png})])
+    found = json.loads(path.read_text())
+    for _ in range(rng.integers(1, 3)):
+        mutate(found, rng)
+    data = json.dumps(found).encode()
+    if number % 10 == 9:  # bytes of the file
+        data = bytearray(data[:rng.integers(0, len(data))] if number % 20 == 9 else data)
+        for place in rng.integers(0, len(data), 3):
+            data[place] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+    return path if kind == "coco" else folder
+
+
+def mutated_yolo(number, folder):
+    rng = np.random.default_rng(number)
+    text = bytearray(b"0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.2 0.2 0.9 0.2 0.9 0.9 0.3 0.8\n")
+    words = [b"nan", b"-1", b"1e999", b"99999999999999999999", b"\xff", b"\x00", b"x", b"", b"\xc2\xb2", b"0x1", b"1_0"]
+    for _ in range(rng.integers(1, 4)):
+        place = rng.integers(0, len(text))
+        text[place:place + rng.integers(0, 4)] = words[rng.integers(len(words))]
+    (folder / "p0.txt").write_bytes(text)
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind, number", [
+    *[("coco", k) for k in range(130)], *[("labelme", k) for k in range(90)], *[("yolo", k) for k in range(40)]])
+def test_mutated_input_is_one_line_or_masks_of_the_images_size(tmp_path, capsys, kind, number):
+    for name in ("p0", "p1"):
+        (tmp_path / f"{name}.png").write_bytes(PNG)
+    source = mutated_yolo(number, tmp_path) if kind == "yolo" else mutated_json(kind, number, tmp_path)
+    out = tmp_path / "data"
+    with contextlib.suppress(utils.InputError), np.errstate(all="raise", under="ignore"):
+        try:
+            convert(kind, source, "--to", "masks", "coco", "--output-dir", out)
+        except utils.InputError as error:
+            assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 800
+            raise
+        masks = [*(out / "masks").rglob("*.png")]
+        assert masks and all(utils.read_mask(path).shape == SIZE for path in masks)
+        assert json.loads((out / "annotations.json").read_text())["annotations"]
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+PNG = cv2.imencode(".png", np.full((*SIZE, 3), 90, np.uint8))[1].tobytes()
+
+
+# --- As a program ---
+
+def test_as_a_program_it_says_one_line_or_its_counts(tmp_path, script):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])])
+    words = ["convert_labels.py", "coco", path, "--to", "masks", "--output-dir", tmp_path / "data"]
+    done = script(*words)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("1 images, 1 objects (dog 0, cat 1) in ")
+    done = script(*words)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("convert_labels.py: error: ") and "exists; give --overwrite" in done.stderr
+    done = script("convert_labels.py", path, "--to", "masks")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_it_in_one_line(tmp_path):
+    save_images(tmp_path, "p0.png")
+    for number in range(1, 3000):
+        os.link(tmp_path / "p0.png", tmp_path / f"p{number}.png")
+    path = coco(tmp_path, [(i, 5, [BOX]) for i in range(3000)], [f"p{i}.png" for i in range(3000)])
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "convert_labels.py", "coco", path, "--to", "npy", "--output-dir", tmp_path / "data"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "data/imgs").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr == "convert_labels.py: stopped by SIGINT\n"
+
+
+def test_memory_does_not_grow_with_the_pixels_of_all_images(tmp_path):
+    """Twenty times as many images: what is more is the json, not masks or images (of 36 KB each)."""
+    peaks = []
+    for count in (15, 300):
+        folder = tmp_path / str(count)
+        save_images(folder, *[f"p{i}.png" for i in range(count)], size=(100, 120))
+        path = coco(folder, [(i, 5, [BOX]) for i in range(count)], [f"p{i}.png" for i in range(count)],
+                    width=120, height=100)
+        tracemalloc.start()
+        convert("coco", path, "--to", "masks", "voc", "npy", "--output-dir", folder / "data")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 285 * 5000, peaks  # bytes
