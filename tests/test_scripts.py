@@ -29,9 +29,9 @@ FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "
 ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
 # Functions that have one name in several scripts and differ because the articles do.
 DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders",
-             "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples", "print_table",
-             "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main", "read_image",
-             "preprocess", "mask_iou", "draw_prompts", "encode"}
+             "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples",
+             "print_table", "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main",
+             "read_image", "preprocess", "mask_iou", "draw_prompts", "encode"}
 RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
 STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
          "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",
