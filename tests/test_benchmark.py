@@ -111,3 +111,17 @@ def test_start_up_says_seconds_and_memory_of_each_script(run, capsys):
     found = run("--start-up", "20")
     assert list(found) == list(benchmark.SCRIPTS) and all(seconds > 0 for seconds, _ in found.values())
     assert capsys.readouterr().out.count("| 20 ") == 3
+
+
+def test_fine_tuning_from_kept_embeddings_is_timed_beside_the_articles_way(run, capsys, monkeypatch):
+    forward, calls = benchmark.sam.ImageEncoder.forward, []
+
+    def counted(self, images):
+        calls.append(len(images))
+        return forward(self, images)
+    monkeypatch.setattr(benchmark.sam.ImageEncoder, "forward", counted)
+    seconds, encoder = run("--fine-tune", "2", "--quick")
+    assert list(seconds) == ["article", "ours"] and set(map(len, seconds.values())) == {10}
+    assert list(encoder) == ["article", "ours, float32", "ours"]
+    assert len(calls) == 3 * 4 + 10 * 2 + 2  # alone, warmed up; the article's epochs; ours in the first alone
+    assert capsys.readouterr().out.count("| article") == 2
