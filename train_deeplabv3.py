@@ -12,7 +12,6 @@ Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, c
         (figures of each class), split.json, args.json.
 """
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -188,14 +187,7 @@ def list_ids(root, name):
 
 def list_files(folder, ids, list_path):
     """{ID: path} of the images in folder; InputError if one of the ids has none, or two."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    wanted, found = set(ids), {}
-    for file in (folder / name for name in names if name[0] != "."):
-        if file.suffix.lower() not in utils.IMAGES or file.stem not in wanted:
-            continue
-        if file.stem in found:
-            raise utils.InputError(f"{found[file.stem]}: {file.name} has the same name; remove one")
-        found[file.stem] = file
+    found = utils.list_images(folder, wanted=set(ids))
     for item_id in ids:
         if item_id not in found:
             raise utils.InputError(f"{folder}/{item_id}: no such image, but {list_path} lists it; add "

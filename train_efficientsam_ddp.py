@@ -7,8 +7,9 @@ train_efficientsam.py on several devices or hosts. torchrun itself starts again 
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ... --resume auto (without the variable
 the new processes wait for the lost one's address).
 
-Data:   DATA_PATH/imgs/NAME.npy (H, W, 3) or (H, W), DATA_PATH/gts/NAME.npy (H, W) of any integer
-        type: 0 background, each other number one object. Split 80:20, or validated on --val-path.
+Data:   DATA_PATH/imgs/NAME.npy (H, W, 3) or (H, W), or any image file; DATA_PATH/gts/NAME.npy (H, W)
+        of any integer type, or .png, .tif: 0 background, each other number one object. Split 80:20,
+        or validated on --val-path.
 Writes: OUTPUT_DIR/best.pth (best val_iou), last.pth (for --resume), log.csv, curves.png,
         val_samples.png (image with prompts | truth | prediction), split.json, args.json.
 """
@@ -219,22 +220,15 @@ def read_item(item):
 
 def find_items(data_path):
     """[(name, image path, mask path)] sorted by name."""
-    found = []
-    for sub in ("imgs", "gts"):
-        folder = Path(data_path, sub)
-        if not folder.is_dir():
-            raise utils.InputError(f"{folder}: no such folder; give --data-path the folder that "
-                                   "holds imgs/ and gts/")
-        paths = sorted(path for path in folder.glob("*.npy") if path.name[0] != ".")
-        found.append({path.stem: path for path in paths})
-    images, masks = found
+    images, masks = [utils.list_images(Path(data_path, sub), {*utils.IMAGES, ".npy"})
+                     for sub in ("imgs", "gts")]
     if not images:
-        raise utils.InputError(f"{data_path}/imgs: no .npy files; give the folder that holds imgs/ "
-                               "and gts/")
+        raise utils.InputError(f"{data_path}/imgs: no images or .npy files; give the folder that holds "
+                               "imgs/ and gts/")
     for name in sorted(images.keys() ^ masks.keys()):
         path, other = (images[name], "gts") if name in images else (masks[name], "imgs")
-        raise utils.InputError(f"{path}: {data_path}/{other} has no {name}.npy; add it or remove this "
-                               "one")
+        raise utils.InputError(f"{path}: {data_path}/{other} has no {name}.npy, .png ...; add it or "
+                               "remove this one")
     return [(name, images[name], masks[name]) for name in sorted(images)]
 
 

@@ -159,7 +159,7 @@ def read_item(item):
     _, image_path, mask_paths = item
     image, masks = utils.read_image(image_path), []
     for path in mask_paths:
-        mask = utils.read_mask(path)
+        mask = utils.read_mask(path, lossy=True)
         if mask.shape != image.shape[:2]:
             raise utils.InputError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, but {image_path} "
                                    f"has {image.shape[1]}x{image.shape[0]}; save both at one size")
@@ -178,20 +178,9 @@ def read_item(item):
 
 
 def list_images(folder, extension):
-    """{name without extension: path} of the images in folder."""
-    if not folder.is_dir():
-        raise utils.InputError(f"{folder}: no such folder; give --data-path the folder that holds "
-                               "images/ and masks/")
+    """{name without extension: path} of the folder's images that have the extension, if one is given."""
     endings = {f".{extension.lower().lstrip('.')}"} if extension else utils.IMAGES
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in endings or path.is_dir() or path.name.startswith("."):
-            continue
-        if path.stem in found:
-            raise utils.InputError(f"{path}: {found[path.stem].name} has the same name; remove one, or "
-                                   "give --img-ext or --mask-ext")
-        found[path.stem] = path
-    return found
+    return utils.list_images(folder, endings, remedy="remove one, or give --img-ext or --mask-ext")
 
 
 def find_items(data_path, args):

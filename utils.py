@@ -623,6 +623,28 @@ def save_checkpoint(path, state):
 
 # --- Images ---
 
+def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
+    """{name without extension: path} of the images in folder, sorted; hidden files are left out.
+
+    wanted: the names that matter. InputError without the folder, or with the remedy if two files
+    have one name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give --data-path the folder that has it")
+    found = {}
+    for file in sorted(os.listdir(folder)):
+        path = folder / file
+        if file[0] == "." or path.suffix.lower() not in endings or path.is_dir():
+            continue
+        if wanted is not None and path.stem not in wanted:
+            continue
+        if path.stem in found:
+            raise InputError(f"{path}: {found[path.stem].name} has the same name; {remedy}")
+        found[path.stem] = path
+    return found
+
+
 def read_image(path):
     """Image file of any mode, or .npy array (H, W) or (H, W, 1, 3 or 4) -> RGB uint8 (H, W, 3).
 
@@ -648,19 +670,21 @@ def read_image(path):
     return np.ascontiguousarray(pixels[..., :3])
 
 
-def read_mask(path):
+def read_mask(path, lossy=False):
     """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files, .npy.
 
-    InputError if it is colour-coded or transparent.
+    InputError if it is colour-coded, transparent or, without lossy, of a format that changes ids.
     """
     if Path(path).suffix.lower() == ".npy":
         mask = read_array(path)
         if mask.ndim != 2:
             raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
         return mask
-    with open_image(path) as image:
-        mode, mask = image.mode, np.array(ImageOps.exif_transpose(image))
     remedy = "save one value per pixel (grey or palette PNG)"
+    with open_image(path) as image:
+        if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP") and not lossy:
+            raise InputError(f"{path}: {image.format} can change ids near edges; {remedy}")
+        mode, mask = image.mode, np.array(ImageOps.exif_transpose(image))
     if mode in ("LA", "RGBA"):
         if (mask[..., -1] != mask[0, 0, -1]).any():
             raise InputError(f"{path}: mask with transparency; {remedy}")

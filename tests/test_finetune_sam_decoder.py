@@ -443,8 +443,8 @@ def test_the_articles_command_line_runs(instances, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (instances / "VOCdevkit/VOC2012").rename(instances / "VOCdevkit/VOC2007")
     script_.main(options(*f"""--w none --type demo --data {instances / 'VOCdevkit'}
-        --point-prompt True --box-prompt True --epochs 1 --batch-size 1 --save_dir ./weights --device cpu --image-size 64
-        -j 0""".split()))
+        --point-prompt True --box-prompt True --epochs 1 --batch-size 1 --save_dir ./weights --device cpu
+        --image-size 64 -j 0""".split()))
     assert (tmp_path / "weights/decoder.pth").exists()
 
 

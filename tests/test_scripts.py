@@ -28,7 +28,7 @@ SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
 ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib", "tqdm", "pytest"}
 # Functions that have one name in several scripts and differ because the articles do.
-DIFFERING = {"get_args_parser", "list_images", "find_items", "read_item", "check_items", "create_loaders",
+DIFFERING = {"get_args_parser", "find_items", "read_item", "check_items", "create_loaders",
              "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples",
              "print_table", "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main",
              "read_image", "preprocess", "mask_iou", "draw_prompts", "encode"}

@@ -479,7 +479,7 @@ def test_lists_that_are_missing_empty_or_name_what_is_not_there(scenes):
 
 def test_two_images_of_one_name(scenes):
     Image.new("RGB", (64, 64)).save(voc(scenes, "JPEGImages/s3.png"))
-    refuses(scenes, "JPEGImages/s3.jpg: s3.png has the same name")
+    refuses(scenes, "JPEGImages/s3.png: s3.jpg has the same name")
 
 
 def test_a_label_outside_the_classes_names_file_and_value(scenes):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import train_efficientsam as script_
 import utils
@@ -345,7 +346,37 @@ def test_missing_folders_and_pairs(objects, tmp_path):
     refuses(objects, "imgs/o2.npy", "gts has no o2.npy")
     for path in (objects / "imgs").iterdir():
         path.unlink()
-    refuses(objects, "imgs: no .npy files")
+    refuses(objects, "imgs: no images or .npy files")
+
+
+def test_image_files_and_id_masks_train_as_the_arrays_do(objects, tmp_path):
+    folder = tmp_path / "files"
+    for sub in ("imgs", "gts"):
+        (folder / sub).mkdir(parents=True)
+    for index in range(6):
+        image, ids = (np.load(objects / sub / f"o{index}.npy") for sub in ("imgs", "gts"))
+        Image.fromarray(image).save(folder / f"imgs/o{index}.{('png', 'bmp', 'tif')[index % 3]}")
+        if index == 0:
+            utils.save_mask(folder / "gts/o0.png", ids)
+        else:  # 8 and 16 bits
+            ids = ids.astype(np.uint8) if index % 2 else ids.astype(np.uint16) * 300
+            Image.fromarray(ids).save(folder / f"gts/o{index}.{('png', 'tiff')[index % 2]}")
+    for name, data in (("a", objects), ("b", folder)):
+        train(data, tmp_path / name, "--epochs", 1)
+    a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in "ab")
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_lossy_masks_and_two_files_of_one_name_are_refused(objects):
+    ids = np.load(objects / "gts/o1.npy")
+    (objects / "gts/o1.npy").unlink()
+    for name in ("o1.jpg", "o1.png"):  # what a file holds counts, not what it is called
+        Image.fromarray(ids.astype(np.uint8)).save(objects / "gts" / name, "JPEG")
+        refuses(objects, f"gts/{name}: JPEG can change ids")
+        (objects / "gts" / name).unlink()
+    np.save(objects / "gts/o1.npy", ids)
+    Image.fromarray(np.load(objects / "imgs/o2.npy")).save(objects / "imgs/o2.png")
+    refuses(objects, "imgs/o2.png: o2.npy has the same name; remove one")
 
 
 class Evil:
