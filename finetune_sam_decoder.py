@@ -29,10 +29,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.sam import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS, resize_positions, resized_size
+from nets.sam import NETS as SAMS
+from nets.sam import PIXEL_MEAN, PIXEL_STD, WEIGHTS, resize_positions, resized_size
 
 VOID = 255
 POINTS, BOX, BOTH = range(3)  # kinds of prompt
+PREPROCESS = "antialiased"  # to be changed with `preprocess`: kept embeddings are then made anew
 CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
 DEMO = {"model": "demo", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4, "workers": 0,
         "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
@@ -69,7 +71,7 @@ def get_args_parser():
     add("--cache-dir", help="folder of the embeddings (embeddings/ beside --output-dir)")
     add_switch("--no-cache", help="keep no embeddings: encode each image in each epoch")
 
-    add("--model", "--model-type", "--type", choices=list(NETS), default="vit_b", help="(%(default)s)")
+    add("--model", "--model-type", "--type", choices=list(SAMS), default="vit_b", help="(%(default)s)")
     add("--weights", "--sam-weights", "--w",
         help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: that of --model)")
     add("--train", choices=["decoder", "token", "all"], default="decoder",
@@ -129,7 +131,10 @@ class VOCObjects(torch.utils.data.Dataset):
 
     def features(self, index, mirrored):
         if self.embeddings:
-            return load_embedding(self.embeddings[index, mirrored])
+            try:
+                return load_embedding(self.embeddings[index, mirrored])
+            except utils.InputError as error:
+                raise utils.InputError(f"{error}: --resume auto makes it again") from None
         return preprocess(self.items[index], mirrored, self.args)
 
     @staticmethod
@@ -147,7 +152,7 @@ def sample_prompts(ids, objects, args, vary):
     """ids (H, W), Q numbers -> points (Q, N, 2) (x, y), labels (Q, N), boxes (Q, 4), kinds (Q,).
 
     In pixels of the image. Void is neither clicked on nor boxed. With vary, boxes move in or out,
-    inside the image, and of two kinds of prompt one is left out half the time, either as often.
+    inside the image, and half the time one of the two kinds is dropped, each equally likely.
     """
     background = args.background_points
     if background is None:
@@ -155,7 +160,8 @@ def sample_prompts(ids, objects, args, vary):
     points = torch.zeros(len(objects), args.points + background, 2)
     labels, boxes = torch.zeros(points.shape[:2], dtype=torch.long), torch.zeros(len(objects), 4)
     both = args.point_prompt and args.box_prompt
-    kinds = torch.full((len(objects),), BOTH if both else BOX if args.box_prompt else POINTS)
+    kind = BOX if args.box_prompt else POINTS
+    kinds = torch.full((len(objects),), BOTH if both else kind)
     for i, number in enumerate(objects):
         mask = ids == number
         beside = (ids >= 0) & ~mask
@@ -164,7 +170,7 @@ def sample_prompts(ids, objects, args, vary):
         if beside.any():
             points[i, args.points:] = sample_points(beside, background)
         else:
-            labels[i, args.points:] = -1  # says nothing
+            labels[i, args.points:] = -1  # padding
         box = box_of(mask)
         if vary:
             inward = args.bbox_shift * max(ids.shape) / 256 * (2 * torch.rand(4) - 1)
@@ -192,16 +198,18 @@ def box_of(mask):
 def cover(ids, objects, args):
     """ids (H, W), numbers (Q,) -> masks (Q, M, M) in 0..1, weight (M, M), as the decoder's masks.
 
-    Shares of the labelled part of each cell, so that no edge moves; void and padding weigh 0.
+    Shares of the labelled part of each cell, so that no edge moves; void and padding weigh 0. Where an
+    object covers no cell by half, its shares are raised.
     """
-    side = args.image_size // 4
-    size = resized_size(*ids.shape, args.image_size)
-    height, width = [max(1, round(length / 4)) for length in size]
+    height, width = resized_size(*ids.shape, args.image_size)
     parts = torch.cat([ids[None] == objects[:, None, None], ids[None] >= 0]).float()
     parts = v2.functional.resize(parts, [height, width], antialias=True)
-    parts = F.pad(parts, (0, side - width, 0, side - height))
+    parts = F.pad(parts, (0, args.image_size - width, 0, args.image_size - height))
+    parts = F.avg_pool2d(parts, 4)
     weight = parts[-1]
-    return (parts[:-1] / weight.clamp(min=1e-6)).clamp(0, 1), weight
+    masks = (parts[:-1] / weight.clamp(min=1e-6)).clamp(0, 1)
+    highest = masks.amax((1, 2), keepdim=True)
+    return torch.where(highest < 0.5, masks / highest.clamp(min=1e-6), masks), weight
 
 
 def preprocess(item, mirrored, args):
@@ -245,16 +253,22 @@ def list_ids(root, name):
     """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = [utils.composed(line) for line in utils.read_lines(path)]
     except (OSError, UnicodeDecodeError):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
-    ids = [line.split()[0] for line in lines if line.strip()]  # some lists have a second column
-    if not ids:
+    if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    repeated = [item_id for item_id, count in Counter(ids).items() if count > 1]
+    known, ids = utils.list_images(root / "JPEGImages", wanted={*lines, *first_words(lines)}), []
+    for line, word in zip(lines, first_words(lines)):  # IDs may hold spaces; some lists have 2 columns
+        ids.append(word if word in known and line not in known else line)
+    repeated = len(ids) - len(set(ids))
     if repeated:
-        raise utils.InputError(f"{path}: lists {repeated[0]} twice; remove one")
+        print(f"note: {path} repeats {repeated} IDs; an image is used as often as it is listed")
     return ids, path
+
+
+def first_words(lines):
+    return [line.split()[0] for line in lines]
 
 
 def list_files(folder, ids, list_path):
@@ -292,23 +306,23 @@ def find_class_names(root):
     return {}
 
 
-def check_items(items, num_pixels, part):
-    """Sizes of all items, pixels of the first num_pixels; InputError names the first bad file.
+def check_item(item, whole):
+    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
+        return True
+    return bool(read_ids(item).max() > 0)
 
-    Returns them without those in which no object was found; how many is reported.
-    """
-    kept = []
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.hide_bar())):
-        utils.raise_if_stopped()
-        unread = i >= num_pixels and utils.image_size(item[1]) == utils.image_size(item[2])
-        if unread or read_ids(item).max() > 0:
-            kept.append(item)
+
+def keep_items(items, part, args):
+    """Items without those in which no object was found; how many is reported."""
+    found = utils.check_items(check_item, items, args)
+    kept = [item for item, has_object in zip(items, found) if has_object]
     if len(kept) < len(items):
         print(f"note: {len(items) - len(kept)} of {len(items)} {part} images have no object and are "
               "left out")
     if not kept:
-        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has an object (an "
-                               "id from 1 to 254)")
+        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has an object; look at "
+                               "them")
     return kept
 
 
@@ -317,22 +331,24 @@ def create_loaders(args):
     if not args.data_path:
         raise utils.InputError("--data-path: give the folder that holds VOCdevkit, or --demo")
     root = find_root(args.data_path, args.year)
-    train_items = find_items(root, args.train_set, args)[:args.limit]
+    train_items = []  # which a test does not need
+    if not args.test_only or args.overfit:
+        train_items = find_items(root, args.train_set, args)[:args.limit]
     val_items = find_items(root, args.val_set, args)[:args.limit]
     shared = {item[0] for item in train_items} & {item[0] for item in val_items}
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
     elif shared:
         print(f"note: {len(shared)} of {len(val_items)} validation images are trained on too")
-    num_pixels = None if args.sanity_check else 2000
-    train_items = check_items(train_items, num_pixels or len(train_items), "training")
-    val_items = check_items(val_items, num_pixels or len(val_items), "validation")
+    if not args.test_only:
+        train_items = keep_items(train_items, "training", args)
+    val_items = keep_items(val_items, "validation", args)
     names = find_class_names(root)
     train_set = VOCObjects(train_items, names, args, train=True, augment=not args.overfit)
     val_sets = [VOCObjects(val_items, names, args, train=False, augment=False)]
     if args.keep_path:
         root = find_root(args.keep_path, args.year)
-        items = check_items(find_items(root, args.val_set, args)[:args.limit], 2000, "--keep-path")
+        items = keep_items(find_items(root, args.val_set, args)[:args.limit], "--keep-path", args)
         val_sets.append(VOCObjects(items, find_class_names(root), args, train=False, augment=False))
     train_loader = utils.create_loader(train_set, args, shuffle=True)
     val_loaders = [utils.create_loader(dataset, args, shuffle=False, batch_size=1) for dataset in val_sets]
@@ -394,9 +410,12 @@ def draw_prompts(image, points, labels, boxes, kinds):
 def create_model(args, checkpoint=None):
     """The net, with --weights and what a checkpoint has trained, and the arguments that rebuild it."""
     arch = {"model": args.model, "image_size": args.image_size}
-    model = NETS[args.model](args.image_size)
-    if args.weights != "none":
-        load_sam(model, args.weights)
+    model = SAMS[args.model](args.image_size)
+    args.base = args.weights
+    if checkpoint:
+        args.base = checkpoint["args"].get("base", args.weights)
+    if args.base != "none":
+        args.base = load_sam(model, args.base)
     model.requires_grad_(args.train == "all")
     model.mask_decoder.requires_grad_(True)
     if args.train == "token":
@@ -413,8 +432,8 @@ def create_model(args, checkpoint=None):
 def load_sam(model, path, base=None):
     """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
 
-    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Position
-    codes of another image size are interpolated.
+    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Returns it: of
+    weights of the whole net their own path. Position codes of another image size are interpolated.
     """
     file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
     checkpoint = utils.load_checkpoint(file)
@@ -423,17 +442,26 @@ def load_sam(model, path, base=None):
     state = utils.state_of(checkpoint)
     if not state or not all(key.startswith("mask_decoder.") for key in state):
         utils.load_weights(model, resize_positions(state, model), path)
-        return
-    base = base or trained.get("args", {}).get("weights")
+        return path if path in WEIGHTS else str(Path(path).resolve())
+    named, base = base, base or trained.get("args", {}).get("base")
     if not base:
         raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+    if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
+        raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
+                               "predict.py the --base weights")
     if base != "none":
-        load_sam(model, base)
-    same_size = trained and trained["arch"]["image_size"] == model.image_size
-    if same_size and trained["args"]["base_hash"] != hash_frozen(model):
+        base = load_sam(model, base)
+    base_hash = trained.get("args", {}).get("base_hash")
+    size = trained.get("arch", {}).get("image_size", model.image_size)
+    original = model
+    if size != model.image_size and base != "none":
+        original = SAMS[trained["arch"]["model"]](size)
+        load_sam(original, base)
+    if base_hash and size == original.image_size and base_hash != hash_frozen(original):
         raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
                                "the right --base")
     utils.load_weights(model, {**model.state_dict(), **state}, path)
+    return base
 
 
 def trained_part(model, args):
@@ -469,18 +497,18 @@ def cache_embeddings(model, datasets, run, args):
     """
     folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
     folder.mkdir(parents=True, exist_ok=True)
-    missing = []
+    missing = {}
     for dataset in datasets:
         views = (False, True) if dataset.augment and args.flip else (False,)
         for index, item in enumerate(tqdm(dataset.items, "embeddings", leave=False, disable=None)):
             utils.raise_if_stopped()
             image = hashlib.sha256(item[1].read_bytes()).hexdigest()
             for mirrored in views:
-                key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored}"
+                key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
                 path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pth"
                 dataset.embeddings[index, mirrored] = path
-                if not is_whole(path):
-                    missing.append((item, mirrored, path))
+                if path not in missing and not is_whole(path):
+                    missing[path] = item, mirrored
     numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
     needed, free = 2 * numbers * len(missing) / 1e9, shutil.disk_usage(folder).free / 1e9
     if missing:
@@ -489,13 +517,13 @@ def cache_embeddings(model, datasets, run, args):
         raise utils.InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
                                "another --cache-dir, or --no-cache")
     images = torch.utils.data.DataLoader(
-        Pending(missing, args), batch_size=1 if run.device.type == "cpu" else 8,
+        Pending([*missing.values()], args), batch_size=1 if run.device.type == "cpu" else 8,
         num_workers=args.workers, worker_init_fn=utils.outlive_signals,
         pin_memory=run.device.type == "cuda")
-    paths = iter(path for *_, path in missing)
+    paths = iter(missing)
     with tqdm(total=len(missing), desc="encoding", leave=False, disable=None) as bar:
         for batch in images:
-            embeddings = encode(model, batch.to(run.device, non_blocking=True), run.dtype)
+            embeddings = encode(model, batch.to(run.device, non_blocking=run.pinned), run.dtype)
             for embedding in embeddings.half().cpu():
                 utils.save_checkpoint(next(paths), {"embedding": embedding.clone()})
             bar.update(len(batch))
@@ -512,8 +540,7 @@ class Pending(torch.utils.data.Dataset):
         return len(self.missing)
 
     def __getitem__(self, index):
-        item, mirrored, _ = self.missing[index]
-        return preprocess(item, mirrored, self.args)
+        return preprocess(*self.missing[index], self.args)
 
 
 def is_whole(path):
@@ -530,11 +557,15 @@ def is_whole(path):
 
 def load_embedding(path):
     """(D, E, E) in half precision; InputError if the file is damaged."""
-    return utils.load_checkpoint(path)["embedding"]
+    found = utils.load_checkpoint(path)
+    embedding = found.get("embedding") if isinstance(found, dict) else None
+    if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
+        raise utils.InputError(f"{path}: not an embedding")
+    return embedding
 
 
 def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
-    """One pass over P objects -> mask logits (P, C, M, M), the net's own IoU (P, C); C is 3 or 1.
+    """One pass over P objects -> mask logits (P, C, M, M), the predicted IoU (P, C); C is 3 or 1.
 
     embeddings (P, D, E, E), prompts in pixels of the square, low_logits (P, 1, M, M) of an earlier
     pass or None. Each kind of prompt has its own number of tokens, and so a call of its own.
@@ -558,7 +589,7 @@ def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimas
 
 
 def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):
-    """As the article: the best of three masks, by the net's own IoU, prompts a second pass.
+    """As the article: the best of three masks, by the predicted IoU, prompts a second pass.
 
     Returns logits (P, 3, M, M), iou (P, 3) of the first, logits (P, 1, M, M), iou (P, 1) of the second.
     """
@@ -575,7 +606,7 @@ def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):
 def criterion(logits, iou, masks, weight):
     """Of P objects: cross entropy + Dice loss of the best of C masks + squared error of iou; (P,).
 
-    Logits (P, C, M, M), the net's own iou (P, C), masks (P, M, M) in 0..1, weight (P, M, M): 0 for
+    Logits (P, C, M, M), the predicted iou (P, C), masks (P, M, M) in 0..1, weight (P, M, M): 0 for
     void and padding. Article: of the second pass alone; void is background; BCELoss of a sigmoid,
     whose gradient is 0 where the net is surely wrong.
     """
@@ -605,7 +636,7 @@ def evaluate(model, loader, run, args):
 
     val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: by so many clicks,
     the first where the object's edge is farthest, each next in the middle of the largest wrong region;
-    val_iou_error: how far the net's own guess for the box is off. Baselines: box_iou of the filled
+    val_iou_error: how far the predicted IoU for the box is off. Baselines: box_iou of the filled
     box, disc_iou of the largest disc about the first click that the object holds. Void is left out.
     class_box_iou: {class: (mean, objects)} where there is a SegmentationClass.
     """
@@ -614,7 +645,7 @@ def evaluate(model, loader, run, args):
     for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=None):
         utils.raise_if_stopped()
         ids = ids[0]
-        embedding = encode(model, features.to(run.device, non_blocking=True), run.dtype)
+        embedding = encode(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
         for numbers in torch.arange(1, ids.max() + 1).split(8):  # so many objects fit in memory
             rows.append(judge(model, embedding, ids, numbers, run.dtype))
             classes += classes_of(loader.dataset.items[index], ids, numbers)
@@ -667,7 +698,7 @@ def clear_prompts(masks):
 def segment(model, embedding, size, points, labels, boxes, kind, low_logits, dtype):
     """Embedding (1, D, E, E) of an image of this size (H, W), prompts of q objects in its pixels.
 
-    Returns logits (q, H, W) and the net's own IoU (q,) on the CPU, and low_logits (q, 1, M, M). Without
+    Returns logits (q, H, W) and the predicted IoU (q,) on the CPU, and low_logits (q, 1, M, M). Without
     low_logits of an earlier call both passes are made, with them the second alone.
     """
     device, side = embedding.device, model.image_size
@@ -725,7 +756,7 @@ def boundary_iou(pred, truth, labelled):
         padded = np.pad(np.asarray(mask, np.uint8), 1)
         inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width)[1:-1, 1:-1]
         return mask & torch.from_numpy(inner == 0)
-    pred, truth = [torch.stack([boundary(mask) for mask in masks]) for masks in (pred, truth)]
+    pred, truth = [torch.stack([boundary(mask & labelled) for mask in masks]) for masks in (pred, truth)]
     return mask_iou(pred, truth, labelled)
 
 
@@ -778,11 +809,12 @@ def draw_samples(model, dataset, run):
 
 def create_optimizer(model, args):
     """AdamW; weight decay on matrices only, not on norms, biases and tokens (article: on all)."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for name, p in model.named_parameters() if "pos" in name}  # position codes
     decayed, others = [], []
     for p in model.parameters():
         if p.requires_grad:
-            (decayed if p.ndim > 1 and id(p) not in embeddings else others).append(p)
+            (decayed if p.ndim > 1 and id(p) not in tables else others).append(p)
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
 
@@ -806,7 +838,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
         loss_sum, num_objects = 0.0, 0
         for batch in batches:
             features, owner, points, labels, boxes, kinds, masks, weight = [
-                part.to(run.device, non_blocking=True) for part in batch[:-1]]
+                part.to(run.device, non_blocking=run.pinned) for part in batch[:-1]]
             if not len(owner):  # no object in any of these images, which the start has not read
                 continue
             with torch.set_grad_enabled(args.train == "all"):
@@ -830,7 +862,7 @@ def prepare_demo(args):
     """--demo: generated rings, and a small net that has learnt other objects, as nothing is fetched."""
     folder = Path(args.output_dir)
     args.data_path = args.data_path or utils.draw_demo("rings", folder / "data", 120)
-    if args.weights:
+    if args.weights or args.sanity_check or args.test_only:
         return
     print("First a small net learns plain objects, all of it; it takes the place of an official file.")
     plain = utils.draw_demo("plain", folder / "base/data", 200)
@@ -869,12 +901,13 @@ def main(args):
     run.describe(args.model, model, train_set, val_set)
     keeps = not args.no_cache and args.train != "all"  # embeddings
     if args.test_only:
-        run.check_test(same=[])
+        run.check_test(same=["masks", "image_size", "base_hash"])
+        loaders = {"test": val_loader, "kept": keep_loader} if keep_loader else {"test": val_loader}
         if keeps:
-            cache_embeddings(model, [val_set], run, args)
-        figures = evaluate(model, val_loader, run, args)
-        print_table({"test": figures})
-        return figures
+            cache_embeddings(model, [loader.dataset for loader in loaders.values()], run, args)
+        columns = {title: evaluate(model, loader, run, args) for title, loader in loaders.items()}
+        print_table(columns)
+        return columns["test"]
 
     optimizer = create_optimizer(model, args)
     part = trained_part(model, args)
@@ -891,6 +924,7 @@ def main(args):
             progress["before"] = evaluate(model, val_loader, run, args)
             progress["keep_before"] = keep_loader and evaluate(model, keep_loader, run, args)
             run.is_best(progress["before"]["val_box_iou"])
+            progress["after"] = progress["before"]
             run.save_best()
             save_decoder(run, part)
         print_table({"before": progress["before"]})
@@ -901,6 +935,7 @@ def main(args):
             run.end_epoch(figures, show=["val_box_iou", "val_click1_iou", "val_click5_iou",
                                          "val_iou_error"])
             if run.is_best(figures["val_box_iou"]):
+                progress["after"] = figures
                 run.save_best()
                 save_decoder(run, part)
             run.save_last()
@@ -908,10 +943,12 @@ def main(args):
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
-    columns = {"before": progress["before"], f"after {progress['epoch']}": figures}
+    columns = {"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]}
     if keep_loader:
+        best = utils.load_checkpoint(run.folder / "best.pth")
+        utils.load_weights(part, best["model"], run.folder / "best.pth")
         columns["kept, before"] = progress["keep_before"]
-        columns["kept, after"] = evaluate(model, keep_loader, run, args)
+        columns["kept, best"] = evaluate(model, keep_loader, run, args)
     print_table(columns)
     run.finish("val_box_iou")
     return {**figures, "before": progress["before"], "best_val_box_iou": progress["best"]}

@@ -62,13 +62,13 @@ def get_args_parser():
     add("--weights", required=True,
         help="best.pth or last.pth of a training script; with --model an official file, or its name: "
              f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS])}, fetched once")
-    add("--model", choices=OFFICIAL, help="the net of an official file; our checkpoints name theirs")
-    add("--base", help="weights that a SAM decoder was trained on (those that its checkpoint names)")
+    add("--model", choices=OFFICIAL, help="net of an official file; our checkpoints name theirs")
+    add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
     add_switch("--overwrite", help="replace files in --output-dir")
     add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"], metavar="[polygon|rle]",
-        help="also write annotations.json: each connected part of a class, or each object; polygons "
-             "cannot represent holes")
+        help="also write annotations.json: each connected part of a class, or each object; "
+             "polygons cannot represent holes")
     add("-b", "--batch-size", type=utils.number(int, 1), default=1,
         help="images per batch, with --tile tiles; nets with prompts take one at a time (%(default)s)")
     add("--tile", type=utils.number(int, 32), metavar="N",
@@ -119,6 +119,9 @@ def find_inputs(inputs):
             found = [text]
         else:
             found = sorted(glob.glob(text, recursive=True))
+        if not found and Path(text).is_dir():
+            raise utils.InputError(f"{text}: a folder without images; for those in its folders give a "
+                                   f'glob: "{text}/*/*.png"')
         if not found:
             raise utils.InputError(f"{text}: no such image, folder or glob")
         paths += map(Path, found)
@@ -128,11 +131,11 @@ def find_inputs(inputs):
 def read_list(path):
     """Paths in a text file, one per line; not its blank lines nor those that begin with #."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = utils.read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one path per "
                                "line") from None
-    names = [line for line in lines if line and not line.startswith("#")]
+    names = [line for line in lines if not line.startswith("#")]
     return [path.parent / name if (path.parent / name).exists() else Path(name) for name in names]
 
 
@@ -284,8 +287,8 @@ def official_checkpoint(path, name):
 def load_sam(model, path, base=None):
     """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
 
-    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Position
-    codes of another image size are interpolated.
+    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Returns it: of
+    weights of the whole net their own path. Position codes of another image size are interpolated.
     """
     file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
     checkpoint = utils.load_checkpoint(file)
@@ -294,17 +297,26 @@ def load_sam(model, path, base=None):
     state = utils.state_of(checkpoint)
     if not state or not all(key.startswith("mask_decoder.") for key in state):
         utils.load_weights(model, resize_positions(state, model), path)
-        return
-    base = base or trained.get("args", {}).get("weights")
+        return path if path in WEIGHTS else str(Path(path).resolve())
+    named, base = base, base or trained.get("args", {}).get("base")
     if not base:
         raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+    if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
+        raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
+                               "predict.py the --base weights")
     if base != "none":
-        load_sam(model, base)
-    same_size = trained and trained["arch"]["image_size"] == model.image_size
-    if same_size and trained["args"]["base_hash"] != hash_frozen(model):
+        base = load_sam(model, base)
+    base_hash = trained.get("args", {}).get("base_hash")
+    size = trained.get("arch", {}).get("image_size", model.image_size)
+    original = model
+    if size != model.image_size and base != "none":
+        original = SAMS[trained["arch"]["model"]](size)
+        load_sam(original, base)
+    if base_hash and size == original.image_size and base_hash != hash_frozen(original):
         raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
                                "the right --base")
     utils.load_weights(model, {**model.state_dict(), **state}, path)
+    return base
 
 
 def hash_frozen(model):
@@ -460,15 +472,19 @@ def read_prompts(name, given, args):
     """
     own = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
     try:
+        if own.keys() - {"boxes", "points"}:
+            raise ValueError(f"it has {', '.join(own)}")
         boxes = [[*map(float, box)] for box in own.get("boxes", [])]
         points = [[*map(float, point), 1.0][:3] for point in own.get("points", [])]
         queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
         clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
         if not {label for *_, label in points} <= {0.0, 1.0}:
             raise ValueError("a point's label is 1 or 0")
+        if any(0 < max(box) <= 1 for box in boxes) or any(0 < max(x, y) < 1 for x, y, _ in points):
+            raise ValueError("coordinates are in pixels, not fractions of the image")
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
-        raise utils.InputError(f"{args.prompts or '--point'}: {name}: not like {form} "
+        raise utils.InputError(f"{args.prompts or '--box or --point'}: {name}: not like {form} "
                                f"({error})") from None
     if len(queries) == 1 and points:
         queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
@@ -478,8 +494,11 @@ def read_prompts(name, given, args):
         raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask can hold 254, give "
                                "fewer at a time")
     if not queries:
-        raise utils.InputError(f"{args.prompts or '--box'}: no prompts for {name}; give --box, --point "
-                               "or --prompts")
+        if args.prompts:
+            names = ", ".join(list(given)[:3])
+            raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a name "
+                                   "has no extension")
+        raise utils.InputError(f"--box: no prompts for {name}; give --box, --point or --prompts")
     if max(len(labels) for _, labels in queries) > 6:
         raise utils.InputError(f"{name}: more than six points for one object, corners of its box "
                                "included; the net takes no more")
@@ -661,6 +680,9 @@ def plan_outputs(paths, loaded, args):
     if args.prompts:
         try:
             prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
+            if {"images", "annotations"} <= prompts.keys():
+                raise ValueError('a COCO json; wanted is {"NAME": {"boxes": [...], "points": [...]}}')
+            prompts = {utils.composed(name): own for name, own in prompts.items()}
         except (OSError, ValueError, TypeError) as error:
             raise utils.InputError(f"{args.prompts}: no json of prompts that can be read "
                                    f"({error})") from None
@@ -671,7 +693,7 @@ def plan_outputs(paths, loaded, args):
     if loaded.net.encode:
         for name, _ in inputs:
             try:
-                queries[name] = read_prompts(name, prompts, args)
+                queries[name] = read_prompts(utils.composed(name), prompts, args)
             except utils.InputError as error:
                 bad.append(str(error))
         inputs = [(name, path) for name, path in inputs if name in queries]

@@ -11,6 +11,7 @@ Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, c
         val_samples.png (image | truth | prediction), results*.txt (as the article), record_mAP.txt
         (figures of each class), split.json, args.json.
 """
+import functools
 import json
 import time
 from collections import Counter
@@ -173,16 +174,22 @@ def list_ids(root, name):
     """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = [utils.composed(line) for line in utils.read_lines(path)]
     except (OSError, UnicodeDecodeError):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
-    ids = [line.split()[0] for line in lines if line.strip()]  # some lists have a second column
-    if not ids:
+    if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    repeated = [item_id for item_id, count in Counter(ids).items() if count > 1]
+    known, ids = utils.list_images(root / "JPEGImages", wanted={*lines, *first_words(lines)}), []
+    for line, word in zip(lines, first_words(lines)):  # IDs may hold spaces; some lists have 2 columns
+        ids.append(word if word in known and line not in known else line)
+    repeated = len(ids) - len(set(ids))
     if repeated:
-        raise utils.InputError(f"{path}: lists {repeated[0]} twice; remove one")
+        print(f"note: {path} repeats {repeated} IDs; an image is used as often as it is listed")
     return ids, path
+
+
+def first_words(lines):
+    return [line.split()[0] for line in lines]
 
 
 def list_files(folder, ids, list_path):
@@ -223,17 +230,12 @@ def find_classes(root, num_classes):
     return VOC_CLASSES if num_classes == 20 else [str(k) for k in range(num_classes + 1)]
 
 
-def check_items(items, num_pixels, num_classes):
-    """Sizes of all items, pixels of the first num_pixels; InputError names the first bad file."""
-    labelled = len(items) > num_pixels
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.hide_bar())):
-        utils.raise_if_stopped()
-        if i < num_pixels or utils.image_size(item[1]) != utils.image_size(item[2]):
-            label = read_item(item, num_classes)[1]
-            labelled |= ((label > 0) & (label != VOID)).any()
-    if not labelled:
-        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has a label between "
-                               f"1 and {num_classes}; 255 means void here: save the first class as 1")
+def check_item(item, whole, num_classes):
+    """Whether there is a class, or only the sizes were read and are equal; InputError if bad."""
+    if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
+        return True
+    label = read_item(item, num_classes)[1]
+    return bool(((label > 0) & (label != VOID)).any())
 
 
 def create_loaders(args):
@@ -243,7 +245,9 @@ def create_loaders(args):
     if not args.data_path:
         raise utils.InputError("--data-path: give the folder that holds VOCdevkit, or --demo")
     root = find_root(args.data_path, args.year)
-    train_items = find_items(root, args.train_set)[:args.limit]
+    train_items = []  # which a test does not need
+    if not args.test_only or args.overfit:
+        train_items = find_items(root, args.train_set)[:args.limit]
     val_items = find_items(root, args.val_set)[:args.limit]
     shared = {item[0] for item in train_items} & {item[0] for item in val_items}
     if args.overfit:
@@ -251,9 +255,12 @@ def create_loaders(args):
     elif shared:
         print(f"note: {len(shared)} of {len(val_items)} validation images are trained on too")
     keep = count_trained(len(train_items), args)
-    if utils.ranks()[0] == 0:
-        for part in (train_items, val_items):
-            check_items(part, len(part) if args.sanity_check else 2000, args.num_classes)
+    check = functools.partial(check_item, num_classes=args.num_classes)
+    for part in [val_items] if args.test_only else [train_items, val_items]:
+        if not any(utils.check_items(check, part, args)):
+            raise utils.InputError(f"{part[0][2].parent}: none of {len(part)} masks has a label between 1 "
+                                   f"and {args.num_classes}; 255 means void here: save the first class as "
+                                   "1")
     classes = find_classes(root, args.num_classes)
     train_set = VOCSegmentation(train_items, classes, args, train=True, augment=not args.overfit)
     val_set = VOCSegmentation(val_items, classes, args, train=False, augment=False)
@@ -339,10 +346,10 @@ def create_model(args, checkpoint=None):
 
 
 def load_pretrained(model, args, wanted):
-    """--weights into model; of bare weights of other classes all but the last layer of each head.
+    """--weights into model; of weights of other classes all but the last layer of each head.
 
     These layers start fresh, as does an auxiliary head that the file lacks, and a line says so; one
-    that --aux False does not need is left out. A checkpoint of ours must be of this very net.
+    that --aux False does not need is left out. The backbone must be this one.
     """
     path = args.weights
     if path == "coco" and args.model not in COCO_WEIGHTS:
@@ -350,16 +357,14 @@ def load_pretrained(model, args, wanted):
     if path == "coco":
         url = COCO_WEIGHTS[args.model]
         path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
-    own, state = model.state_dict(), utils.read_weights(path, wanted)
+    free = () if args.test_only else ["num_classes", "aux"]
+    own, state = model.state_dict(), utils.read_weights(path, wanted, free)
     if not args.aux:
         state = {key: value for key, value in state.items() if not key.startswith("aux_")}
     has_aux = any(key.startswith("aux_") for key in state)
-    fresh = [key for key in own if key.startswith("aux_") and not has_aux]
-    for key in own:
-        if key.rsplit(".", 1)[0] in ("classifier.4", "aux_classifier.4") and key in state:
-            other_classes = len(state[key]) != len(own[key])
-            if other_classes and state[key].shape[1:] == own[key].shape[1:]:
-                fresh.append(key)
+    state, fresh = utils.renew_heads(model, state, ["classifier.4", "aux_classifier.4"])
+    if not has_aux:
+        fresh += [key for key in own if key.startswith("aux_")]
     utils.load_weights(model, {**state, **{key: own[key] for key in fresh}}, path)
     if fresh and args.test_only:
         raise utils.InputError(f"{path}: has no trained {', '.join(fresh)}; give --num-classes and "
@@ -420,8 +425,8 @@ def evaluate(model, loader, run, args):
     for image, label, _ in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
-        image = image.to(run.device, non_blocking=True)
-        label = label.to(run.device, non_blocking=True)
+        image = image.to(run.device, non_blocking=run.pinned)
+        label = label.to(run.device, non_blocking=run.pinned)
         logits = predict(model, image, run.dtype, label.shape[-2:])
         loss += criterion({"out": logits}, label) * (label != VOID).sum()
         counts += count_pixels(logits.argmax(1), label, num_classes)
@@ -486,12 +491,12 @@ def table(title, figures, classes):
     return "\n".join(lines)
 
 
-def write_record(run, text, figures):
-    """record_mAP.txt, which the article only promises: `table`, and the confusion matrix."""
+def write_record(run, name, text, figures):
+    """What the article only promises as record_mAP.txt: `table`, and the confusion matrix."""
     if run.rank == 0:
         matrix = "\n".join(" ".join(f"{count:10}" for count in row) for row in figures["counts"])
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "record_mAP.txt").write_text(
+        (run.folder / name).write_text(
             f"{text}\n\npixels of each class (rows: truth) predicted as each (columns)\n{matrix}\n",
             encoding="utf-8")
 
@@ -565,8 +570,8 @@ def train_one_epoch(net, loader, optimizer, run, args):
         set_learning_rate(optimizer, args, step, run.steps_per_epoch)
         loss_sum, num_labelled = 0.0, 0
         for i, (images, labels, _) in enumerate(batches, 1):
-            images = images.to(run.device, non_blocking=True)
-            labels = labels.to(run.device, non_blocking=True)
+            images = images.to(run.device, non_blocking=run.pinned)
+            labels = labels.to(run.device, non_blocking=run.pinned)
             net.require_backward_grad_sync = i == len(batches)  # processes talk once per step
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
                 outputs = net(images.contiguous(memory_format=torch.channels_last))
@@ -607,7 +612,7 @@ def main(args):
         figures = evaluate(model, val_loader, run, args)
         text = table("test:", figures, val_set.classes)
         print(text)
-        write_record(run, text, figures)
+        write_record(run, "record_mAP_test.txt", text, figures)
         return figures
 
     optimizer = create_optimizer(model, args)
@@ -640,7 +645,7 @@ def main(args):
     figures = figures or evaluate(model, val_loader, run, args)
     text = table(f"after epoch {progress['epoch']}:", figures, val_set.classes)
     print(text)
-    write_record(run, text, figures)
+    write_record(run, "record_mAP.txt", text, figures)
     run.finish("val_miou")
     if args.demo:
         figures["baseline_miou"] = colour_miou(train_set, val_set, args.num_classes + 1)

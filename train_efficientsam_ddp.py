@@ -97,7 +97,7 @@ class NpyDataset(torch.utils.data.Dataset):
     """[(epoch, index)] -> image, points, labels, masks, valid, index: one image and its Q objects.
 
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and
-    labels (Q, N) as in nets/efficient_sam.py. Training: masks (Q, M, M) bool of up to --max-objects,
+    labels (Q, N) as in nets/efficient_sam.py. Training: masks (Q, M, M) in 0..1 of up to --max-objects,
     M = min(S, MASK_SIZE); validation: ids (H, W) of the image's own size, 1 to Q. valid (Q,): these
     are objects. An image without any, which the start has not read, gets one query that is not
     valid; index -1 fills up the last batch of a process and has none valid. What is random depends
@@ -195,13 +195,16 @@ def preprocess(image, args):
 
 
 def resize_masks(masks, args):
-    """Masks (Q, H, W) bool -> (Q, M, M) bool, placed as in the net's square, none of them empty."""
+    """Masks (Q, H, W) bool -> (Q, M, M) in 0..1: the share of each cell, as in the net's square.
+
+    Cutting at half would change areas. Where an object covers no cell by half, its shares are raised.
+    """
     whole = min(MASK_SIZE, args.image_size)
     size = content_size(masks.shape[1:], args)
     size = [max(1, round(side * whole / args.image_size)) for side in size]
-    soft = v2.functional.resize(masks.float(), size, antialias=True)
-    highest = soft.flatten(1).max(1).values  # the most covered pixel is always kept
-    masks = soft >= highest.clamp(max=0.5)[:, None, None]
+    masks = v2.functional.resize(masks.float(), size, antialias=True)
+    highest = masks.amax((1, 2), keepdim=True)
+    masks = torch.where(highest < 0.5, masks / highest.clamp(min=1e-6), masks)
     return F.pad(masks, (0, whole - size[1], 0, whole - size[0]))
 
 
@@ -232,23 +235,23 @@ def find_items(data_path):
     return [(name, images[name], masks[name]) for name in sorted(images)]
 
 
-def check_items(items, num_pixels, part):
-    """Sizes of all items, pixels of the first num_pixels; InputError names the first bad file.
+def check_item(item, whole):
+    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
+        return True
+    return bool(read_item(item)[1].any())
 
-    Returns them without those in which no object was found; how many is reported.
-    """
-    kept = []
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.hide_bar())):
-        utils.raise_if_stopped()
-        unread = i >= num_pixels and utils.image_size(item[1]) == utils.image_size(item[2])
-        if unread or read_item(item)[1].any():
-            kept.append(item)
+
+def keep_items(items, part, args):
+    """Items without those in which no object was found; how many is reported."""
+    found = utils.check_items(check_item, items, args)
+    kept = [item for item, has_object in zip(items, found) if has_object]
     if len(kept) < len(items):
         print(f"note: {len(items) - len(kept)} of {len(items)} {part} images have no object and are "
               "left out")
     if not kept:
-        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has an object (an "
-                               "id above 0)")
+        raise utils.InputError(f"{items[0][2].parent}: none of {len(items)} masks has an object; look at "
+                               "them")
     return kept
 
 
@@ -260,9 +263,9 @@ def create_loaders(args):
         raise utils.InputError("--data-path: give the folder that holds imgs/ and gts/, or --demo")
     val_items = find_items(args.val_path) if args.val_path else None
     train_items, val_items = utils.split_items(find_items(args.data_path), args, val_items)
-    num_pixels = None if args.sanity_check else 2000
-    train_items = check_items(train_items, num_pixels or len(train_items), "training")
-    val_items = check_items(val_items, num_pixels or len(val_items), "validation")
+    if not args.test_only:
+        train_items = keep_items(train_items, "training", args)
+    val_items = keep_items(val_items, "validation", args)
     train_set = NpyDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = NpyDataset(val_items, args, train=False, augment=False)
     train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
@@ -288,7 +291,7 @@ def sanity_check(train_set, val_set, args):
         image, ids = read_item(train_set.items[index])
         seen, points, labels, masks, _, _ = train_set[0, index]
         seen = np.ascontiguousarray((seen.permute(1, 2, 0) * 255).byte().numpy())
-        masks = F.interpolate(masks[None].float(), seen.shape[:2])[0].numpy()
+        masks = F.interpolate(masks[None], seen.shape[:2])[0].numpy() >= 0.5
         trained = (masks * np.arange(1, len(masks) + 1)[:, None, None]).max(0).astype(int)
         seen = draw_prompts(utils.overlay(seen, color_ids(trained)), points.numpy(), labels.numpy())
         rows[train_set.items[index][0]] = [image, utils.overlay(image, color_ids(ids)), seen]
@@ -329,7 +332,8 @@ def create_model(args, checkpoint=None):
         path = args.weights
         if path in WEIGHTS:
             path = utils.fetch_weights(path, WEIGHTS[path])
-        utils.load_weights(model, utils.read_weights(path, {"net": "efficient_sam", **arch}), path)
+        state = utils.read_weights(path, {"net": "efficient_sam", **arch}, free=["image_size"])
+        utils.load_weights(model, state, path)
     # The mask that is never asked for
     model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)
     if args.freeze == "encoder":
@@ -343,17 +347,18 @@ def create_model(args, checkpoint=None):
 def criterion(logits, iou, masks, valid, args):
     """Sum over objects of Dice + cross entropy of the best mask (or all) + squared error of iou.
 
-    Logits (B, Q, 3, M, M), the net's own iou (B, Q, 3), masks (B, Q, M, M) bool, valid (B, Q) bool ->
-    scalar. Each mask has its own Dice and IoU; the article's MONAI call takes three masks as one
+    Logits (B, Q, 3, M, M), the net's own iou (B, Q, 3), masks (B, Q, M, M) in 0..1, valid (B, Q) bool
+    -> scalar. Each mask has its own Dice and IoU; the article's MONAI call takes three masks as one
     volume, and its IoU is one of all three.
     """
-    target = masks[:, :, None].float().expand_as(logits)
+    masks = masks[:, :, None].float()
+    target = masks.expand_as(logits)
     dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(
         logits.flatten(0, 2)[:, None], target.flatten(0, 2)[:, None]).reshape(iou.shape)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((-2, -1))
     loss = args.seg_loss_weight * dice + args.ce_loss_weight * entropy  # (B, Q, 3)
     loss = loss.min(-1).values if args.multimask == "min" else loss.mean(-1)
-    error = (iou - mask_iou(logits > 0, masks[:, :, None])).square().mean(-1)
+    error = (iou - mask_iou(logits > 0, masks >= 0.5)).square().mean(-1)
     return ((loss + args.iou_loss_weight * error) * valid).sum()
 
 
@@ -487,7 +492,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
         loss_sum, num_objects = 0.0, 0
         for i, batch in enumerate(batches, 1):
             model.require_backward_grad_sync = i == len(batches)  # processes talk once per step
-            image, points, labels, masks, valid = [part.to(run.device, non_blocking=True)
+            image, points, labels, masks, valid = [part.to(run.device, non_blocking=run.pinned)
                                                    for part in batch[:-1]]
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
                 logits, iou = model(image, points, labels, False)

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -98,11 +99,11 @@ def pixel_size(text):
 # --- Data ---
 
 class MaskFolders(torch.utils.data.Dataset):
-    """[(epoch, index)] -> image (C, h, w) float32 normalised, mask (K, H, W) uint8 in {0, 1}, index.
+    """[(epoch, index)] -> image (C, h, w) float32 normalised, mask (K, H, W), index.
 
-    Images are resized to --image-size; in training the masks too; in validation they keep the image's
-    own size, so that the figures are about the user's pixels. Augmentation depends on (seed, epoch,
-    index) alone.
+    Images are resized to --image-size. In training the masks too: float32, the share of each pixel
+    that the object covers. In validation masks are uint8, 0 or 1, of the image's own size, so that the
+    figures are about the user's pixels. Augmentation depends on (seed, epoch, index) alone.
     """
 
     def __init__(self, items, classes, args, train, augment):
@@ -133,9 +134,8 @@ class MaskFolders(torch.utils.data.Dataset):
             image, mask = self.geometry(image, mask)
             image = self.colour(v2.functional.resize(image, [height, width], antialias=True))
         mask = mask.as_subclass(torch.Tensor)
-        if self.train:  # resized as the image and cut at half; "nearest" would shift it by half a pixel
-            mask = v2.functional.resize(mask * 255, [height, width], antialias=True)
-            mask = (mask >= 128).to(torch.uint8)
+        if self.train:  # not cut at half, which would change areas by up to 5 %
+            mask = v2.functional.resize(mask.float(), [height, width], antialias=True)
         return normalize(image, self.args.input_channels), mask, index
 
     @staticmethod
@@ -168,8 +168,7 @@ def read_item(item):
         elif mask.max() == 65535:
             mask = mask // 257
         # Soft edges of a resized or JPEG mask are cut at half; 0/1 masks and ids are refused
-        middle, high = ((64 <= mask) & (mask < 192)).sum(), (mask >= 192).sum()
-        if mask.min() < 0 or mask.max() > 255 or middle > high or (mask.any() and mask.max() < 64):
+        if mask.min() < 0 or mask.max() > 255 or 0 < mask.max() < 192 or holds_codes(mask):
             found = ", ".join(map(str, np.unique(mask)[:5]))
             raise utils.InputError(f"{path}: has values {found} ...; a mask holds 0 (background) and 255 "
                                    "(object): multiply a 0/1 mask by 255, give each class a folder")
@@ -177,8 +176,25 @@ def read_item(item):
     return image, np.stack(masks).astype(np.uint8)
 
 
+def holds_codes(mask):
+    """Whether values between 0 and 255 fill areas of mask (H, W), as ids and grey codes do.
+
+    In a soft edge each value lies between its neighbours: hardly any window has one value only.
+    """
+    mask = mask.astype(np.uint8)
+    between = (mask > 0) & (mask < 248)
+    if not between.any():
+        return False
+    for side, lowest in ((3, 8), (5, 1)):  # JPEG blurs more at low values
+        window = np.ones((side, side), np.uint8)
+        flat = cv2.erode(mask, window) == cv2.dilate(mask, window)
+        if (flat & between & (mask >= lowest)).sum() > 0.01 * np.count_nonzero(mask):
+            return True
+    return False
+
+
 def list_images(folder, extension):
-    """{name without extension: path} of the folder's images that have the extension, if one is given."""
+    """{name without extension: path} of the folder's images, with an extension of these alone."""
     endings = {f".{extension.lower().lstrip('.')}"} if extension else utils.IMAGES
     return utils.list_images(folder, endings, remedy="remove one, or give --img-ext or --mask-ext")
 
@@ -197,6 +213,10 @@ def find_items(data_path, args):
     if not folders and args.num_classes > 1:
         raise utils.InputError(f"{root}: holds no class folders, but --num-classes is "
                                f"{args.num_classes}; put each class's masks into masks/0, masks/1 ...")
+    beside = utils.list_images(root) if folders else {}
+    if beside:
+        raise utils.InputError(f"{next(iter(beside.values()))}: lies beside class folders; move the "
+                               f"masks of one class into {root}/0, or the folders away")
     folders = folders or [root]
     if len(folders) != args.num_classes:
         names = ", ".join(path.name for path in folders[:5])
@@ -214,17 +234,11 @@ def find_items(data_path, args):
     return items, [folder.name for folder in folders]
 
 
-def check_items(items, num_pixels):
-    """Sizes of all items, pixels of the first num_pixels; InputError names the first bad file."""
-    objects = len(items) > num_pixels
-    for i, item in enumerate(tqdm(items, "checking", leave=False, disable=utils.hide_bar())):
-        utils.raise_if_stopped()
-        sizes = {utils.image_size(path) for path in (item[1], *item[2])}
-        if i < num_pixels or len(sizes) > 1:
-            objects |= read_item(item)[1].any()
-    if not objects:
-        raise utils.InputError(f"{items[0][2][0].parent}: none of {len(items)} masks has an object "
-                               "(255); look at them")
+def check_item(item, whole):
+    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    if not whole and len({utils.image_size(path) for path in (item[1], *item[2])}) == 1:
+        return True
+    return bool(read_item(item)[1].any())
 
 
 def create_loaders(args):
@@ -239,8 +253,10 @@ def create_loaders(args):
         raise utils.InputError(f"{args.val_path}/masks: classes {val_classes}, but training has "
                                f"{classes}; use the same names")
     train_items, val_items = utils.split_items(items, args, val_items)
-    for part in (train_items, val_items):
-        check_items(part, len(part) if args.sanity_check else 2000)
+    for part in [val_items] if args.test_only else [train_items, val_items]:
+        if not any(utils.check_items(check_item, part, args)):
+            raise utils.InputError(f"{part[0][2][0].parent}: none of {len(part)} masks has an object; "
+                                   "look at them")
     train_set = MaskFolders(train_items, classes, args, train=True, augment=not args.overfit)
     val_set = MaskFolders(val_items, classes, args, train=False, augment=False)
     # Article: drops the last, smaller batch, so that few images train nothing. Here: all are seen.
@@ -269,7 +285,7 @@ def sanity_check(train_set, val_set, args):
         seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1, to be looked at
         seen = np.ascontiguousarray((seen * 255).byte().expand(3, -1, -1).permute(1, 2, 0))
         rows[train_set.items[index][0]] = [image, draw_mask(image, mask),
-                                           draw_mask(seen, seen_mask.numpy())]
+                                           draw_mask(seen, seen_mask.numpy() >= 0.5)]
     path = Path(args.output_dir, "sanity_check.png")
     utils.save_panel(path, rows, ["image", "mask", "as trained"])
     print(f"wrote {path}")
@@ -291,7 +307,14 @@ def create_model(args, checkpoint=None):
         utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "unet", **arch})
         utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
-        state = utils.read_weights(args.weights, {"net": "unet", **arch})
+        free = () if args.test_only else ["num_classes"]
+        state = utils.read_weights(args.weights, {"net": "unet", **arch}, free)
+        heads = ["final", "final1", "final2", "final3", "final4"]
+        state, fresh = utils.renew_heads(model, state, heads)
+        if fresh and args.test_only:
+            raise utils.InputError(f"{args.weights}: other classes; give --num-classes as trained")
+        if fresh:
+            print(f"{args.weights}: {', '.join(fresh)} start fresh")
         utils.load_weights(model, state, args.weights)
     return model, arch
 
@@ -331,10 +354,10 @@ def lovasz_hinge_loss(logits, mask):
     """Lovasz hinge of each image, its classes flattened together, averaged.
 
     Berman et al. 2018, arXiv:1705.08790: hinge errors are weighed, largest first, by how much each
-    further wrong pixel lowers the Jaccard index.
+    further wrong pixel lowers the Jaccard index. It is defined for 0 and 1: mask is cut at half.
     """
     losses = []
-    for score, target in zip(logits.flatten(1), mask.flatten(1)):
+    for score, target in zip(logits.flatten(1), (mask >= 0.5).to(mask).flatten(1)):
         errors, order = (1 - score * (2 * target - 1)).sort(descending=True)
         target = target[order]
         intersection = target.sum() - target.cumsum(0)
@@ -374,7 +397,7 @@ def evaluate(model, loader, run, args):
     loss, counts = 0.0, []
     for images, masks, _ in tqdm(loader, "validating", leave=False, disable=None):
         utils.raise_if_stopped()
-        logits = forward(model, images.to(run.device, non_blocking=True), run.dtype)[-1]
+        logits = forward(model, images.to(run.device, non_blocking=run.pinned), run.dtype)[-1]
         for logit, mask in zip(logits, masks):
             mask = mask[None].to(run.device)  # (1, K, H, W)
             logit = F.interpolate(logit[None], mask.shape[-2:], mode="bilinear")
@@ -426,11 +449,11 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
+    if args.nesterov and (args.optimizer == "Adam" or not args.momentum):
+        raise utils.InputError("--nesterov: needs --optimizer SGD and --momentum above 0")
     if args.optimizer == "Adam":
         return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay,
                                 fused=True)
-    if args.nesterov and not args.momentum:
-        raise utils.InputError("--nesterov: needs --momentum above 0")
     return torch.optim.SGD(model.parameters(), args.lr, args.momentum, nesterov=args.nesterov,
                            weight_decay=args.weight_decay, fused=True)
 
@@ -458,14 +481,14 @@ def train_one_epoch(model, loader, optimizer, run, args):
     for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
         loss_sum, num_images, counts = 0.0, 0, 0
         for images, masks, _ in batches:
-            images = images.to(run.device, non_blocking=True)
-            masks = masks.to(run.device, non_blocking=True)
+            images = images.to(run.device, non_blocking=run.pinned)
+            masks = masks.to(run.device, non_blocking=run.pinned)
             outputs = forward(model, images, run.dtype)
-            loss = criterion(outputs, masks.float(), args.loss) * len(images)  # the sum over images
+            loss = criterion(outputs, masks, args.loss) * len(images)  # the sum over images
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_images += len(images)
-            counts += count_pixels(outputs[-1] > 0, masks > 0)
+            counts += count_pixels(outputs[-1] > 0, masks >= 0.5)
         if run.accepts(optimizer, loss_sum, num_images):  # the gradient is now of the mean over images
             run.scaler.step(optimizer)
             run.progress["counts"] += counts.cpu()

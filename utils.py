@@ -2,13 +2,15 @@
 
 Command line    ArgumentParser  Obsolete  number  run  InputError  Stopped
 A training run  Run: device, precision, seeds, resume, checkpoints, log, signals
-Data            split_items  create_loader  seeded  draw_demo
-Weights         fetch_, read_, load_weights  check_net  load_checkpoint  save_checkpoint
-Images          read_image  read_mask  image_size  save_image  save_mask  overlay  save_panel
+Data            split_items  check_items  create_loader  seeded  draw_demo
+Weights         fetch_, read_, load_weights  renew_heads  check_net  load_checkpoint  save_checkpoint
+Images          list_images  read_lines  composed  read_image  read_mask  image_size
+                save_image  save_mask  overlay  save_panel
 Processes       ranks  sum_over_ranks  first_rank_first  stop_asked  raise_if_stopped  hide_bar
 Below them      what these are made of
 """
 import argparse
+import codecs
 import contextlib
 import copy
 import csv
@@ -19,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import struct
@@ -26,9 +29,16 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import cv2
 import numpy as np
@@ -37,11 +47,14 @@ from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".ppm", ".pgm"}
+READ_WHOLE = 2000  # images of each part whose pixels are read before the first step
 FORMAT = 2      # of checkpoints; a last.pth of format 1 cannot be continued, its weights still load
 MAY_CHANGE = {  # options that may differ when a run is continued
     "resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
-    "early_stopping", "save_every", "workers", "device"}
+    "early_stopping", "save_every", "workers", "device", "cache_dir"}
+WRITTEN = ["last.pth", "best.pth", "model.pth", "decoder.pth", "log.csv", "curves.png",
+           "val_samples.png", "results????????-??????.txt", "record_mAP.txt"]  # what --overwrite replaces
 _signals = []   # SIGTERM or SIGINT, once they have come
 
 
@@ -105,7 +118,7 @@ class ArgumentParser(argparse.ArgumentParser):
             help="also save last.pth every N steps, 0 only after each epoch (%(default)s)")
         add("--early-stopping", type=int, default=-1, metavar="N",
             help="stop after N epochs without a better validation score, -1 never (%(default)s)")
-        add("-j", "--workers", "--num-workers", type=number(int, 0), default=min(4, os.cpu_count()),
+        add("-j", "--workers", "--num-workers", type=number(int, 0), default=min(4, num_cores()),
             help="loader processes, 0 for none (%(default)s)")
         self.add_device_options()
         add("--seed", type=number(int, 0, 2**32 - 1), default=41,
@@ -115,6 +128,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = [self.known_spelling(word) for word in (sys.argv[1:] if args is None else args)]
+        given = {}
+        for word in args:
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if action and given.setdefault(action.dest, action) is not action:
+                both = f"{given[action.dest].option_strings[0]} and {action.option_strings[0]}"
+                self.error(f"{both}: two names of one setting; give one")
         parsed = super().parse_known_args(args, namespace)
         if getattr(parsed[0], "demo", False):
             self.set_defaults(**self.demo)
@@ -124,6 +143,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def known_spelling(self, word):
         """-batch_size or --batch_size=4 -> --batch-size or --batch-size=4; else word itself."""
         name, equals, value = word.partition("=")
+        if re.match(r"-[\d.]", name):  # a value, as of --box -1,2,3,4: not an option to argparse
+            return " " + word
         known = "--" + name.lstrip("-").replace("_", "-")
         if not name.startswith("-") or name in self._option_string_actions:
             return word
@@ -182,10 +203,10 @@ def run(main, parser):
 class Run:
     """One run of a training script: device, progress, folder. It never calls the script.
 
-    device; dtype of autocast, None for float32; scaler: a GradScaler; checkpoint: what --resume
-    continues, or None. progress: epoch, step, best ... and the sums of the running epoch over all
-    processes: images, loss, count (what the mean loss is over), skipped steps, and those that the
-    script adds. Every checkpoint holds it.
+    device; dtype of autocast, None for float32; scaler: a GradScaler; pinned: whether copies to the
+    device may be non_blocking; checkpoint: what --resume continues, or None. progress: epoch, step,
+    best ... and the sums of the running epoch over all processes: images, loss, count (what the mean
+    loss is over), skipped steps, and those that the script adds. Every checkpoint holds it.
     A data set has `items`, whose first member is a name and whose second the image's path, and
     `classes` (names); it is indexed by (epoch, index), and what it returns ends with index.
     """
@@ -199,23 +220,36 @@ class Run:
         self.device = start_process_group(pick_device(args.device), several)
         self.rank, args.world_size = ranks()
         torch.manual_seed(args.seed)  # of the weights; `steps` seeds each step
-        torch.backends.cudnn.benchmark = not args.deterministic
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
-        self.dtype, self.scaler = pick_precision(args.amp, self.device)
+        fast = args.demo and args.amp == "auto" and has_bf16(self.device)
+        self.dtype, self.scaler = pick_precision("bf16" if fast else args.amp, self.device)
+        self.pinned = self.device.type == "cuda"  # the loader's memory, so that copies need not block
+        if args.resume and args.overwrite:
+            raise InputError("--overwrite: has no effect beside --resume; give one of them")
         self.checkpoint = find_checkpoint(args.resume, self.folder)
+        place = 0  # in the run, that all processes must agree on
+        if self.checkpoint:
+            place = 1 + self.checkpoint["epoch"] * 10**9 + self.checkpoint["step"]
+        total = sum_over_ranks(torch.tensor(place, device=self.device)).item()
+        if total != place * args.world_size:
+            raise InputError(f"--resume {args.resume}: the processes do not see the same last.pth; all "
+                             "hosts need the same --output-dir")
         if self.checkpoint:
             args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
 
     def describe(self, name, model, train_set, val_set):
         """Prints the start line: parameters, images, device; args.data_hash is set."""
-        self.args.data_hash = data_hash(train_set.items + val_set.items)
+        self.args.data_hash = f"{data_hash(train_set.items)}+{data_hash(val_set.items)}"
+        precision = str(self.dtype or torch.float32)
+        if self.dtype is None and self.args.amp == "auto" and has_bf16(self.device):
+            precision += " (--amp bf16 takes about half the time on this processor)"
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{name}: {trained:,} of {total:,} parameters trained; {len(train_set)} train and "
               f"{len(val_set)} val images (data hash {self.args.data_hash}); {self.device} x "
-              f"{self.args.world_size}, {self.dtype or torch.float32}, torch {torch.__version__}")
+              f"{self.args.world_size}, {precision}, torch {torch.__version__}")
 
     def check_test(self, same):
         """InputError unless --test-only has weights and the options `same` are as in training."""
@@ -225,12 +259,12 @@ class Run:
         if not checkpoint:  # a file, or an official name
             checkpoint = load_checkpoint(args.weights) if Path(args.weights).is_file() else {}
         trained_with = checkpoint.get("args", {})
-        for option in same:
-            now, before = getattr(args, option), trained_with.get(option, getattr(args, option))
+        for key in same:
+            now, before = getattr(args, key), trained_with.get(key, getattr(args, key))
             if json.dumps(now) != json.dumps(before):
-                raise InputError(f"--{option.replace('_', '-')} {now}: trained with {before}; give "
-                                 "that")
-        if trained_with.get("data_hash", args.data_hash) != args.data_hash:
+                raise InputError(f"{option_of(key)} {now}: trained with {before}; give that")
+        before = trained_with.get("data_hash", args.data_hash)
+        if before.partition("+")[2] != args.data_hash.partition("+")[2]:  # of the validation images
             print("note: other images or another split than in training: some may have been trained "
                   "on")
 
@@ -255,6 +289,7 @@ class Run:
             epoch, step = self.progress["epoch"] + 1, self.progress["step"]
             print(f"resumed in epoch {epoch} after step {step}")
         if self.rank == 0:
+            self.lock = lock_folder(self.folder)  # held while this object lives
             prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
                                        "val": [item[0] for item in val_set.items]})
         return self.progress
@@ -280,6 +315,7 @@ class Run:
         done = progress["step"] * args.batch_size * args.accumulate
         loader.sampler.set_epoch(progress["epoch"], skip=done)
         batches, started, self.images_before = iter(loader), time.perf_counter(), progress["images"]
+        torch.backends.cudnn.benchmark = not args.deterministic  # sizes are fixed in training alone
         bar = tqdm(total=self.steps_per_epoch, initial=progress["step"], leave=False,
                    desc=f"epoch {progress['epoch'] + 1}", disable=hide_bar())
         while group := list(itertools.islice(batches, args.accumulate)):
@@ -296,6 +332,7 @@ class Run:
             if args.save_every and progress["step"] % args.save_every == 0:
                 self.save_last()
         bar.close()
+        torch.backends.cudnn.benchmark = False
         self.seconds = time.perf_counter() - started
 
     def accepts(self, optimizer, loss_sum, count, clip_grad=0.0):
@@ -306,15 +343,18 @@ class Run:
         would be ruined: batch statistics are put back, the step is counted, ten in a row end the run.
         """
         model, progress = self.parts["model"], self.progress
-        self.scaler.unscale_(optimizer)
         parameters = [p for p in model.parameters() if p.grad is not None]
+        if not parameters:  # nothing in these images counts
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in parameters]
+        self.scaler.unscale_(optimizer)
         own = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
                for value in (loss_sum, count, len(self.items))]
         loss_sum, count, images = sum_over_ranks(torch.stack(own))
         # DistributedDataParallel took the mean over processes; if nothing counts, gradients are 0
-        if gradients:
-            torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
+        torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         if clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
@@ -420,7 +460,7 @@ class Run:
         best, epoch = self.progress["best"], self.progress["best_epoch"]
         print(f"best {name} {best:.4f} in epoch {epoch}: {self.folder}/best.pth")
         if self.args.demo:
-            print("wrote " + " ".join(map(str, sorted(self.folder.glob("*.*")))))
+            print("wrote " + " ".join(map(str, sorted(self.folder.glob("[!.]*.*")))))
 
 
 # --- Data ---
@@ -431,6 +471,8 @@ def split_items(items, args, val_items=None):
     Then --limit. Items begin with their name. The 80:20 is what sklearn's train_test_split draws:
     seed 41 is the article's split. InputError if a part is empty or an image is in both.
     """
+    if args.split and args.val_path:
+        raise InputError("--split: has no effect beside --val-path; give one of them")
     train_items = items
     if val_items is None and args.split:
         by_name = {item[0]: item for item in items}
@@ -458,6 +500,28 @@ def split_items(items, args, val_items=None):
     return train_items, val_items
 
 
+def check_items(check, items, args):
+    """[whether it has an object] of all items; check(item, whole) says so and raises InputError.
+
+    whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
+    sizes suffice. --workers processes check a large data set, and each of torchrun's its share.
+    """
+    rank, world_size = ranks()
+    tasks = [(item, args.sanity_check or i < READ_WHOLE) for i, item in enumerate(items)]
+    tasks = tasks[rank::world_size]
+    loader = torch.utils.data.DataLoader(
+        Checks(check, tasks), batch_size=16, collate_fn=list, worker_init_fn=outlive_signals,
+        num_workers=args.workers if len(tasks) > 1000 else 0, generator=torch.Generator())
+    results = []
+    for batch in tqdm(loader, "checking", leave=False, disable=hide_bar()):
+        raise_if_stopped()
+        results += batch
+    nccl = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+    found = torch.zeros(len(items), device="cuda" if nccl else "cpu")
+    found[rank::world_size] = torch.tensor(results, dtype=torch.float32, device=found.device)
+    return sum_over_ranks(found).bool().tolist()
+
+
 def create_loader(dataset, args, shuffle, batch_size=None, **sampling):
     """DataLoader of this process's share; its randomness derives from (seed, epoch, index) alone.
 
@@ -467,6 +531,7 @@ def create_loader(dataset, args, shuffle, batch_size=None, **sampling):
     return torch.utils.data.DataLoader(
         dataset, batch_size or args.batch_size, sampler=sampler, num_workers=args.workers,
         worker_init_fn=outlive_signals, collate_fn=getattr(dataset, "collate", None),
+        persistent_workers=args.workers > 0,  # to start them takes seconds, but by fork
         pin_memory=pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed))
 
@@ -535,18 +600,47 @@ def fetch_weights(name, url, sha256=None, size=None):
         return path.with_suffix(".tmp").replace(path.with_suffix(""))
 
 
-def read_weights(path, wanted):
-    """Tensors by name: a bare state dict, {"model": ...}, or our checkpoint of the wanted net."""
+def read_weights(path, wanted, free=()):
+    """Tensors by name: a bare state dict, {"model": ...}, or our checkpoint of the wanted net.
+
+    free: arguments of the net that may differ in our checkpoint, which is said.
+    """
     checkpoint = load_checkpoint(path)
+    arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    for key in free:
+        if key in arch and arch[key] != wanted[key]:
+            print(f"note: {path}: trained with {key} {arch[key]}, now {wanted[key]}")
+            wanted = {**wanted, key: arch[key]}
     check_net(checkpoint, path, wanted)
     return state_of(checkpoint)
 
 
+def renew_heads(model, state, heads):
+    """state, in which layers of other classes are replaced by model's own, and their tensors' names.
+
+    heads: the names of the last layers. Their first dimension is the classes.
+    """
+    own, fresh = model.state_dict(), []
+    for key, wanted in own.items():
+        found = state.get(key)
+        if key.rpartition(".")[0] in heads and isinstance(found, torch.Tensor) \
+                and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
+            fresh.append(key)
+    return {**state, **{key: own[key] for key in fresh}}, fresh
+
+
 def state_of(checkpoint):
-    """Tensors by name of what load_checkpoint read; {} if it is no state dict."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
-    state = state if isinstance(state, dict) else {}
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    """Tensors by name of what load_checkpoint read; {} if it is no state dict.
+
+    Prefixes are cut off that DistributedDataParallel, torch.compile and Lightning put before all.
+    """
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    for key in ("model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    for prefix in ("module.", "_orig_mod.", "model.", "net.") * 2:
+        if state and all(str(key).startswith(prefix) for key in state):
+            state = {str(key).removeprefix(prefix): value for key, value in state.items()}
+    return {str(key): value for key, value in state.items()}
 
 
 def load_weights(model, state, path):
@@ -561,9 +655,10 @@ def load_weights(model, state, path):
             differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
     unknown = [f"{key} unknown" for key in state if key not in own]
     if differing or unknown:
+        keys = f"; it begins with {next(iter(state))}, the net with {next(iter(own))}" if state else ""
         raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
                          f"{len(differing)} of {len(own)} tensors missing or of another shape, "
-                         f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...)")
+                         f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...){keys}")
     model.load_state_dict(state)
 
 
@@ -601,7 +696,7 @@ def load_checkpoint(path):
 
 def save_checkpoint(path, state):
     """torch.save to a temporary name, fsync, rename: path is always the old file or the new."""
-    path, temporary, buffer = Path(path), Path(f"{path}.tmp"), io.BytesIO()
+    path, temporary, buffer = Path(path), Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
     torch.save(state, buffer)
     try:
         with open(temporary, "wb") as file:
@@ -626,31 +721,45 @@ def save_checkpoint(path, state):
 def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
     """{name without extension: path} of the images in folder, sorted; hidden files are left out.
 
-    wanted: the names that matter. InputError without the folder, or with the remedy if two files
-    have one name.
+    wanted: the names that matter, as `composed` makes them. InputError without the folder, or with the
+    remedy if two files have one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give --data-path the folder that has it")
     found = {}
-    for file in sorted(os.listdir(folder)):
-        path = folder / file
-        if file[0] == "." or path.suffix.lower() not in endings or path.is_dir():
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        stem, ending = os.path.splitext(entry.name)
+        name = composed(stem)
+        if entry.name[0] == "." or ending.lower() not in endings or entry.is_dir() \
+                or wanted is not None and name not in wanted:
             continue
-        if wanted is not None and path.stem not in wanted:
-            continue
-        if path.stem in found:
-            raise InputError(f"{path}: {found[path.stem].name} has the same name; {remedy}")
-        found[path.stem] = path
+        path = folder / entry.name
+        if name in found:
+            raise InputError(f"{path}: {found[name].name} has the same name; {remedy}")
+        found[name] = path
     return found
+
+
+def read_lines(path):
+    """Lines of a text file that are not empty, stripped; UTF-8, or UTF-16 with its mark."""
+    data = Path(path).read_bytes()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    lines = data.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def composed(name):
+    """name with each accented letter as one character (NFC): macOS writes them as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_image(path):
     """Image file of any mode, or .npy array (H, W) or (H, W, 1, 3 or 4) -> RGB uint8 (H, W, 3).
 
     EXIF rotation is applied, transparency left out. 8 bits stay as they are; 16-bit files and
-    other integers are scaled by their own range; floats in an array are 0..1, or 0..255 if any is
-    above 1.
+    other integers are scaled by their own range; floats in an array are 0..1 (a little more or less,
+    as bicubic resizing makes it, is cut off) or 0..255.
     """
     is_array = Path(path).suffix.lower() == ".npy"
     pixels = read_array(path) if is_array else read_file(path)
@@ -660,9 +769,10 @@ def read_image(path):
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
         if is_array and pixels.dtype.kind == "f":
-            if low < 0 or high > 255:
+            if not (-0.5 <= low and high <= 1.5 or -0.5 <= low and 16 <= high <= 255.5):
                 raise InputError(f"{path}: floats from {low:g} to {high:g}; give 0..1 or 0..255")
-            low, high = 0, 1 if high <= 1 else 255
+            low, high = 0, 1 if high <= 1.5 else 255
+            pixels = pixels.clip(low, high)
         pixels = (pixels.astype(float) - low) * (255 / max(high - low, 1e-12))
         pixels = (pixels + 0.5).astype(np.uint8)
     if pixels.shape[2] == 1:
@@ -679,13 +789,15 @@ def read_mask(path, lossy=False):
         mask = read_array(path)
         if mask.ndim != 2:
             raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
-        return mask
+        return mask if lossy else whole_numbers(path, mask)
     remedy = "save one value per pixel (grey or palette PNG)"
     with open_image(path) as image:
         if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP") and not lossy:
             raise InputError(f"{path}: {image.format} can change ids near edges; {remedy}")
-        mode, mask = image.mode, np.array(ImageOps.exif_transpose(image))
-    if mode in ("LA", "RGBA"):
+        mode, mask = image.mode, read_deep(path, image)
+        if mask is None:
+            mask = np.array(ImageOps.exif_transpose(image))
+    if mask.ndim == 3 and mask.shape[2] == 4 and mode != "CMYK" or mode == "LA":
         if (mask[..., -1] != mask[0, 0, -1]).any():
             raise InputError(f"{path}: mask with transparency; {remedy}")
         mask = mask[..., :-1]
@@ -693,6 +805,15 @@ def read_mask(path, lossy=False):
         if mode == "CMYK" or (mask != mask[..., :1]).any():
             raise InputError(f"{path}: colour-coded mask; {remedy}")
         mask = mask[..., 0]
+    return mask if lossy else whole_numbers(path, mask)
+
+
+def whole_numbers(path, mask):
+    """Ids stored as floats -> int64; InputError if some are not whole. Other types as they are."""
+    if mask.dtype.kind == "f":
+        if (mask != np.round(mask)).any():
+            raise InputError(f"{path}: ids must be whole numbers; save it as integers")
+        mask = mask.astype(np.int64)
     return mask
 
 
@@ -701,8 +822,11 @@ def image_size(path):
     if Path(path).suffix.lower() == ".npy":
         return read_array(path, header_only=True).shape[1::-1]
     with open_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
+        size = image.size
+        if image.format == "TIFF":  # whose size PIL turns in some versions
+            size = image.tag_v2[256], image.tag_v2[257]
+        exif = Image.Image.getexif(image)  # a PNG's own getexif would decode its pixels
+        return size[::-1] if exif.get(0x0112, 1) in (5, 6, 7, 8) else size
 
 
 def save_image(path, pixels):
@@ -828,6 +952,12 @@ def amp_mode(text):
     return mode
 
 
+def num_cores():
+    """How many processor cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(allowed(0)) if allowed else os.cpu_count()
+
+
 def is_out_of_memory(error):
     """Whether a RuntimeError or MemoryError says so, of the CPU or a device."""
     words = ("Memory", "of memory", "allocate memory", "enough memory")
@@ -861,6 +991,19 @@ def obey_parent():
 def mix(*numbers):
     """A seed made of these numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+class Checks(torch.utils.data.Dataset):
+    """[i] -> check(*tasks[i]), so that loader processes do it."""
+
+    def __init__(self, check, tasks):
+        self.check, self.tasks = check, tasks
+
+    def __len__(self):
+        return len(self.tasks)
+
+    def __getitem__(self, index):
+        return self.check(*self.tasks[index])
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -910,6 +1053,12 @@ def pick_device(text):
     return device
 
 
+def has_bf16(device):
+    """Whether device is a processor whose bf16 instructions PyTorch uses."""
+    asked = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile")]
+    return device.type == "cpu" and any(supported() for supported in asked)
+
+
 def pick_precision(amp, device):
     """--amp -> (autocast dtype or None for float32, GradScaler); only fp16 scales the loss."""
     if amp == "fp16" and device.type != "cuda":
@@ -939,7 +1088,9 @@ def start_process_group(device, several=True):
     elif device.type == "mps":  # which no backend can sum over
         device = torch.device("cpu")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(hours=2))  # the check of a large data set may keep one process busy
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -960,7 +1111,7 @@ def find_checkpoint(resume, output_dir):
     if not resume or (resume == "auto" and not last.exists()):
         return None
     checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
-    needed = {"format", "model", "optimizer", "args"}
+    needed = {"format", "model", "optimizer", "args", "epoch", "step"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with "
                          "--weights")
@@ -972,23 +1123,40 @@ def find_checkpoint(resume, output_dir):
 
 def check_resume(checkpoint, args):
     """InputError if an option that shapes the run, all but MAY_CHANGE, is not what it was."""
-    words = {"data_hash": "images of data hash", "world_size": "torchrun --nproc_per_node",
-             "base_hash": "base weights of hash"}
     for key, value in json.loads(json.dumps(vars(args))).items():
         before = json.loads(json.dumps(checkpoint["args"].get(key, value)))  # an option may be new
         if key not in MAY_CHANGE and before != value:
-            option = words.get(key, "--" + key.replace("_", "-"))
-            raise InputError(f"--resume {args.resume}: trained with {option} {before}, now {value}; "
-                             "give the same, or start a new run from it with --weights")
+            raise InputError(f"--resume {args.resume}: trained with {option_of(key)} {before}, now "
+                             f"{value}; give the same, or start a new run from it with --weights")
+
+
+def option_of(key):
+    """What the user calls the entry `key` of args."""
+    words = {"data_hash": "images of data hash", "world_size": "torchrun --nproc_per_node",
+             "base_hash": "base weights of hash"}
+    return words.get(key, "--" + key.replace("_", "-"))
+
+
+def lock_folder(folder):
+    """Makes folder; the open file that locks it. InputError if another running process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    if fcntl:  # the lock ends with this process, however that ends
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process is writing its run there; give another "
+                             "--output-dir, or end that one") from None
+    return file
 
 
 def prepare_folder(args, split):
     """Removes stale temporaries, refuses an earlier run's folder; args.json and split.json."""
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*.pth.tmp"), *folder.glob("log.csv.tmp")]:
+    for stale in [*folder.glob("*.pth.*.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
-    resumed = args.resume == "auto" or Path(args.resume or "").resolve().parent == folder.resolve()
+    source = Path(args.resume or "").resolve()  # a checkpoint, or its folder
+    resumed = args.resume == "auto" or args.resume and folder.resolve() in (source, source.parent)
     if any((folder / name).exists() for name in ("last.pth", "best.pth")) and not resumed:
         with contextlib.suppress(OSError, ValueError, KeyError):
             earlier = json.loads((folder / "args.json").read_text())["args"]
@@ -996,10 +1164,8 @@ def prepare_folder(args, split):
         if not args.overwrite:
             raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace "
                              "it with --overwrite, or give another --output-dir")
-        for pattern in ("last.pth", "best.pth", "model.pth", "log.csv", "*.png", "results*.txt",
-                        "record_mAP.txt"):
-            for path in folder.glob(pattern):
-                path.unlink()
+        for path in itertools.chain(*map(folder.glob, WRITTEN)):
+            path.unlink()
     command, git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -1064,19 +1230,35 @@ def open_image(path):
 def read_file(path):
     """Pixels of an image file: RGB uint8 (H, W, 3); of more than 8 bits as stored."""
     with open_image(path) as image:
-        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-        if deep or ";16" in str(image.tile[:1]):
-            pixels = np.asarray(ImageOps.exif_transpose(image))
-            if pixels.dtype == np.uint8:  # PIL cut 16-bit colour down to 8 bits
-                encoded = np.fromfile(path, np.uint8)
-                pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)[..., 2::-1]
-            if not np.isfinite(pixels).all():
-                raise InputError(f"{path}: has values that are not finite; replace them")
+        pixels = read_deep(path, image)
+        if pixels is not None:
             return pixels
         image = ImageOps.exif_transpose(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return np.array(image.convert("RGB"))
+
+
+def read_deep(path, image):
+    """Pixels as stored of an opened file of more than 8 bits, (H, W) or (H, W, 3 or 4); else None."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    bits = max(tags.get(258, (8,)))
+    if image.mode not in ("I", "F") and ";16" not in image.mode + str(image.tile[:1]) and bits <= 8:
+        return None
+    turned, planes = image.getexif().get(0x0112, 1) != 1, tags.get(284, 1) == 2
+    if turned or planes:  # which the readers do in their own ways, or not at all
+        reason = "EXIF rotation" if turned else "separate colour planes"
+        raise InputError(f"{path}: 16-bit file with {reason}; save it again as a plain PNG")
+    pixels = np.asarray(image)
+    if pixels.dtype == np.uint8:  # PIL cut 16-bit colour down to 8 bits
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        if pixels is None or pixels.dtype == np.uint8:
+            raise InputError(f"{path}: cannot be read; save it again as a plain PNG")
+        if pixels.ndim == 3:
+            pixels = pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]  # BGR
+    if not np.isfinite(pixels).all():
+        raise InputError(f"{path}: has values that are not finite; replace them")
+    return pixels
 
 
 def read_array(path, header_only=False):

@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
         # The position scores of 12 heads are 0.8 GB at 64 x 64 tokens in float32, so only some heads
         # go at a time: on a CPU one at that size (1.3 times as fast as all), on a GPU as many as fill it.
-        max_scores = 2**28 if x.is_cuda else 2**24
+        max_scores = 2**24 if x.device.type == "cpu" else 2**28
         heads = max(1, max_scores // (b * s**4))
         x = torch.cat([self.attend(*part, rel_h, rel_w) for part in qkv.split(heads, 2)], 1)
         return self.proj(x.transpose(1, 2).reshape(b, s, s, c))
@@ -489,7 +489,7 @@ def resize_positions(state_dict, model):
     resized = dict(state_dict)
     for name, parameter in model.image_encoder.named_parameters(prefix="image_encoder"):
         table = state_dict.get(name, parameter)
-        if table.shape == parameter.shape:
+        if table.shape == parameter.shape or table.ndim != parameter.ndim:  # another net's: left as it is
             continue
         if name.endswith("pos_embed"):
             table, size = table.permute(0, 3, 1, 2), parameter.shape[1:3]

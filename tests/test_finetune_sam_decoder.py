@@ -1,5 +1,6 @@
 """finetune_sam_decoder.py: prompts, loss and figures on hand-worked masks, void, embeddings on disk, training."""
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -114,7 +115,7 @@ def test_masks_are_the_share_of_each_cell_without_void_and_padding():
 
 
 def v2_share(mask):
-    return F.interpolate(torch.from_numpy(mask)[None, None].float(), (4, 8), mode="bilinear", antialias=True)[0, 0]
+    return torch.from_numpy(mask).float().reshape(4, 4, 8, 4).mean((1, 3))
 
 
 def test_image_and_masks_are_mirrored_together(instances):
@@ -134,6 +135,48 @@ def test_image_and_masks_are_mirrored_together(instances):
             assert box[0] / 4 == pytest.approx(columns.min(), abs=1.5)
             assert box[3] / 4 == pytest.approx(rows.max(), abs=1.5)
     assert seen == {True, False}
+
+
+def test_clicks_and_boxes_hit_the_mask_of_an_image_that_is_resized(instances):
+    """50x90 pixels seen at 128: clicks on the object lie where the net's square shows it, the padding apart."""
+    utils.save_image(voc(instances, "JPEGImages/blob_0000.jpg"), np.full((50, 90, 3), 90, np.uint8))
+    ids = np.zeros((50, 90), np.uint8)
+    ids[30:45, 60:80] = 3
+    save_grey(voc(instances, "SegmentationObject/blob_0000.png"), ids)
+    (item,) = [item for item in script_.find_items(voc(instances), "val", options()) if item[0] == "blob_0000"]
+    dataset = script_.VOCObjects([item], {}, options(*SMALL, "--image-size", 128, "--bbox-shift", 0), True, True)
+    for epoch in range(5):
+        image, points, labels, boxes, _, masks, weight, _ = dataset[epoch, 0]
+        x, y = (points[0][labels[0] == 1] / 4).int().T
+        assert (masks[0][y, x] > 0.2).all() and not weight[18:].any() and not image[:, 72:].any()
+        assert boxes[0].tolist() == pytest.approx([60 * 128 / 90, 30 * 71 / 50, 79 * 128 / 90, 44 * 71 / 50])
+
+
+def test_images_are_prepared_as_the_official_class_prepares_them(instances):
+    item = script_.find_items(voc(instances), "train", options())[0]
+    model = script_.SAMS["demo"](64)
+    theirs = model.preprocess(torch.from_numpy(utils.read_image(item[1]).transpose(2, 0, 1).copy()).float())
+    torch.testing.assert_close(script_.preprocess(item, False, options(*SMALL)), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape, side, least", [((50, 64), 64, 0.95), ((170, 256), 256, 0.99)])
+def test_a_mask_sent_through_the_nets_postprocessing_is_itself(shape, side, least):
+    """Targets lie where the decoder's masks do: not stretched to whole cells."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    ids[-20:-4, 10:-10] = 1
+    masks, _ = script_.cover(ids, torch.tensor([1]), SimpleNamespace(image_size=side))
+    model = script_.SAMS["demo"](side)
+    back = model.postprocess_masks(masks[None] - 0.5, script_.resized_size(*shape, side), shape)[0] > 0
+    assert script_.mask_iou(back, ids[None] == 1, ids >= 0).item() > least
+
+
+def test_the_smallest_object_is_a_target_that_can_be_hit():
+    ids = torch.zeros(256, 256, dtype=torch.long)
+    ids[100:102, 50:52] = 1
+    masks, weight = script_.cover(ids, torch.tensor([1]), SimpleNamespace(image_size=64))
+    assert masks.max() == 1
+    exact = masks[None] >= 0.5
+    assert script_.soft_iou(exact, masks[None], weight[None, None]).item() == 1
 
 
 # --- Loss and figures ---
@@ -189,6 +232,17 @@ def test_what_is_under_void_changes_neither_loss_nor_figure():
     for a, b, t in zip(pred, other, truth):
         first, second = (script_.next_click(mask, t, labelled) for mask in (a, b))
         assert torch.equal(first[0], second[0]) and first[1] == second[1]
+
+
+def test_predictions_under_void_change_no_boundary():
+    """As VOC has void around every object: it counts neither as wrong nor as the edge's place."""
+    truth, labelled = torch.zeros(1, 60, 60).bool(), torch.ones(60, 60).bool()
+    labelled[16:44, 16:44], truth[0, 20:40, 20:40] = False, True
+    labelled[20:40, 20:40] = True
+    for pixels in range(4):
+        pred = torch.zeros_like(truth)
+        pred[0, 20 - pixels:40 + pixels, 20 - pixels:40 + pixels] = True
+        assert script_.boundary_iou(pred, truth, labelled).item() == 1
 
 
 def test_labels_under_void_change_nothing_that_is_trained_or_measured(instances, tmp_path):
@@ -257,6 +311,67 @@ def test_figures_of_a_hand_worked_image(monkeypatch):
     assert disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
 
 
+def test_the_second_pass_gets_the_best_mask_of_each_object(monkeypatch):
+    first, iou = torch.arange(6.0).reshape(2, 3, 1, 1), torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
+    calls = []
+
+    def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+        calls.append((low_logits, multimask))
+        return (first, iou) if multimask else (first[:, :1], iou[:, :1])
+    monkeypatch.setattr(script_, "decode", decode)
+    script_.two_passes(None, None, None, None, None, None, None)
+    assert [multimask for _, multimask in calls] == [True, False] and calls[0][0] is None
+    assert calls[1][0].flatten().tolist() == [1, 3]  # mask 1 of the first object, mask 0 of the second
+
+
+def test_the_mask_prompt_reaches_the_prompt_encoder():
+    torch.manual_seed(0)
+    model = script_.SAMS["demo"](64).eval()
+    points, labels, boxes = torch.full((2, 1, 2), 30.0), torch.ones(2, 1, dtype=torch.long), torch.zeros(2, 4)
+    kinds = torch.tensor([script_.POINTS, script_.BOX])
+    embeddings = torch.randn(2, *model.image_encoder(torch.zeros(1, 3, 64, 64)).shape[1:])
+    earlier = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        outputs = [script_.decode(model, embeddings, points, labels, boxes, kinds, low, False, None)[0]
+                   for low in (None, earlier, earlier.flip(0))]
+        alone = script_.decode(model, embeddings[1:], points[1:], labels[1:], boxes[1:], kinds[1:], earlier[1:],
+                               False, None)[0]
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
+    torch.testing.assert_close(outputs[1][1:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_each_click_sees_what_the_ones_before_have_cut_out(monkeypatch):
+    """A net that finds too much: each further click is a background one, and the logits are fed back."""
+    calls = []
+
+    def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+        calls.append((low_logits, labels.tolist(), points.clone()))
+        count = 3 if multimask else 1
+        return torch.full((1, count, 16, 16), 9.0 + len(calls)), torch.full((1, count), 0.5)
+    monkeypatch.setattr(script_, "decode", decode)
+    ids = torch.zeros(64, 32, dtype=torch.long)
+    ids[:16] = 1
+    script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1]), None)
+    clicks = calls[2:]  # after the two passes by box
+    assert [labels for _, labels, _ in clicks] == [[[1]], [[1]], *[[[1] + [0] * k] for k in (1, 2, 3, 4)]]
+    for before, (low_logits, _, _) in zip(range(3, 8), clicks[1:]):
+        assert low_logits.flatten()[0] == 9.0 + before
+    assert clicks[-1][2][0, 1, 1] > 16  # below the object, in the net's pixels
+
+
+def test_boxes_reach_the_net_in_its_own_pixels(monkeypatch):
+    seen = []
+
+    def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+        seen.append((points.clone(), boxes.clone()))
+        count = 3 if multimask else 1
+        return torch.zeros(1, count, 16, 16), torch.zeros(1, count)
+    monkeypatch.setattr(script_, "decode", decode)
+    script_.segment(Copy(), torch.zeros(1, 4, 4, 4), (20, 32), torch.tensor([[[8.0, 10.0]]]), torch.ones(1, 1),
+                    torch.tensor([[4.0, 5.0, 16.0, 15.0]]), script_.BOX, None, None)
+    assert seen[0][0].tolist() == [[[16, 20]]] and seen[0][1].tolist() == [[8, 10, 32, 30]]
+
+
 # --- Embeddings ---
 
 def cached(folder):
@@ -264,7 +379,7 @@ def cached(folder):
 
 
 def test_the_encoder_looks_at_each_image_once_ever(instances, tmp_path, monkeypatch, capsys):
-    calls, encoder = [], script_.NETS["demo"](64).image_encoder.__class__
+    calls, encoder = [], script_.SAMS["demo"](64).image_encoder.__class__
     theirs = encoder.forward
     monkeypatch.setattr(encoder, "forward", lambda self, x: calls.append(len(x)) or theirs(self, x))
     train(instances, tmp_path / "a", "--epochs", 3)
@@ -310,6 +425,35 @@ def test_damaged_embeddings_are_made_again_with_a_note(instances, tmp_path, caps
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("state", [{}, {"embedding": torch.zeros(3)}, {"embedding": torch.zeros(2, 2, 2)}, [1]])
+def test_a_file_that_is_no_embedding_is_made_again(instances, tmp_path, capsys, state):
+    train(instances, tmp_path / "a", "--limit", 2)
+    torch.save(state, next((tmp_path / "embeddings").iterdir()))
+    train(instances, tmp_path / "b", "--limit", 2)
+    assert "not an embedding: made again" in capsys.readouterr().out
+
+
+def test_an_embedding_damaged_while_training_is_one_line_and_resume_makes_it_again(instances, tmp_path, monkeypatch):
+    def evaluate(*args, **kwargs):
+        for path in (tmp_path / "embeddings").iterdir():
+            path.write_bytes(path.read_bytes()[:-20])
+        return original(*args, **kwargs)
+    original = script_.evaluate
+    monkeypatch.setattr(script_, "evaluate", evaluate)
+    with pytest.raises(utils.InputError, match="damaged.*--resume auto makes it again"):
+        train(instances, tmp_path / "run", "--limit", 2)
+    monkeypatch.setattr(script_, "evaluate", original)
+    train(instances, tmp_path / "run", "--limit", 2, "--resume", "auto")
+
+
+def test_an_image_in_two_data_sets_is_encoded_once(instances, tmp_path, capsys):
+    train(instances, tmp_path / "run", "--overfit", 2, "--keep-path", instances)
+    assert "making 4 embeddings" in capsys.readouterr().out  # two of both parts, two of --keep-path
+    train(instances, tmp_path / "run", "--overfit", 2, "--keep-path", instances, "--epochs", 2, "--resume", "auto",
+          "--cache-dir", tmp_path / "elsewhere")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 4
+
+
 def test_a_full_disk_is_said_beforehand(instances, tmp_path, monkeypatch):
     monkeypatch.setattr(script_.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     refuses(instances, "GB needed, 0.00 GB free", "--cache-dir", "--no-cache")
@@ -320,7 +464,7 @@ def test_cached_and_uncached_training_end_in_nearly_the_same_decoder(instances, 
         train(instances, tmp_path / name, "--epochs", 3, *more)
     a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab")
     torch.manual_seed(41)
-    start = script_.NETS["demo"](64).state_dict()
+    start = script_.SAMS["demo"](64).state_dict()
     apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
     moved = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
     assert 0 < apart < 0.1 * moved  # embeddings are kept in half precision
@@ -344,10 +488,39 @@ def test_every_file_is_written_and_testing_repeats_the_figures(instances, tmp_pa
     assert losses[-1] < losses[0]
 
 
+def test_the_table_is_of_the_best_epoch_and_of_the_other_data(instances, tmp_path, capsys):
+    """A rate that ruins the decoder: the best is what it began with, and what is kept is judged with that."""
+    import demo_data
+    demo_data.write_instances(tmp_path / "plain", 10, rings=False, size=64)
+    figures = train(instances, tmp_path / "run", "--lr", 1, "--keep-path", tmp_path / "plain")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (title,) = [row for row in rows if row[:1] == ["before"] and "kept," in row]
+    assert title == "before best, epoch 0 kept, before kept, best".split()
+    (box,) = [row[1:] for row in rows if row[:1] == ["val_box_iou"] and len(row) == 5]
+    assert box[0] == box[1] and box[2] == box[3] and box[0] != box[2]
+    assert figures["best_val_box_iou"] == figures["before"]["val_box_iou"] > figures["val_box_iou"]
+    best = torch.load(tmp_path / "run/best.pth", weights_only=True)["model"]
+    torch.manual_seed(41)
+    start = script_.SAMS["demo"](64).state_dict()
+    assert all(torch.equal(best[key], start[key]) for key in best)
+
+
+def test_weight_decay_is_on_matrices_alone_and_the_rate_ends_at_the_floor():
+    args = options(*SMALL, "--train", "all", "--weight-decay", 0.5, "--min-lr", 0.25, "--lr", 1, "--epochs", 4)
+    model, _ = script_.create_model(args)
+    decayed, others = script_.create_optimizer(model, args).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.5 and others["weight_decay"] == 0
+    spared = r"pos|tokens?\.weight|(?<!patch)_embed\.|embeddings\."
+    assert not [names[id(p)] for p in decayed["params"] if p.ndim < 2 or re.search(spared, names[id(p)])]
+    assert any("mlp.lin1.weight" in names[id(p)] for p in decayed["params"])
+    assert [script_.learning_rate(args, epoch) for epoch in (0, 2, 4)] == pytest.approx([1, 0.625, 0.25])
+
+
 def test_checkpoints_hold_the_decoder_alone_with_official_keys(instances, tmp_path):
     train(instances, tmp_path / "run")
     decoder = torch.load(tmp_path / "run/decoder.pth", weights_only=True)
-    model = script_.NETS["demo"](64)
+    model = script_.SAMS["demo"](64)
     assert decoder.keys() == {key for key in model.state_dict() if key.startswith("mask_decoder.")}
     missing, unexpected = model.load_state_dict(decoder, strict=False)
     assert not unexpected and not any(key.startswith("mask_decoder.") for key in missing)
@@ -361,7 +534,7 @@ def test_only_the_named_part_is_trained(instances, tmp_path, train_what):
     train(instances, tmp_path / "run", "--train", train_what, "--weight-decay", 0.5)
     after = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
     torch.manual_seed(41)
-    before = script_.NETS["demo"](64).state_dict()
+    before = script_.SAMS["demo"](64).state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     if train_what == "all":
         assert after.keys() == before.keys() and "image_encoder.pos_embed" in changed
@@ -415,8 +588,7 @@ def test_images_of_any_size_in_one_batch_and_images_without_objects(instances, t
 
 
 def test_an_empty_mask_found_later_does_no_harm(instances, tmp_path, monkeypatch):
-    check = script_.check_items
-    monkeypatch.setattr(script_, "check_items", lambda items, num_pixels, part: check(items, 1, part))
+    monkeypatch.setattr(utils, "READ_WHOLE", 1)
     for name in ("blob_0002", "blob_0003", "blob_0004"):
         save_grey(voc(instances, f"SegmentationObject/{name}.png"), np.zeros((64, 64), np.uint8))
     figures = train(instances, tmp_path / "run", "-b", 1)
@@ -434,7 +606,7 @@ def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch)
     loader.dataset = dataset
     monkeypatch.setattr(script_, "judge", lambda model, embedding, ids, numbers, dtype: counts.append(len(numbers))
                         or torch.zeros(len(numbers), 8))
-    run = SimpleNamespace(device=torch.device("cpu"), dtype=None)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=None, pinned=False)
     figures = script_.evaluate(SimpleNamespace(eval=lambda: None), loader, run, None)
     assert counts == [8] * 25 and figures["class_box_iou"] == {}
 
@@ -458,7 +630,7 @@ def test_sanity_check_prints_counts_and_draws_a_panel(instances, tmp_path, capsy
 # --- Weights ---
 
 def test_an_official_file_loads_at_another_size_and_another_net_is_refused(instances, tmp_path):
-    theirs = script_.NETS["demo"](128)
+    theirs = script_.SAMS["demo"](128)
     torch.save(theirs.state_dict(), tmp_path / "official.pth")
     model, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pth"))
     assert torch.equal(model.mask_decoder.iou_token.weight, theirs.mask_decoder.iou_token.weight)
@@ -472,7 +644,7 @@ def test_an_official_file_loads_at_another_size_and_another_net_is_refused(insta
 def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
     for name in ("one", "two"):
         torch.manual_seed(len(name) + ord(name[0]))
-        torch.save(script_.NETS["demo"](64).state_dict(), tmp_path / f"{name}.pth")
+        torch.save(script_.SAMS["demo"](64).state_dict(), tmp_path / f"{name}.pth")
     figures = train(instances, tmp_path / "run", "--weights", tmp_path / "one.pth")
     tested = train(instances, tmp_path / "x", "--test-only", "--weights", tmp_path / "run/last.pth")
     assert tested == {key: figures[key] for key in tested}
@@ -481,6 +653,44 @@ def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
     refuses(instances, "best.pth: trained on other base weights than", more=["--weights", tmp_path / "run/best.pth"])
     with pytest.raises(utils.InputError, match="trained with base weights of hash"):
         train(instances, tmp_path / "run", "--weights", tmp_path / "one.pth", "--epochs", 2, "--resume", "auto")
+
+
+def test_a_run_that_starts_from_its_own_best_names_the_base_it_came_from(instances, tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    torch.save(script_.SAMS["demo"](64).state_dict(), tmp_path / "base.pth")
+    monkeypatch.chdir(tmp_path)
+    train(instances, "run", "--weights", "base.pth")
+    train(instances, "run", "--weights", "run/best.pth", "--overwrite")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    figures = train(instances, tmp_path / "x", "--test-only", "--weights", tmp_path / "run/last.pth")
+    resumed = train(instances, tmp_path / "x", "--test-only", "--resume", tmp_path / "run/last.pth")
+    assert figures == resumed
+    (tmp_path / "base.pth").unlink()
+    refuses(instances, "best.pth: its decoder was trained on", "base.pth, which is not there", "--base",
+            more=["--weights", tmp_path / "run/best.pth"])
+
+
+@pytest.mark.parametrize("part", ["image_encoder", "prompt_encoder"])
+@pytest.mark.parametrize("size", [64, 80])
+def test_a_base_that_has_changed_is_refused_wherever_it_is_read(instances, tmp_path, part, size):
+    torch.manual_seed(3)
+    model = script_.SAMS["demo"](64)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    train(instances, tmp_path / "run", "--weights", tmp_path / "base.pth")
+    with torch.no_grad():
+        next(getattr(model, part).parameters()).add_(0.1)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    refuses(instances, "trained on other base weights", more=["--image-size", size, "--weights",
+                                                               tmp_path / "run/best.pth"])
+    if size == 64:
+        refuses(instances, "base weights of hash", more=["--test-only", "--resume", tmp_path / "run/last.pth"])
+
+
+def test_weights_of_efficientsam_are_refused_in_one_line(instances, tmp_path):
+    from nets.efficient_sam import NETS
+    torch.save(NETS["demo"](64).state_dict(), tmp_path / "efficient.pth")
+    refuses(instances, "efficient.pth: weights of another net than Sam", more=["--weights", tmp_path / "efficient.pth"])
 
 
 def test_official_names_are_fetched_by_hash_and_offline_the_url_is_told(tmp_path, monkeypatch):
@@ -525,6 +735,32 @@ def test_masks_that_cannot_be(instances):
         save_grey(path, np.full((64, 64), 255, np.uint8))
     shutil.copy(path, path.with_name("blob_0003.png"))
     refuses(instances, "SegmentationObject: none of 8 masks has an object")
+
+
+def test_ids_that_are_not_whole_are_refused(instances):
+    from PIL import Image
+    path = voc(instances, "SegmentationObject/blob_0003.png")
+    Image.fromarray(np.full((64, 64), 0.6, np.float32)).save(path.with_suffix(".tif"))
+    path.unlink()
+    refuses(instances, "blob_0003.tif: ids must be whole numbers")
+
+
+def test_ids_of_lists_may_hold_spaces_and_repeat(instances, capsys):
+    """Second columns of VOC's own lists are left out; a repeated line is an image that is used twice."""
+    for sub, ending in (("JPEGImages", "jpg"), ("SegmentationObject", "png"), ("SegmentationClass", "png")):
+        for old, new in (("blob_0000", "photo (4)"), ("blob_0001", "photo"), ("blob_0002", "e\u0301te")):
+            voc(instances, sub, f"{old}.{ending}").rename(voc(instances, sub, f"{new}.{ending}"))
+    lines = ["photo (4)", "photo 1", "photo (4)", "\u00e9te", "blob_0003  -1"]
+    voc(instances, "ImageSets/Segmentation/train.txt").write_text("\n".join(lines), encoding="utf-16")
+    items = script_.find_items(voc(instances), "train", options())
+    assert [item[0] for item in items] == ["photo (4)", "photo", "photo (4)", "\u00e9te", "blob_0003"]
+    assert items[0][1].name == "photo (4).jpg" and items[3][1].exists()
+    assert capsys.readouterr().out.count("repeats 1 IDs") == 1
+
+
+def test_the_sanity_check_of_the_demo_trains_nothing(tmp_path):
+    script_.main(options("--demo", "--sanity-check", "--output-dir", tmp_path / "run"))
+    assert not list(tmp_path.glob("run/**/*.pth"))
 
 
 def test_real_folders_pass_the_sanity_check(real_data, tmp_path, capsys):

@@ -268,7 +268,7 @@ def sam_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam_run")
     demo_data.write_instances(folder, 10, rings=True, size=64)
     torch.manual_seed(0)
-    torch.save(finetune_sam_decoder.NETS["demo"](64).state_dict(), folder / "base.pth")
+    torch.save(finetune_sam_decoder.SAMS["demo"](64).state_dict(), folder / "base.pth")
     figures = finetune_sam_decoder.main(finetune_sam_decoder.get_args_parser().parse_args(
         ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--model", "demo", "--image-size", "64",
          "--weights", str(folder / "base.pth"), "-b", "2", "-j", "0", "--epochs", "1", "--lr", "0", "--device", "cpu",

@@ -14,7 +14,7 @@ import utils
 from conftest import ROOT, save_grey
 
 FIXTURES = ROOT / "tests/fixtures"
-CPU = Namespace(device=torch.device("cpu"), dtype=None)  # what evaluate needs of a run
+CPU = Namespace(device=torch.device("cpu"), dtype=None, pinned=False)  # what evaluate needs of a run
 SMALL = ["--arch", "UNet", "--image-size", "32", "-b", "4", "-j", "0", "--device", "cpu", "--optimizer", "Adam"]
 
 
@@ -156,9 +156,11 @@ def test_masks_shrink_without_a_shift_against_the_image(cells):
     dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 36), train=True, augment=False)
     for index in (0, 1):
         image, mask, _ = dataset[0, index]
-        assert torch.equal(image[0] > (image[0].max() + image[0].min()) / 2, mask[0] > 0)
+        bright = (image[0] - image[0].min()) / (image[0].max() - image[0].min())
+        torch.testing.assert_close(bright, mask[0], atol=0.01, rtol=0)
+        assert mask.sum().item() == pytest.approx(21 * 15 * (36 / 48) ** 2, rel=1e-3)  # the area stays
         small.append(mask)
-    assert torch.equal(small[0], small[1].flip(-1))
+    torch.testing.assert_close(small[0], small[1].flip(-1))
 
 
 def test_normalisation_happens_once_and_in_rgb():
@@ -546,9 +548,20 @@ def test_a_checkpoint_of_another_net_or_other_classes_names_both(cells, tmp_path
         refuses(cells, tmp_path / "a" / name, found, "NestedUNet",
                 more=["--arch", "NestedUNet", option, tmp_path / "a" / name])
     shutil.copytree(cells / "masks/0", cells / "masks/1")
-    refuses(cells, "num_classes 1", "num_classes 2", more=["--num-classes", 2, "--weights", tmp_path / "a/best.pth"])
-    refuses(cells, "final.weight (1, 32, 1, 1) instead of (2, 32, 1, 1)",
-            more=["--num-classes", 2, "--weights", tmp_path / "a/model.pth"])
+    for name, words in (("best.pth", "num_classes 1"), ("model.pth", "--num-classes as trained")):
+        refuses(cells, name, words, more=["--test-only", "--num-classes", 2, "--weights", tmp_path / "a" / name])
+
+
+@pytest.mark.parametrize("name", ["best.pth", "model.pth"])
+def test_weights_of_other_classes_start_all_but_the_last_layer(cells, tmp_path, capsys, name):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    shutil.copytree(cells / "masks/0", cells / "masks/1")
+    args = options("--num-classes", 2, "--weights", tmp_path / "a" / name, *SMALL)
+    model, before = train_unet.create_model(args)[0].state_dict(), utils.load_checkpoint(tmp_path / "a/model.pth")
+    assert f"{name}: final.weight, final.bias start fresh" in capsys.readouterr().out
+    assert model["final.weight"].shape[0] == 2
+    assert all(torch.equal(model[key], before[key]) for key in before if not key.startswith("final"))
+    train(cells, tmp_path / "b", "--epochs", 1, "--num-classes", 2, "--weights", tmp_path / "a" / name)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
@@ -566,7 +579,7 @@ def test_a_mistake_found_in_a_loader_process_is_one_line_too(cells, tmp_path, mo
     """A file that is spoilt after the check: read by a worker, named by the script, exit status 2."""
     code = f"""
 import sys, train_unet, utils
-train_unet.check_items = lambda items, num_pixels: None
+utils.check_items = lambda check, items, args: [True]
 sys.argv = ["train_unet.py", "--data-path", {str(cells)!r}, "--output-dir", {str(tmp_path / 'run')!r},
             *{SMALL!r}, "-j", "2", "--epochs", "1"]
 utils.run(train_unet.main, train_unet.get_args_parser())"""

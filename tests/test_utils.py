@@ -1,10 +1,14 @@
 """utils.py: checkpoints that cannot break or bite, images of every kind, seeds, options, weights, process groups."""
+import contextlib
 import hashlib
+import json
 import os
 import pickle
 import resource
+import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_unet
 import utils
 from conftest import ROOT, save_grey
 
@@ -384,3 +389,181 @@ def test_an_obsolete_option_says_what_to_use_instead(capsys):
     parser.add_argument("--print-freq", action=utils.Obsolete, help="no effect: look at the bar")
     assert vars(parser.parse_args(["--print-freq", "10"])) == {"print_freq": None}
     assert capsys.readouterr().out == "note: --print-freq: no effect: look at the bar\n"
+
+
+# --- Data that is checked before the start ---
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_items_are_checked_in_order_and_only_the_first_ones_whole(monkeypatch, workers):
+    monkeypatch.setattr(utils, "READ_WHOLE", 3)
+    args = SimpleNamespace(sanity_check=False, workers=workers)
+    items = list(range(1200))
+    found = utils.check_items(has_object, items, args)
+    assert found == [item == 1 or item > 2 for item in items]
+    args.sanity_check = True
+    assert utils.check_items(has_object, items, args) == [item == 1 for item in items]
+    with pytest.raises(utils.InputError, match="item 1100 is bad"):
+        utils.check_items(refuse_one, items, args)
+
+
+def has_object(item, whole):
+    return item == 1 if whole else True
+
+
+def refuse_one(item, whole):
+    if item == 1100:
+        raise utils.InputError(f"item {item} is bad")
+    return True
+
+
+def test_the_size_of_a_large_png_is_read_without_its_pixels(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", None)
+    assert utils.image_size(tmp_path / "a.png") == (40, 30)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_size_and_pixels_agree_for_every_exif_rotation(tmp_path, name, orientation):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    read = utils.read_image(tmp_path / name)
+    assert utils.image_size(tmp_path / name) == read.shape[1::-1] == ((16, 32) if orientation > 4 else (32, 16))
+    corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    assert read[corner[orientation]].min() > 240 and (read > 128).all(2).mean() == 0.25
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_deep_files_that_readers_turn_in_their_own_ways_are_refused(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.full((4, 6), 3000, np.uint16)).save(tmp_path / name, exif=exif)
+    for read in (utils.read_image, utils.read_mask):
+        with pytest.raises(utils.InputError, match=f"{name}: 16-bit file with EXIF rotation"):
+            read(tmp_path / name)
+
+
+def test_separate_planes_of_sixteen_bits_are_refused(tmp_path):
+    """Bytes by hand: a little-endian TIFF of 2x1 pixels, three planes of two bytes each."""
+    tags = [(256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 150), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 156),
+            (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 3, 168), (284, 3, 1, 2)]
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    data = (data + bytes(4)).ljust(150, b"\0") + struct.pack("<3H", 16, 16, 16)
+    data += struct.pack("<3I", 180, 184, 188) + struct.pack("<3I", 4, 4, 4) + bytes(range(12))
+    (tmp_path / "planes.tif").write_bytes(data)
+    with pytest.raises(utils.InputError, match="planes.tif: 16-bit file with separate colour planes"):
+        utils.read_image(tmp_path / "planes.tif")
+
+
+def test_deep_masks_keep_their_ids(tmp_path):
+    ids = np.array([[0, 2], [300, 2]], np.uint16)
+    cv2.imwrite(str(tmp_path / "grey.png"), ids)
+    cv2.imwrite(str(tmp_path / "colour.png"), np.stack([ids] * 3, 2))
+    cv2.imwrite(str(tmp_path / "alpha.png"), np.dstack([ids, ids, ids, np.full_like(ids, 65535)]))
+    for name in ("grey.png", "colour.png", "alpha.png"):
+        assert np.array_equal(utils.read_mask(tmp_path / name), ids), name
+    cv2.imwrite(str(tmp_path / "colours.png"), np.stack([ids, ids, 0 * ids], 2))
+    with pytest.raises(utils.InputError, match="colour-coded"):
+        utils.read_mask(tmp_path / "colours.png")
+
+
+def test_a_decoder_that_returns_nothing_is_a_bad_file(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint16))
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: None)
+    with pytest.raises(utils.InputError, match="a.png: cannot be read"):
+        utils.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("high, mean", [(1.0, 127), (1.0000002, 127), (1.13, 120), (255.0, 127), (255.3, 127)])
+def test_floats_a_little_beyond_their_range_are_cut_off(tmp_path, high, mean):
+    np.save(tmp_path / "a.npy", np.linspace(0, high, 10_000).reshape(100, 100))
+    read = utils.read_image(tmp_path / "a.npy")
+    assert read.max() == 255 and read.mean() > mean
+
+
+@pytest.mark.parametrize("high", [1.6, 7.0, 300.0])
+def test_floats_of_an_unknown_range_are_refused(tmp_path, high):
+    np.save(tmp_path / "a.npy", np.linspace(0, high, 100).reshape(10, 10))
+    with pytest.raises(utils.InputError, match="a.npy: floats from 0 to .*; give 0..1 or 0..255"):
+        utils.read_image(tmp_path / "a.npy")
+
+
+# --- Options and folders that two would use ---
+
+@pytest.mark.parametrize("words", [["--name", "x", "--output-dir", "y"], ["--dataset", "x", "--data_path", "y"]])
+def test_two_names_of_one_setting_are_refused(capsys, words):
+    with pytest.raises(SystemExit):
+        train_unet.get_args_parser().parse_args(words)
+    assert "two names of one setting; give one" in capsys.readouterr().err
+
+
+def test_a_negative_first_number_is_a_value():
+    import predict
+    args = predict.get_args_parser().parse_args(["--weights", "w", "a.png", "--box", "-1,2,3,4"])
+    assert args.box == [[-1, 2, 3, 4]]
+
+
+def test_a_folder_in_use_is_refused_until_the_other_process_has_ended(tmp_path):
+    code = f"import sys, time, utils; from pathlib import Path; lock = utils.lock_folder(Path({str(tmp_path)!r})); " \
+        "print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(utils.InputError, match="another process is writing its run there"):
+            utils.lock_folder(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    utils.lock_folder(tmp_path)
+
+
+def test_overwriting_removes_what_runs_write_and_nothing_of_the_user(tmp_path):
+    mine = ["photo.png", "results_final.txt", "notes.log"]
+    for name in [*mine, "last.pth", "best.pth", "val_samples.png", "results20260101-120000.txt"]:
+        (tmp_path / name).write_text("x")
+    args = SimpleNamespace(output_dir=str(tmp_path), resume=None, overwrite=True, demo=False)
+    utils.prepare_folder(args, {})
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "args.json", "split.json"}
+
+
+def test_a_demo_never_replaces_a_run_that_is_none(tmp_path):
+    for demo, refused in ((False, True), (True, False)):
+        (tmp_path / "last.pth").write_text("x")
+        (tmp_path / "args.json").write_text(json.dumps({"args": {"demo": demo}}))
+        args = SimpleNamespace(output_dir=str(tmp_path), resume=None, overwrite=False, demo=True)
+        with pytest.raises(utils.InputError, match="there is a run here") if refused else contextlib.nullcontext():
+            utils.prepare_folder(args, {})
+
+
+def test_weights_in_the_wrappings_of_other_tools_load(tmp_path):
+    net = torch.nn.Linear(2, 3)
+    for wrap in (lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3},
+                 lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+                 lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}):
+        torch.save(wrap(net.state_dict()), tmp_path / "a.pth")
+        other = torch.nn.Linear(2, 3)
+        utils.load_weights(other, utils.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
+        assert torch.equal(other.weight, net.weight)
+    torch.save({"backbone.weight": net.weight}, tmp_path / "a.pth")
+    with pytest.raises(utils.InputError, match="begins with backbone.weight, the net with weight"):
+        utils.load_weights(other, utils.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
+
+
+def test_a_gradient_that_is_not_finite_is_not_used_even_if_the_loss_is(tmp_path):
+    """Hand-made step: ten in a row end the run; with nothing that counts the gradient is 0, not missing."""
+    args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume=None,
+                           overwrite=False, demo=False, world_size=1)
+    run, net = utils.Run(args, "linear"), torch.nn.Linear(2, 1)
+    run.parts, run.progress, run.items, run.buffers = {"model": net}, {"bad_steps": 0, "skipped": 0, "images": 0,
+                                                                       "loss": 0.0, "count": 0.0}, [("a.png",)], []
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    assert run.accepts(optimizer, 0.0, 0) and all(not p.grad.any() for p in net.parameters())
+    for step in range(9):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+        assert not run.accepts(optimizer, 1.0, 1)
+    with pytest.raises(utils.InputError, match="ten times in a row, last on a.png"):
+        run.accepts(optimizer, 1.0, 1)
