@@ -13,8 +13,8 @@ of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap,
 NAME is the file's, with its extension and folders where others have the same.
 SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the --points
 together are one, or belong to a single box. --prompts gives those of a folder, in pixels: {"NAME":
-{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}. annotate.py writes such a
-file from clicks on a page.
+{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one per object, as
+annotate.py writes from clicks on a page.
 """
 import argparse
 import csv
@@ -203,6 +203,7 @@ class Net(NamedTuple):
     needs: str                 # option of its training that predicting needs
     overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
     encode: Callable = None    # of nets that need prompts: see encode_efficient_sam
+    max_points: int = 0        # of one object, corners of its box included
 
 
 class Loaded(NamedTuple):
@@ -465,31 +466,21 @@ def write_classes(logits, image, loaded, prefix, note):
     return found
 
 
-def read_prompts(name, given, args):
+def read_prompts(name, given, args, max_points):
     """[(points [[x, y]], labels)] of an image, one per object, by --prompts or --box and --point.
 
-    Each box is an object; the points are one more or, beside a single box, belong to it.
+    Each box is an object; the points are one more or, beside a single box, belong to it. In a list
+    each entry is read so.
     """
     own = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
     try:
-        if own.keys() - {"boxes", "points"}:
-            raise ValueError(f"it has {', '.join(own)}")
-        boxes = [[*map(float, box)] for box in own.get("boxes", [])]
-        points = [[*map(float, point), 1.0][:3] for point in own.get("points", [])]
-        queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
-        clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
-        if not {label for *_, label in points} <= {0.0, 1.0}:
-            raise ValueError("a point's label is 1 or 0")
-        if any(0 < max(box) <= 1 for box in boxes) or any(0 < max(x, y) < 1 for x, y, _ in points):
-            raise ValueError("coordinates are in pixels, not fractions of the image")
+        queries = []
+        for entry in own if isinstance(own, list) else [own]:
+            queries += read_entry(entry)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
         raise utils.InputError(f"{args.prompts or '--box or --point'}: {name}: not like {form} "
                                f"({error})") from None
-    if len(queries) == 1 and points:
-        queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
-    elif points:
-        queries.append(clicks)
     if len(queries) > 254:
         raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask can hold 254, give "
                                "fewer at a time")
@@ -499,9 +490,28 @@ def read_prompts(name, given, args):
             raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a name "
                                    "has no extension")
         raise utils.InputError(f"--box: no prompts for {name}; give --box, --point or --prompts")
-    if max(len(labels) for _, labels in queries) > 6:
-        raise utils.InputError(f"{name}: more than six points for one object, corners of its box "
-                               "included; the net takes no more")
+    if max(len(labels) for _, labels in queries) > max_points:
+        raise utils.InputError(f"{name}: more than {max_points} points for one object, corners of "
+                               "its box included; the net takes no more")
+    return queries
+
+
+def read_entry(entry):
+    """{"boxes": ..., "points": ...} -> its queries, as read_prompts; ValueError ... if not so."""
+    if entry.keys() - {"boxes", "points"}:
+        raise ValueError(f"it has {', '.join(entry)}")
+    boxes = [[*map(float, box)] for box in entry.get("boxes", [])]
+    points = [[*map(float, point), 1.0][:3] for point in entry.get("points", [])]
+    queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
+    clicks = [[x, y] for x, y, _ in points], [int(label) for *_, label in points]
+    if not {label for *_, label in points} <= {0.0, 1.0}:
+        raise ValueError("a point's label is 1 or 0")
+    if any(0 < max(box) <= 1 for box in boxes) or any(0 < max(x, y) < 1 for x, y, _ in points):
+        raise ValueError("coordinates are in pixels, not fractions of the image")
+    if len(queries) == 1 and points:
+        queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
+    elif points:
+        queries.append(clicks)
     return queries
 
 
@@ -622,18 +632,22 @@ def predict_masks(model, embedding, points, labels, size, args, dtype):
         yield i, F.interpolate(logits, size, mode="bicubic"), iou[0].float()
 
 
+def each_object(parts):
+    """What a net's predict yields -> masks (C, H, W) bool, C scores, best's number of each."""
+    for logits, scores, chosen in parts:
+        yield from zip((logits > 0).cpu().numpy(), scores.tolist(), chosen.tolist())
+
+
 def write_objects(parts, image, prefix, note, all_masks):
     """Mask of object ids 1, 2 ... (a later one lies above), overlay; returns [object, pixels, score]."""
-    mask, rows, k = np.zeros(image.shape[:2], np.uint8), [], 0
-    for logits, scores, chosen in parts:
-        for masks, ratings, best in zip((logits > 0).cpu().numpy(), scores.tolist(), chosen.tolist()):
-            k += 1
-            mask[masks[best]] = k
-            note(1, masks[best], round(ratings[best], 4))
-            rows.append([f"object {k}", int(masks[best].sum()), f"{ratings[best]:.4f}"])
-            for i in range(-3 if all_masks else 0, 0):
-                utils.save_image(f"{prefix}_{k}_{i + 4}.png", masks[i] * np.uint8(255))
-                rows.append([f"object {k} mask {i + 4}", int(masks[i].sum()), f"{ratings[i]:.4f}"])
+    mask, rows = np.zeros(image.shape[:2], np.uint8), []
+    for k, (masks, scores, best) in enumerate(each_object(parts), 1):
+        mask[masks[best]] = k
+        note(1, masks[best], round(scores[best], 4))
+        rows.append([f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
+        for i in range(-3 if all_masks else 0, 0):
+            utils.save_image(f"{prefix}_{k}_{i + 4}.png", masks[i] * np.uint8(255))
+            rows.append([f"object {k} mask {i + 4}", int(masks[i].sum()), f"{scores[i]:.4f}"])
     utils.save_mask(f"{prefix}_mask.png", mask)
     utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
     return rows
@@ -644,9 +658,10 @@ NETS = {
                 overlapping=True),
     "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
     "efficient_sam": Net(lambda model, image_size: EFFICIENT_SAMS[model](image_size),
-                         predict_efficient_sam, "preprocess", encode=encode_efficient_sam),
+                         predict_efficient_sam, "preprocess", encode=encode_efficient_sam,
+                         max_points=6),
     "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
-               encode=encode_sam),
+               encode=encode_sam, max_points=64),  # any number; many are a mistake
 }
 
 
@@ -693,7 +708,8 @@ def plan_outputs(paths, loaded, args):
     if loaded.net.encode:
         for name, _ in inputs:
             try:
-                queries[name] = read_prompts(utils.composed(name), prompts, args)
+                queries[name] = read_prompts(utils.composed(name), prompts, args,
+                                             loaded.net.max_points)
             except utils.InputError as error:
                 bad.append(str(error))
         inputs = [(name, path) for name, path in inputs if name in queries]

@@ -1145,8 +1145,8 @@ def lock_folder(folder):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{folder}: another process is writing its run there; give another "
-                             "--output-dir, or end that one") from None
+            raise InputError(f"{folder}: another process is writing there; end that one, or give another "
+                             "--output-dir") from None
     return file
 
 

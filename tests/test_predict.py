@@ -249,13 +249,32 @@ def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
 @pytest.mark.parametrize("more, words", [
     ([], "no prompts for x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
     (["--prompts", "none.json"], "none.json: no json"), (["--point", "3,3,2"], "label is 1 or 0"),
-    (["--box", "1,1,9,9", *["--point", "3,3"] * 5], "more than six points"), (["--box", "1,1,9,9", "--flip"], "--flip"),
+    (["--box", "1,1,9,9", *["--point", "3,3"] * 5], "more than 6 points"), (["--box", "1,1,9,9", "--flip"], "--flip"),
     (["--prompts", "x.json", "--box", "1,1,9,9"], "one or the other")])
 def test_prompts_that_cannot_be(objects_run, tmp_path, more, words):
     folder, _ = objects_run
     Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")
     with pytest.raises(utils.InputError, match=words):
         run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / "out")
+
+
+def test_a_list_of_prompts_is_one_object_per_entry(objects_run, tmp_path):
+    folder, _ = objects_run
+    Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / "x.png")
+    box, clicks = [10, 10, 60, 60], [[30, 30, 1], [70, 70, 0]]
+    entries = [{"points": [[30, 40, 1]]}, {"points": clicks}, {"boxes": [box], "points": clicks}]
+    (tmp_path / "prompts.json").write_text(utils.json.dumps({"x": entries}))
+    run("--weights", folder / "run/last.pth", tmp_path / "x.png", "--prompts", tmp_path / "prompts.json",
+        "--output-dir", tmp_path / "out")
+    rows = (tmp_path / "out/areas.csv").read_text().splitlines()[1:]
+    for k, (points, more) in enumerate([(["30,40,1"], []), (["30,30,1", "70,70,0"], []),
+                                        (["30,30,1", "70,70,0"], ["--box", "10,10,60,60"])]):
+        given = [word for point in points for word in ("--point", point)]
+        run("--weights", folder / "run/last.pth", tmp_path / "x.png", *given, *more, "--output-dir", tmp_path / f"{k}")
+        (alone,) = (tmp_path / f"{k}/areas.csv").read_text().splitlines()[1:]
+        pixels, found = (int(row.split(",")[2]) for row in (alone, rows[k]))
+        assert abs(pixels - found) <= 2 and pixels > 0  # several at once are rounded otherwise
+    assert len(rows) == 3
 
 
 # --- SAM ---
@@ -747,3 +766,25 @@ def test_coco_needs_convert_labels_beside_it(tiny, tmp_path, monkeypatch):
     with pytest.raises(utils.InputError, match="--coco: convert_labels.py is not beside this script"):
         run("--weights", tiny, tmp_path / "x.png", "--coco", "--output-dir", tmp_path / "out")
     run("--weights", tiny, tmp_path / "x.png", "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"x": {"box": [[1, 2, 9, 9]]}}, "x: not like .* it has box"),
+    ({"x.png": {"boxes": [[1, 2, 9, 9]]}}, "no prompts for x, but for x.png ...; a name has no extension"),
+    ({"images": [], "annotations": [], "categories": []}, "a COCO json; wanted is"),
+    ({"x": {"boxes": [[0.1, 0.2, 0.5, 1.0]]}}, "in pixels, not fractions"),
+    ({"x": {"points": [[0.3, 0.5, 1]]}}, "in pixels, not fractions")])
+def test_prompts_files_of_another_kind_say_what_they_hold(objects_run, tmp_path, capsys, given, words):
+    folder, _ = objects_run
+    utils.save_image(tmp_path / "x.png", np.full((20, 30, 3), 90, np.uint8))
+    (tmp_path / "prompts.json").write_text(json.dumps(given))
+    with pytest.raises(utils.InputError, match=words):
+        run("--weights", folder / "run/last.pth", tmp_path / "x.png", "--prompts", tmp_path / "prompts.json",
+            "--output-dir", tmp_path / "out")
+
+
+def test_a_folder_of_folders_and_an_empty_one_are_told_from_a_missing_one(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name, words in (("a", "a folder without images; for those in its folders give a glob"), ("c", "no such image")):
+        with pytest.raises(utils.InputError, match=words):
+            predict.find_inputs([str(tmp_path / name)])

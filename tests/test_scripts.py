@@ -15,6 +15,7 @@ from conftest import QUIET, ROOT
 
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
 SCRIPTS = [*TRAINING, "predict"]
+TOOLS = ["annotate", "convert_labels"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
         "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
 DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects",
@@ -60,14 +61,23 @@ def test_sections_stand_in_order(name):
     assert [word for word in re.findall(r"^def (\w+)", text, re.M) if word in FUNCTIONS] == FUNCTIONS
 
 
-def test_predict_has_its_own_sections():
-    text = (ROOT / "predict.py").read_text()
-    assert re.findall(r"^# --- (.*) ---$", text, re.M) == ["Options", "Data", "Model", "Prediction", "Main"]
+@pytest.mark.parametrize("name, sections", [
+    ("predict", ["Options", "Data", "Model", "Prediction", "Main"]),
+    ("annotate", ["Options", "Model", "Objects", "Server", "Page", "Main"])])
+def test_predict_and_annotate_have_their_own_sections(name, sections):
+    assert re.findall(r"^# --- (.*) ---$", (ROOT / f"{name}.py").read_text(), re.M) == sections
+
+
+def test_annotate_takes_the_nets_and_the_devices_as_predict_does():
+    reference, ours = actions("predict"), actions("annotate")
+    for option in ("--device", "--amp", "--base"):
+        assert (ours[option].help, ours[option].default) == (reference[option].help, reference[option].default)
+    assert ours["--model"].choices == ours["--compare-model"].choices == reference["--model"].choices[3:]
 
 
 def test_functions_of_one_name_have_one_body():
     seen = {}
-    for name in SCRIPTS:
+    for name in [*SCRIPTS, "annotate"]:
         for function, code in definitions(name).items():
             if function not in DIFFERING:
                 other, first = seen.setdefault(function, (name, code))
@@ -113,7 +123,7 @@ def test_shared_options_have_one_spelling_type_and_help(name):
     assert {"-b", "-j", "--wd"} <= ours.keys()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *TOOLS])
 def test_every_option_has_a_help_and_help_fits_two_screens(name):
     parser = import_module(name).get_args_parser()
     assert all(action.help for action in parser._actions)
@@ -157,7 +167,7 @@ def test_tests_keep_within_the_limit():
             assert len(line) <= 120, f"{path.name}:{number}"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *TOOLS])
 def test_importing_a_script_does_nothing(name, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,

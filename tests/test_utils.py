@@ -512,7 +512,7 @@ def test_a_folder_in_use_is_refused_until_the_other_process_has_ended(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(utils.InputError, match="another process is writing its run there"):
+        with pytest.raises(utils.InputError, match="another process is writing there"):
             utils.lock_folder(tmp_path)
     finally:
         other.kill()
