@@ -44,7 +44,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".ppm", ".pgm"}
@@ -868,21 +867,21 @@ def overlay(image, mask):
 
 def save_panel(path, rows, titles, side=256):
     """PNG of {name: RGB images}, one row each, one title per column; by the first process."""
-    cells = []
+    strips = []
     for name, images in rows.items():
-        for title, image in zip(titles, images):
-            scale = side / max(image.shape[:2])
-            width, height = [max(1, round(scale * length)) for length in image.shape[1::-1]]
-            cell = np.full((side + 20, side, 3), 255, np.uint8)
+        sizes = [[max(1, round(side * length / max(image.shape[:2]))) for length in image.shape[1::-1]]
+                 for image in images]
+        strip = np.full((24 + max(height for _, height in sizes), (side + 4) * len(images), 3), 255, np.uint8)
+        for k, (title, image, (width, height)) in enumerate(zip(titles, images, sizes)):
+            x = k * (side + 4)
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-            cell[20:20 + height, :width] = image
+            strip[20:20 + height, x:x + width] = image
             text = f"{title}  {name}".encode("ascii", "replace").decode()
-            cv2.putText(cell, text, (2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 0, 1, cv2.LINE_AA)
-            cells.append(torch.from_numpy(cell).permute(2, 0, 1))
+            cv2.putText(strip, text, (x + 2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 0, 1, cv2.LINE_AA)
+        strips.append(strip)
     if ranks()[0] == 0:
-        sheet = make_grid(cells, nrow=len(titles), padding=4, pad_value=255)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_image(path, np.ascontiguousarray(sheet.permute(1, 2, 0)))
+        save_image(path, np.vstack(strips))
 
 
 # --- Processes ---

@@ -1,4 +1,5 @@
 """predict.py: masks at the image's own size from a checkpoint alone; a bad image does not stop the others."""
+import json
 import math
 import shutil
 import sys
@@ -769,7 +770,7 @@ def test_coco_needs_convert_labels_beside_it(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"x": {"box": [[1, 2, 9, 9]]}}, "x: not like .* it has box"),
+    ({"x": {"box": [[1, 2, 9, 9]]}}, "x: not like .*it has box"),
     ({"x.png": {"boxes": [[1, 2, 9, 9]]}}, "no prompts for x, but for x.png ...; a name has no extension"),
     ({"images": [], "annotations": [], "categories": []}, "a COCO json; wanted is"),
     ({"x": {"boxes": [[0.1, 0.2, 0.5, 1.0]]}}, "in pixels, not fractions"),
