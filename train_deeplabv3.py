@@ -150,7 +150,7 @@ def normalize(image, channels=3):
 def read_item(item, num_classes):
     """(name, image path, label path) -> image (H, W, 3) uint8 RGB, label (H, W) uint8 of 0..K, 255."""
     _, image_path, path = item
-    image, label = utils.read_image(image_path), utils.read_mask(path).astype(np.int64)
+    image, label = utils.read_image(image_path), utils.read_mask(path)
     if label.shape != image.shape[:2]:
         raise utils.InputError(f"{path}: {label.shape[1]}x{label.shape[0]} pixels, but {image_path} "
                                f"has {image.shape[1]}x{image.shape[0]}; save both at one size")

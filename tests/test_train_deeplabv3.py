@@ -475,6 +475,20 @@ def test_lists_that_are_missing_empty_or_name_what_is_not_there(scenes):
     refuses(scenes, "SegmentationClass/ghost: no such image", "val.txt")
 
 
+def test_a_test_needs_no_training_images(scenes, tmp_path):
+    figures = train(scenes, tmp_path / "run", "--epochs", 1)
+    voc(scenes, "ImageSets/Segmentation/train.txt").unlink()
+    tested = train(scenes, tmp_path / "x", "--test-only", "--resume", tmp_path / "run/last.pth")
+    assert str(tested) == str({key: figures[key] for key in tested})
+    assert not (tmp_path / "x/record_mAP.txt").exists() and (tmp_path / "x/record_mAP_test.txt").exists()
+
+
+def test_lossy_labels_are_refused(scenes):
+    voc(scenes, "SegmentationClass/s9.png").unlink()
+    Image.fromarray(np.full((64, 64), 2, np.uint8)).save(voc(scenes, "SegmentationClass/s9.jpg"))
+    refuses(scenes, "SegmentationClass/s9.jpg: JPEG can change ids near edges")
+
+
 def test_two_images_of_one_name(scenes):
     Image.new("RGB", (64, 64)).save(voc(scenes, "JPEGImages/s3.png"))
     refuses(scenes, "JPEGImages/s3.png: s3.jpg has the same name")

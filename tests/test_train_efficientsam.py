@@ -200,6 +200,12 @@ def test_images_of_every_kind(objects, image, expected):
     assert read.shape == (48, 48, 3) and read.dtype == np.uint8 and (read[10, 10] == expected).all()
 
 
+def test_ones_own_checkpoint_trains_on_at_another_size(objects, tmp_path, capsys):
+    train(objects, tmp_path / "a", "--epochs", 1)
+    train(objects, tmp_path / "b", "--epochs", 1, "--image-size", 80, "--weights", tmp_path / "a/best.pth")
+    assert "trained with image_size 64, now 80" in capsys.readouterr().out
+
+
 def test_images_without_objects_are_counted_and_left_out(objects, capsys):
     np.save(objects / "gts/o0.npy", np.zeros((48, 48), np.uint8))
     loaders = script_.create_loaders(options("--data-path", objects, *SMALL))

@@ -4,6 +4,7 @@ import math
 import shutil
 from argparse import Namespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -399,6 +400,76 @@ def test_two_images_of_one_name(cells):
     train_unet.find_items(cells, options("--img_ext", ".png"))
 
 
+def grey_codes(shape=(48, 48)):
+    """85, 170 and 255 side by side, each 8 pixels wide."""
+    mask = np.zeros(shape, np.uint8)
+    for k in (1, 2, 3):
+        mask[10:30, 8 * k:8 * k + 8] = 85 * k
+    return mask
+
+
+def voc_label(number, shape=(48, 48)):
+    """An object of this id, with VOC's border of 255."""
+    mask = np.zeros(shape, np.uint8)
+    mask[8:40, 8:40] = 255
+    mask[11:37, 11:37] = number
+    return mask
+
+
+@pytest.mark.parametrize("mask", [voc_label(1), voc_label(15), voc_label(128), grey_codes(), grey_codes() // 85 * 100])
+def test_ids_with_a_border_of_255_and_grey_codes_are_no_binary_masks(cells, mask):
+    save_grey(cells / "masks/0/cell_4.png", mask)
+    refuses(cells, "cell_4.png: has values 0", "a mask holds 0 (background) and 255 (object)")
+
+
+@pytest.mark.parametrize("blur", [lambda mask: cv2.resize(cv2.resize(mask, (24, 24), interpolation=cv2.INTER_AREA), (48, 48)),
+                                  lambda mask: cv2.GaussianBlur(mask, (0, 0), 3),
+                                  lambda mask: cv2.imdecode(cv2.imencode(".jpg", mask)[1], cv2.IMREAD_GRAYSCALE)])
+def test_soft_edges_are_cut_at_half(cells, blur):
+    mask = np.zeros((48, 48), np.uint8)
+    cv2.circle(mask, (24, 20), 11, 255, -1)
+    mask[44:46] = 255  # a thin line too
+    soft = blur(mask)
+    assert len(np.unique(soft)) > 4
+    save_grey(cells / "masks/0/cell_4.png", soft)
+    items, _ = train_unet.find_items(cells, options())
+    assert np.array_equal(train_unet.read_item(items[4])[1][0], soft >= 128)
+
+
+def test_masks_beside_class_folders_are_not_ignored(cells):
+    shutil.copy(cells / "masks/0/cell_1.png", cells / "masks/cell_1.png")
+    refuses(cells, "masks/cell_1.png: lies beside class folders")
+
+
+def test_another_split_of_the_same_images_is_not_resumed(cells, tmp_path):
+    names = [f"cell_{i}" for i in range(10)]
+    for file, first in (("a.json", 7), ("b.json", 6)):
+        (tmp_path / file).write_text(utils.json.dumps({"train": names[:first], "val": names[first:]}))
+    train(cells, tmp_path / "run", "--epochs", 1, "--split", tmp_path / "a.json")
+    with pytest.raises(utils.InputError, match="images of data hash"):
+        train(cells, tmp_path / "run", "--epochs", 2, "--split", tmp_path / "b.json", "--resume", "auto")
+
+
+def test_a_split_beside_other_images_to_validate_on_is_refused(cells):
+    refuses(cells, "--split: has no effect beside --val-path", more=["--split", "x.json", "--val-path", cells])
+
+
+def test_a_run_is_continued_by_its_folders_name(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    train(cells, tmp_path / "run", "--epochs", 2, "--resume", tmp_path / "run")
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
+
+
+def test_a_test_reads_no_training_images(cells, tmp_path):
+    names = [f"cell_{i}" for i in range(10)]
+    (tmp_path / "split.json").write_text(utils.json.dumps({"train": names[:7], "val": names[7:]}))
+    split = ["--split", tmp_path / "split.json"]
+    figures = train(cells, tmp_path / "run", "--epochs", 1, *split)
+    (cells / "images/cell_2.png").write_bytes(b"spoilt")
+    tested = train(cells, tmp_path / "x", "--test-only", "--resume", tmp_path / "run/last.pth", *split)
+    assert tested == {key: figures[key] for key in tested}
+
+
 def test_sizes_that_differ_name_both_files_and_sizes(cells):
     save_grey(cells / "masks/0/cell_2.png", np.zeros((48, 40), np.uint8))
     refuses(cells, "masks/0/cell_2.png: 40x48", "images/cell_2.png has 48x48")
@@ -522,6 +593,8 @@ def test_testing_on_other_images_or_at_another_size_is_said(cells, tmp_path, cap
 @pytest.mark.parametrize("more, words", [
     (["--arch", "UNet", "--deep_supervision", "1"], ["--deep-supervision", "NestedUNet"]),
     (["--optimizer", "SGD", "--nesterov", "--momentum", "0"], ["--nesterov", "--momentum"]),
+    (["--optimizer", "Adam", "--nesterov"], ["--nesterov", "--optimizer SGD"]),
+    (["--resume", "auto", "--overwrite"], ["--overwrite", "--resume"]),
     (["--device", "cuda:7"], ["--device cuda:7", "not on this machine"]), (["--device", "tpu9"], ["--device tpu9"]),
     (["--amp", "fp16"], ["--amp fp16", "CUDA"]), (["--weights", "none.pth"], ["none.pth", "no such file"]),
     (["--resume", "none.pth"], ["none.pth", "no such file"]),

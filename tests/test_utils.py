@@ -567,3 +567,18 @@ def test_a_gradient_that_is_not_finite_is_not_used_even_if_the_loss_is(tmp_path)
         assert not run.accepts(optimizer, 1.0, 1)
     with pytest.raises(utils.InputError, match="ten times in a row, last on a.png"):
         run.accepts(optimizer, 1.0, 1)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkeypatch, others):
+    """Two ranks: this one has a last.pth, the other none or one of another step."""
+    state = {"format": utils.FORMAT, "model": {}, "optimizer": {}, "args": {"weights": "none"}, "epoch": 2, "step": 5}
+    utils.save_checkpoint(tmp_path / "last.pth", state)
+    monkeypatch.setattr(utils, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(utils, "sum_over_ranks", lambda place: place + others * (place - 1))
+    args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume="auto",
+                           overwrite=False, demo=False)
+    with pytest.raises(utils.InputError, match="the processes do not see the same last.pth"):
+        utils.Run(args, "linear", several=True)
+    monkeypatch.setattr(utils, "sum_over_ranks", lambda place: 2 * place)
+    assert utils.Run(args, "linear", several=True).checkpoint["epoch"] == 2
