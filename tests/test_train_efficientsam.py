@@ -2,6 +2,7 @@
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -467,3 +468,35 @@ def test_splits_are_written_and_read_again(objects, tmp_path):
 def test_real_arrays_pass_the_sanity_check(real_data, tmp_path, capsys):
     train(real_data / "npy_sample", tmp_path / "run", "--sanity-check")
     assert "train: 32 images" in capsys.readouterr().out
+
+
+def test_figures_are_of_the_mask_the_net_rates_best(objects, monkeypatch):
+    """Two objects; of three masks the net rates the second best, which is half of each, the first is exact."""
+    dataset = script_.create_loaders(options("--data-path", objects, *SMALL))[1].dataset
+    batch = script_.NpyDataset.collate([dataset[0, 0]])
+    ids, count = batch[3][0], int(batch[3].max())
+
+    def predict_masks(model, embedding, points, labels, size, args, dtype):
+        truth = torch.stack([ids == k for k in range(1, count + 1)])
+        half = truth & (torch.cumsum(truth.flatten(1), 1).reshape(truth.shape) <= truth.sum((1, 2))[:, None, None] // 2)
+        masks = torch.stack([truth, half, torch.zeros_like(truth)], 1)
+        yield 0, torch.where(masks, 9.0, -9.0), torch.tensor([[0.2, 0.75, 0.1]]).expand(count, -1)
+    monkeypatch.setattr(script_, "predict_masks", predict_masks)
+    monkeypatch.setattr(script_, "encode", lambda *args: None)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=None, pinned=False)
+    figures = script_.evaluate(SimpleNamespace(eval=lambda: None), [batch], run, options(*SMALL))
+    assert figures["val_iou"] == pytest.approx(0.5, abs=0.01) and figures["val_oracle_iou"] == 1
+    assert figures["val_iou_error"] == pytest.approx(0.25, abs=0.01)
+    assert figures["val_dice"] == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_uneven_ends_are_filled_up_for_each_process(objects, monkeypatch):
+    import train_efficientsam_ddp
+    args = train_efficientsam_ddp.get_args_parser().parse_args(["--data-path", str(objects), *SMALL, "--limit", "3"])
+    loaders = []
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "ranks", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(train_efficientsam_ddp, "keep_items", lambda items, part, args: items)
+        loaders.append(train_efficientsam_ddp.create_loaders(args)[0])
+    keys = [key for loader in loaders for key in loader.sampler]
+    assert [len(loader) for loader in loaders] == [1, 1] and sorted(index for _, index in keys) == [-1, 0, 1, 2]

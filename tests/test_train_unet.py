@@ -666,3 +666,55 @@ def test_real_nuclei_pass_the_sanity_check(real_data, tmp_path, capsys):
     train(real_data / "nuclei", tmp_path / "run", "--sanity-check")
     printed = capsys.readouterr().out
     assert "train: 93 images, 60 of 256x256" in printed and "val: 24 images, 10 of 256x256" in printed
+
+
+def test_a_resumed_plateau_remembers_its_bad_epochs(cells, tmp_path, monkeypatch):
+    """The loss never gets better, and the rate falls in the same epochs, stopped or not."""
+    evaluate = train_unet.evaluate
+    monkeypatch.setattr(train_unet, "evaluate", lambda *args: {**evaluate(*args), "val_loss": 1.0})
+    more = ["--scheduler", "ReduceLROnPlateau", "--patience", 1, "--lr", 0.1]
+    train(cells, tmp_path / "a", "--epochs", 6, *more)
+    for epoch in range(1, 7):
+        train(cells, tmp_path / "b", "--epochs", epoch, "--resume", "auto", *more)
+    rates = [[line.split(",")[2] for line in (tmp_path / name / "log.csv").read_text().splitlines()] for name in "ab"]
+    assert rates[0] == rates[1] and len(set(rates[0])) == 4  # the title, and two falls
+
+
+class Scaler:
+    """Does what a GradScaler does for fp16, on the CPU, with a scale of 8."""
+
+    def __init__(self):
+        self.calls = []
+
+    def scale(self, loss):
+        return 8 * loss
+
+    def unscale_(self, optimizer):
+        self.calls.append("unscale")
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad /= 8
+
+    def step(self, optimizer):
+        self.calls.append("step")
+        optimizer.step()
+
+    def update(self):
+        self.calls.append("update")
+
+    def get_scale(self):
+        return 8.0
+
+    def state_dict(self):
+        return {}
+
+
+def test_a_scaled_loss_trains_as_an_unscaled_one(cells, tmp_path, monkeypatch):
+    train(cells, tmp_path / "a", "--epochs", 1, "--lr", 0.1)
+    scaler = Scaler()
+    monkeypatch.setattr(utils, "pick_precision", lambda amp, device: (None, scaler))
+    train(cells, tmp_path / "b", "--epochs", 1, "--lr", 0.1)
+    a, b = (torch.load(tmp_path / name / "best.pth", weights_only=True)["model"] for name in "ab")
+    assert scaler.calls == ["unscale", "step", "update"] * 2
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-4)
