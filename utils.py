@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from datetime import timedelta
@@ -681,7 +682,8 @@ def load_checkpoint(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:  # torch.load itself checks no CRC
                     raise InputError(f"{path}: damaged (checksum differs); restore it from a copy")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles, before they are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError:
