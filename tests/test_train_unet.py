@@ -400,11 +400,11 @@ def test_two_images_of_one_name(cells):
     train_unet.find_items(cells, options("--img_ext", ".png"))
 
 
-def grey_codes(shape=(48, 48)):
-    """85, 170 and 255 side by side, each 8 pixels wide."""
-    mask = np.zeros(shape, np.uint8)
+def grey_codes(width=8):
+    """85, 170 and 255 side by side, each so many pixels wide."""
+    mask = np.zeros((48, 48), np.uint8)
     for k in (1, 2, 3):
-        mask[10:30, 8 * k:8 * k + 8] = 85 * k
+        mask[10:30, width * k:width * k + width] = 85 * k
     return mask
 
 
@@ -416,7 +416,8 @@ def voc_label(number, shape=(48, 48)):
     return mask
 
 
-@pytest.mark.parametrize("mask", [voc_label(1), voc_label(15), voc_label(128), grey_codes(), grey_codes() // 85 * 100])
+@pytest.mark.parametrize("mask", [voc_label(1), voc_label(15), voc_label(128), grey_codes(), grey_codes(4),
+                                  grey_codes() // 85 * 100])
 def test_ids_with_a_border_of_255_and_grey_codes_are_no_binary_masks(cells, mask):
     save_grey(cells / "masks/0/cell_4.png", mask)
     refuses(cells, "cell_4.png: has values 0", "a mask holds 0 (background) and 255 (object)")

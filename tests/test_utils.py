@@ -582,3 +582,27 @@ def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkey
         utils.Run(args, "linear", several=True)
     monkeypatch.setattr(utils, "sum_over_ranks", lambda place: 2 * place)
     assert utils.Run(args, "linear", several=True).checkpoint["epoch"] == 2
+
+
+def test_what_is_random_on_the_device_depends_on_seed_epoch_step_and_rank(tmp_path, monkeypatch):
+    """Dropout: the same when the epoch is resumed, another in each step, epoch and process."""
+    def draw(epoch, step, rank):
+        args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume=None,
+                               overwrite=False, demo=False, accumulate=1, batch_size=1, workers=0, save_every=0)
+        run, net = utils.Run(args, "linear"), torch.nn.Linear(2, 1)
+        run.rank, run.parts = rank, {"model": net, "optimizer": torch.optim.SGD(net.parameters(), 1)}
+        run.progress = {"epoch": epoch, "step": step, "images": 0, "loss": 0.0, "count": 0.0}
+        dataset = Numbers()
+        dataset.items = [(str(i),) for i in range(4)]
+        return [torch.rand(()).item() for _ in run.steps(utils.create_loader(dataset, args, shuffle=True))]
+    whole = draw(0, 0, 0)
+    assert len(set(whole)) == 4 and draw(0, 2, 0) == whole[2:]
+    assert not set(whole) & {*draw(1, 0, 0), *draw(0, 0, 1)}
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        return torch.zeros(1), key[1]
