@@ -265,7 +265,8 @@ def test_the_order_depends_on_seed_and_epoch_and_ranks_share_it_out():
         sampler.set_epoch(epoch, skip)
         assert len(sampler) == len(list(sampler))
         return list(sampler)
-    assert order(0) == order(0) != order(1) and order(0, seed=2) != order(0)
+    assert order(0) == order(0) and order(0, seed=2) != order(0)
+    assert [index for _, index in order(0)] != [index for _, index in order(1)]
     assert sorted(index for _, index in order(3)) == list(range(10)) and {epoch for epoch, _ in order(3)} == {3}
     assert order(2, skip=4) == order(2)[4:] and order(2, skip=12) == []
     assert sorted(sum((order(1, rank=rank, world_size=3) for rank in range(3)), [])) == sorted(order(1))
