@@ -7,10 +7,10 @@ cells   The layout of train_unet.py: images/NAME.png (RGB), masks/0/NAME.png (0 
         Touching cells of varied brightness on uneven ground, with bright specks that are not
         labelled, so that brightness alone misleads.
 scenes  The PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt.
-        Discs with rings, squares with stripes, triangles with dots. Their hues overlap each
+        Discs with rings, squares with checks, triangles with dots. Their hues overlap each
         other's and the ground's, so that colour alone misleads. Borders are 255.
 objects The layout of train_efficientsam.py: imgs/NAME.npy, gts/NAME.npy.
-        Blobs that overlap, one id per blob.
+        Leaves, beans and stars that overlap, one id per object.
 
 Numpy and OpenCV only. Image i of a kind is the same on every machine and for every count.
 """
@@ -75,19 +75,19 @@ def outline(kind, centre, radius, angle):
 
 
 def pattern(kind, size, centre, angle, rng):
-    """Texture (size, size) in {-1, 1}: rings (1), stripes (2) or dots (3) about centre."""
+    """Texture (size, size) in {-1, 1}: rings (1), checks (2) or dots (3) about centre."""
     y, x = np.mgrid[:size, :size] - centre[::-1, None, None]
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    period = rng.uniform(7, 10)
+    period = rng.uniform(0.08, 0.11) * size
     waves = {
         1: np.sin(2 * np.pi * np.hypot(x, y) / period),
-        2: np.sin(2 * np.pi * u / period),
+        2: np.sin(2 * np.pi * u / period) * np.sin(2 * np.pi * v / period),
         3: np.cos(2 * np.pi * u / period) + np.cos(2 * np.pi * v / period) - 0.6,
     }
     return np.sign(waves[kind])
 
 
-def draw_scene(index, size=96):
+def draw_scene(index, size=128):
     """Image `index`: image (size, size, 3) uint8 RGB, mask (size, size) uint8.
 
     The mask has indices into SCENE_CLASSES, and 255.
@@ -98,13 +98,13 @@ def draw_scene(index, size=96):
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(2, 5)):
         kind = int(rng.integers(1, 4))
-        centre, radius = rng.uniform(0.12, 0.88, 2) * size, rng.uniform(0.19, 0.30) * size
+        centre, radius = rng.uniform(0.15, 0.85, 2) * size, rng.uniform(0.20, 0.30) * size
         angle = rng.uniform(0, 2 * np.pi)
         polygon = outline(kind, centre, radius, angle).round().astype(np.int32)
         inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon], 1) > 0
         hue[inside] = (rng.normal(30 + 60 * kind, 25) + 6 * smooth_noise(rng, size, 8))[inside]
         brightness = rng.uniform(100, 170)
-        value[inside] = (brightness + 35 * pattern(kind, size, centre, angle, rng))[inside]
+        value[inside] = (brightness + 45 * pattern(kind, size, centre, angle, rng))[inside]
         mask[inside] = kind
         cv2.polylines(mask, [polygon], True, 255, 2)
     colours = np.stack([hue % 180, np.full_like(hue, 110), value.clip(0, 255)], -1).astype(np.uint8)
@@ -140,30 +140,47 @@ def write_scenes(folder, count):
     (root / "class_names.json").write_text(json.dumps(class_names))
 
 
-def draw_object_ids(index, size=128):
-    """Image `index`: image (size, size, 3) uint8 RGB, ids (size, size) uint16.
+def object_outline(kind, width):
+    """Polygon (60, 2) in [-1, 1] of a leaf, bean or star (0, 1, 2); width of the first two."""
+    turns = 2 * np.pi * np.arange(60) / 60
+    x, y = np.cos(turns), np.sin(turns)
+    if kind == 0:
+        return np.stack([x, width * y * np.abs(y)**0.5], 1)
+    if kind == 1:
+        return np.stack([x, 0.8 * width * y + 0.5 * x**2 - 0.25], 1)
+    return np.stack([x, y], 1) * (0.78 + 0.22 * np.cos(5 * turns))[:, None]
 
-    Each object is a blob with its own colour and texture.
+
+def draw_object_ids(index, size=128):
+    """Image `index`: image (size, size, 3) uint8 RGB, ids (size, size) uint16 of 2 to 4 objects.
+
+    Each is a leaf, bean or star with its own colour and texture.
     """
     rng = np.random.default_rng([3, index])
     image = 120 + 25 * np.stack([smooth_noise(rng, size, 4) for _ in range(3)], -1)
     ids = np.zeros((size, size), np.uint16)
-    for number in range(1, int(rng.integers(3, 7)) + 1):
-        turns = 2 * np.pi * np.arange(60) / 60
-        waves = sum(rng.uniform(0, 0.35) * np.cos(k * turns + rng.uniform(0, 6)) for k in (2, 3, 4))
-        reach = rng.uniform(0.12, 0.26) * size * (1 + waves).clip(0.35)[:, None]
-        tilt = rng.uniform(0, np.pi)
-        along = np.array([np.cos(tilt), np.sin(tilt)])
-        across = np.array([-np.sin(tilt), np.cos(tilt)])
-        width = rng.uniform(0.3, 0.6)  # of the blob, as a fraction of its length
-        outward = np.cos(turns)[:, None] * along + width * np.sin(turns)[:, None] * across
-        polygon = rng.uniform(0.15, 0.85, 2) * size + reach * outward
-        polygon = polygon.round().astype(np.int32)
-        inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon], 1) > 0
-        colour, contrast = rng.uniform(40, 220, 3), rng.uniform(8, 30)
-        grain = contrast * smooth_noise(rng, size, int(rng.integers(16, 40)))
+    colours, areas = [np.full(3, 120.0)], [size**2]
+    wanted = int(rng.integers(2, 5))
+    for _ in range(200):
+        if len(areas) > wanted:
+            break
+        tilt, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.18, 0.29) * size
+        turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
+        shape = object_outline(rng.integers(3), rng.uniform(0.35, 0.6)) @ turn
+        polygon = rng.uniform(0.15, 0.85, 2) * size + length * shape
+        inside = cv2.fillPoly(np.zeros((size, size), np.uint8),
+                              [polygon.round().astype(np.int32)], 1) > 0
+        visible = np.bincount(ids[~inside], minlength=len(areas))
+        if (visible < 0.75 * np.array(areas)).any():  # would hide too much of the ground or of an object
+            continue
+        # Of eight colours the one least like the ground and the earlier objects
+        drawn = rng.uniform(30, 225, (8, 1, 3))
+        colour = drawn[np.linalg.norm(drawn - colours, axis=2).min(1).argmax(), 0]
+        grain = rng.uniform(8, 30) * smooth_noise(rng, size, int(rng.integers(16, 40)))
         image[inside] = (colour + grain[..., None])[inside]
-        ids[inside] = number
+        ids[inside] = len(areas)
+        colours.append(colour)
+        areas.append(np.count_nonzero(inside))
     image = image + rng.normal(0, 6, image.shape)
     return image.clip(0, 255).astype(np.uint8), ids
 

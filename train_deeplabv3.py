@@ -28,8 +28,8 @@ import utils
 from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, VOC_CLASSES, deeplabv3
 
 VOID = 255
-DEMO = {"model": "mobilenet_v3_large", "weights": "none", "num_classes": 3, "lr": 0.04,
-        "epochs": 16, "batch_size": 8, "base_size": 96, "crop_size": 96, "workers": 0,
+DEMO = {"model": "demo", "weights": "none", "num_classes": 3, "lr": 0.04,
+        "epochs": 24, "batch_size": 4, "base_size": 96, "crop_size": 96, "workers": 0,
         "output_dir": "runs/train_deeplabv3_demo"}
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import utils
 from nets.unet import NETS, STRIDE
 
-DEMO = {"model": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 9, "batch_size": 8,
+DEMO = {"model": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 6, "batch_size": 4,
         "workers": 0, "output_dir": "runs/train_unet_demo"}
 
 

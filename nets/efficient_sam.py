@@ -413,8 +413,8 @@ def efficient_sam_vits(image_size=1024):
 
 
 def efficient_sam_demo(image_size=128):
-    """A small one of 0.7 M parameters, so that everything can be tried on a laptop."""
-    return EfficientSam(image_size, embed_dim=96, depth=3, num_heads=3, neck_dim=64,
+    """0.6 M parameters, patches of 8 pixels: everything can be tried with it on a laptop."""
+    return EfficientSam(image_size, patch_size=8, embed_dim=96, depth=3, num_heads=3, neck_dim=64,
                         decoder_mlp_dim=256, upscaling_dims=(32, 16), iou_hidden=64)
 
 
