@@ -322,6 +322,10 @@ def read_labelme(args, notes):
         file = (Path(key).parent / image.replace("\\", "/").rsplit("/", 1)[-1]).as_posix()
         found = find_image(args.images, file) if args.images else find_image(path.parent, image)
         items.append(Item(file, found[1], size, lambda path=path: load_labelme(path)[0]))
+    used = {item.path.resolve() for item in items if item.path}
+    for path in sorted(Path(args.images or args.input).rglob("*")):
+        if path.suffix.lower() in utils.IMAGES and path.resolve() not in used:
+            notes.add("images without a json file, left out", path)
     return sorted(names), items
 
 

@@ -34,7 +34,7 @@ from nets.sam import PIXEL_MEAN, PIXEL_STD, WEIGHTS, resize_positions, resized_s
 
 VOID = 255
 POINTS, BOX, BOTH = range(3)  # kinds of prompt
-PREPROCESS = "antialiased"  # to be changed with `preprocess`: kept embeddings are then made anew
+PREPROCESS = "antialiased"  # change it when `preprocess` changes: embeddings are then made again
 CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
 DEMO = {"model": "demo", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4, "workers": 0,
         "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
@@ -52,8 +52,8 @@ def get_args_parser():
     add("--year", default="2007", help="of the folder VOCdevkit/VOC2007 (%(default)s)")
     add("--train-set", default="train", help="list in ImageSets/Segmentation (%(default)s)")
     add("--val-set", default="val", help="list in ImageSets/Segmentation (%(default)s)")
-    add("--keep-path", help="a second data set, of which --val-set is evaluated before and after: what "
-                            "is forgotten")
+    add("--keep-path", help="a second data set; its --val-set is evaluated before and after, to see "
+                            "what was forgotten")
     add("--masks", choices=["object", "class"], default="object",
         help="SegmentationObject, or SegmentationClass: each class is one object (%(default)s)")
     add("--image-size", type=utils.number(int, 64), default=1024,
@@ -64,7 +64,7 @@ def get_args_parser():
     add_switch("--box-prompt", default=True, help="train with boxes (%(default)s)")
     add("--points", type=positive, default=1, help="clicks on each object (%(default)s)")
     add("--background-points", type=utils.number(int, 0),
-        help="clicks beside it (half as many as on it, one at least)")
+        help="background clicks (half as many as --points, at least 1)")
     add("--bbox-shift", type=utils.number(int, 0), default=5,
         help="training boxes' sides move by up to this, in or out, in pixels of a 256 pixel image")
     add_switch("--flip", help="train on mirrored images half the time; twice the embeddings")
@@ -99,7 +99,7 @@ class VOCObjects(torch.utils.data.Dataset):
     background; boxes (Q, 4); kinds (Q,): POINTS, BOX or BOTH count. masks (Q, M, M): the share of
     each cell of the decoder's mask that the object covers; weight (M, M): 0 for void and padding.
     Validation: features, ids, index; ids (H, W) of the image's own size as of read_ids.
-    What is random depends on (seed, epoch, index) alone.
+    Random draws depend on (seed, epoch, index) alone.
     """
     classes = []
 
@@ -198,8 +198,8 @@ def box_of(mask):
 def cover(ids, objects, args):
     """ids (H, W), numbers (Q,) -> masks (Q, M, M) in 0..1, weight (M, M), as the decoder's masks.
 
-    Shares of the labelled part of each cell, so that no edge moves; void and padding weigh 0. Where an
-    object covers no cell by half, its shares are raised.
+    Shares of the labelled part of each cell, so that edges stay in place; void and padding weigh 0.
+    Where an object covers no cell by half, its shares are raised.
     """
     height, width = resized_size(*ids.shape, args.image_size)
     parts = torch.cat([ids[None] == objects[:, None, None], ids[None] >= 0]).float()
@@ -445,7 +445,8 @@ def load_sam(model, path, base=None):
         return path if path in WEIGHTS else str(Path(path).resolve())
     named, base = base, base or trained.get("args", {}).get("base")
     if not base:
-        raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+        raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its base, or "
+                               "predict.py the --base weights")
     if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
         raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
                                "predict.py the --base weights")
@@ -634,7 +635,7 @@ def soft_iou(pred, masks, weight):
 def evaluate(model, loader, run, args):
     """Means over all objects, in [0, 1], at the images' own size; prompts are unperturbed.
 
-    val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: by so many clicks,
+    val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: after 1, 3, 5 clicks,
     the first where the object's edge is farthest, each next in the middle of the largest wrong region;
     val_iou_error: how far the predicted IoU for the box is off. Baselines: box_iou of the filled
     box, disc_iou of the largest disc about the first click that the object holds. Void is left out.
@@ -646,7 +647,7 @@ def evaluate(model, loader, run, args):
         utils.raise_if_stopped()
         ids = ids[0]
         embedding = encode(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
-        for numbers in torch.arange(1, ids.max() + 1).split(8):  # so many objects fit in memory
+        for numbers in torch.arange(1, ids.max() + 1).split(8):  # 8 at a time, to limit memory
             rows.append(judge(model, embedding, ids, numbers, run.dtype))
             classes += classes_of(loader.dataset.items[index], ids, numbers)
     rows = torch.cat(rows).double()
@@ -774,7 +775,7 @@ def classes_of(item, ids, numbers):
 def print_table(columns):
     """{title: figures of evaluate}: a column each, in percent."""
     first = next(iter(columns.values()))
-    print(" " * 22 + "".join(f"{title:>16}" for title in columns))
+    print(f"{'':20} %" + "".join(f"{title:>16}" for title in columns))
     for name in [name for name, value in first.items() if isinstance(value, float)]:
         values = "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values())
         print(f"  {name:20}{values}")
@@ -839,7 +840,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
         for batch in batches:
             features, owner, points, labels, boxes, kinds, masks, weight = [
                 part.to(run.device, non_blocking=run.pinned) for part in batch[:-1]]
-            if not len(owner):  # no object in any of these images, which the start has not read
+            if not len(owner):  # no object in these images, which are beyond those checked at the start
                 continue
             with torch.set_grad_enabled(args.train == "all"):
                 embeddings = encode(model, features, run.dtype)[owner]
@@ -884,7 +885,9 @@ def main(args):
     """Fine-tunes as the options say; returns the last figures, those before and the best val_box_iou."""
     if args.demo:
         prepare_demo(args)
-    args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
+    if not args.weights and args.model not in WEIGHTS and not (args.resume or args.sanity_check):
+        raise utils.InputError(f"--weights: there is no official file for {args.model}; give a path or none")
+    args.weights = args.weights or args.model  # the official file
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     if not (args.point_prompt or args.box_prompt):
@@ -896,6 +899,7 @@ def main(args):
         return sanity_check(train_set, val_set, args)
 
     model, arch = create_model(args, run.checkpoint)
+    # best.pth holds the decoder alone: the hash tells predict.py whether the base is the right one
     args.base_hash = None if args.train == "all" else hash_frozen(model)
     model = model.to(run.device)
     run.describe(args.model, model, train_set, val_set)
@@ -942,9 +946,9 @@ def main(args):
             run.plot_curves(["loss"], ["val_box_iou", "val_click1_iou", "val_click5_iou", "box_iou"])
             draw_samples(model, val_set, run)
 
-    figures = figures or evaluate(model, val_loader, run, args)
+    figures = figures or evaluate(model, val_loader, run, args)  # nothing was left to train
     columns = {"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]}
-    if keep_loader:
+    if keep_loader:  # evaluated with the best weights, not the last
         best = utils.load_checkpoint(run.folder / "best.pth")
         utils.load_weights(part, best["model"], run.folder / "best.pth")
         columns["kept, before"] = progress["keep_before"]

@@ -301,7 +301,8 @@ def load_sam(model, path, base=None):
         return path if path in WEIGHTS else str(Path(path).resolve())
     named, base = base, base or trained.get("args", {}).get("base")
     if not base:
-        raise utils.InputError(f"{path}: holds a decoder alone; give predict.py its --base weights too")
+        raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its base, or "
+                               "predict.py the --base weights")
     if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
         raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
                                "predict.py the --base weights")

@@ -136,15 +136,14 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"{both}: two names of one setting; give one")
         parsed = super().parse_known_args(args, namespace)
         if getattr(parsed[0], "demo", False):
-            self.set_defaults(**self.demo)
-            parsed = super().parse_known_args(args, namespace)
+            parsed = super().parse_known_args(args, argparse.Namespace(**self.demo))
         return parsed
 
     def known_spelling(self, word):
         """-batch_size or --batch_size=4 -> --batch-size or --batch-size=4; else word itself."""
         name, equals, value = word.partition("=")
-        if re.match(r"-[\d.]", name):  # a value, as of --box -1,2,3,4: not an option to argparse
-            return " " + word
+        if re.match(r"-[\d.]", name):  # a value, as in --box -1,2,3,4
+            return " " + word  # the space stops argparse from taking it for an option
         known = "--" + name.lstrip("-").replace("_", "-")
         if not name.startswith("-") or name in self._option_string_actions:
             return word
@@ -501,7 +500,7 @@ def split_items(items, args, val_items=None):
 
 
 def check_items(check, items, args):
-    """[whether it has an object] of all items; check(item, whole) says so and raises InputError.
+    """[whether it has an object] of all items; check(item, whole) returns it, or raises InputError.
 
     whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
     sizes suffice. --workers processes check a large data set, and each of torchrun's its share.
@@ -531,7 +530,7 @@ def create_loader(dataset, args, shuffle, batch_size=None, **sampling):
     return torch.utils.data.DataLoader(
         dataset, batch_size or args.batch_size, sampler=sampler, num_workers=args.workers,
         worker_init_fn=outlive_signals, collate_fn=getattr(dataset, "collate", None),
-        persistent_workers=args.workers > 0,  # to start them takes seconds, but by fork
+        persistent_workers=args.workers > 0,  # starting workers takes seconds, except with fork
         pin_memory=pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed))
 
@@ -632,7 +631,7 @@ def renew_heads(model, state, heads):
 def state_of(checkpoint):
     """Tensors by name of what load_checkpoint read; {} if it is no state dict.
 
-    Prefixes are cut off that DistributedDataParallel, torch.compile and Lightning put before all.
+    Prefixes are cut off that DistributedDataParallel, torch.compile and Lightning put before every key.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     for key in ("model", "state_dict"):
@@ -655,7 +654,9 @@ def load_weights(model, state, path):
             differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
     unknown = [f"{key} unknown" for key in state if key not in own]
     if differing or unknown:
-        keys = f"; it begins with {next(iter(state))}, the net with {next(iter(own))}" if state else ""
+        keys = ""
+        if state and not state.keys() & own.keys():
+            keys = f"; it begins with {next(iter(state))}, the net with {next(iter(own))}"
         raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
                          f"{len(differing)} of {len(own)} tensors missing or of another shape, "
                          f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...){keys}")

@@ -802,3 +802,16 @@ def test_memory_does_not_grow_with_the_pixels_of_all_images(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 285 * 5000, peaks  # bytes
+
+
+def test_images_without_a_labelme_json_are_counted(tmp_path, capsys):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        utils.save_image(folder / f"{name}.png", np.full((20, 30, 3), 90, np.uint8))
+    shapes = [{"label": "cat", "points": [[2, 2], [9, 2], [9, 9]], "shape_type": "polygon"}]
+    (folder / "a.json").write_text(json.dumps({"imagePath": "a.png", "imageWidth": 30, "imageHeight": 20,
+                                               "shapes": shapes}))
+    args = ["labelme", str(folder), "--to", "npy", "--output-dir", str(tmp_path / "out")]
+    assert convert_labels.main(convert_labels.get_args_parser().parse_args(args))["images"] == 1
+    assert "images without a json file, left out: 2 (" in capsys.readouterr().out

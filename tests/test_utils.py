@@ -1,6 +1,7 @@
 """utils.py: checkpoints that cannot break or bite, images of every kind, seeds, options, weights, process groups."""
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -607,3 +608,12 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         return torch.zeros(1), key[1]
+
+
+@pytest.mark.parametrize("name", ["train_unet", "train_deeplabv3", "train_efficientsam", "finetune_sam_decoder"])
+def test_demo_settings_take_the_place_of_defaults_and_options_that_of_demo_settings(name):
+    script = importlib.import_module(name)
+    args = script.get_args_parser().parse_args(["--demo"])
+    assert {key: getattr(args, key) for key in script.DEMO} == script.DEMO
+    args = script.get_args_parser().parse_args(["--demo", "--epochs", "3", "--output-dir", "x"])
+    assert (args.epochs, args.output_dir) == (3, "x") and args.lr == script.DEMO["lr"]
