@@ -642,51 +642,52 @@ def evaluate(model, loader, run, args):
     class_box_iou: {class: (mean, objects)} where there is a SegmentationClass.
     """
     model.eval()
-    rows, classes = [], []
+    rows, classes = defaultdict(list), []
     for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=None):
         utils.raise_if_stopped()
         ids = ids[0]
         embedding = encode(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
         for numbers in torch.arange(1, ids.max() + 1).split(8):  # 8 at a time, to limit memory
-            rows.append(judge(model, embedding, ids, numbers, run.dtype))
+            for name, values in judge(model, embedding, ids, numbers, run.dtype).items():
+                rows[name].append(values)
             classes += classes_of(loader.dataset.items[index], ids, numbers)
-    rows = torch.cat(rows).double()
+    rows = {name: torch.cat(values).double() for name, values in rows.items()}  # (objects,) each
     per_class = defaultdict(list)
-    for class_id, iou in zip(classes, rows[:, 0].tolist()):
+    for class_id, iou in zip(classes, rows["val_box_iou"].tolist()):
         if class_id is not None:
             per_class[loader.dataset.class_names.get(class_id, str(class_id))].append(iou)
-    names = ["val_box_iou", "val_box_biou", *[f"val_click{count}_iou" for count in CLICKS],
-             "val_iou_error", "box_iou", "disc_iou"]
     per_class = {name: (sum(ious) / len(ious), len(ious)) for name, ious in per_class.items()}
-    return {**dict(zip(names, rows.mean(0).tolist())), "class_box_iou": per_class}
+    return {**{name: row.mean().item() for name, row in rows.items()}, "class_box_iou": per_class}
 
 
 def judge(model, embedding, ids, numbers, dtype):
-    """Embedding (1, D, E, E), ids (H, W), numbers of q objects -> figures (q, 8) in evaluate's order."""
+    """Embedding (1, D, E, E), ids (H, W), numbers of q objects -> {figure of evaluate: (q,)}."""
     truth, labelled = ids == numbers[:, None, None], ids >= 0
     points, labels, boxes = clear_prompts(truth)
     logits, _, guess = segment(model, embedding, ids.shape, points, labels, boxes, BOX, None, dtype)
     by_box = logits > 0
     iou = mask_iou(by_box, truth, labelled)
-    figures, low_logits = [iou, boundary_iou(by_box, truth, labelled)], None
+    figures = {"val_box_iou": iou, "val_box_biou": boundary_iou(by_box, truth, labelled)}
+    low_logits = None  # of the click before
     for count in range(1, max(CLICKS) + 1):
         logits, low_logits, _ = segment(model, embedding, ids.shape, points, labels, boxes, POINTS,
                                         low_logits, dtype)
         if count in CLICKS:
-            figures.append(mask_iou(logits > 0, truth, labelled))
+            figures[f"val_click{count}_iou"] = mask_iou(logits > 0, truth, labelled)
         clicks = [next_click(mask, true, labelled) for mask, true in zip(logits > 0, truth)]
         points = torch.cat([points, torch.stack([point for point, _ in clicks])[:, None]], 1)
         labels = torch.cat([labels, torch.tensor([[label] for _, label in clicks])], 1)
-    figures.append((guess - iou).abs())
+    figures["val_iou_error"] = (guess - iou).abs()
 
     y, x = torch.meshgrid(*map(torch.arange, ids.shape), indexing="ij")
     x0, y0, x1, y1 = boxes.T[..., None, None]
-    figures.append(mask_iou((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1), truth, labelled))
+    filled = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
+    figures["box_iou"] = mask_iou(filled, truth, labelled)
     centre_x, centre_y = points[:, 0].T[..., None, None]
     radius = torch.stack([depth(mask).max() for mask in truth])[:, None, None]
     disc = (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2
-    figures.append(mask_iou(disc, truth, labelled))
-    return torch.stack(figures, 1)
+    figures["disc_iou"] = mask_iou(disc, truth, labelled)
+    return figures
 
 
 def clear_prompts(masks):

@@ -304,8 +304,9 @@ def test_figures_of_a_hand_worked_image(monkeypatch):
     ids = torch.zeros(64, 32, dtype=torch.long)
     ids[:32, :16], ids[:, 16:] = 1, 2
     rows = script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1, 2]), None)
-    assert rows.shape == (2, 8)
-    box, _, click1, click3, click5, error, filled, disc = rows.T
+    assert list(rows) == ["val_box_iou", "val_box_biou", "val_click1_iou", "val_click3_iou", "val_click5_iou",
+                          "val_iou_error", "box_iou", "disc_iou"]
+    box, _, click1, click3, click5, error, filled, disc = rows.values()
     assert box.tolist() == click1.tolist() == click3.tolist() == click5.tolist() == [0.5, 0]
     assert error.tolist() == [0.25, 0.75] and filled.tolist() == [1, 1]
     assert disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
@@ -494,8 +495,8 @@ def test_the_table_is_of_the_best_epoch_and_of_the_other_data(instances, tmp_pat
     demo_data.write_instances(tmp_path / "plain", 10, rings=False, size=64)
     figures = train(instances, tmp_path / "run", "--lr", 1, "--keep-path", tmp_path / "plain")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    (title,) = [row for row in rows if row[:1] == ["before"] and "kept," in row]
-    assert title == "before best, epoch 0 kept, before kept, best".split()
+    (title,) = [row for row in rows if row[:1] == ["%"] and "kept," in row]
+    assert title == "% before best, epoch 0 kept, before kept, best".split()
     (box,) = [row[1:] for row in rows if row[:1] == ["val_box_iou"] and len(row) == 5]
     assert box[0] == box[1] and box[2] == box[3] and box[0] != box[2]
     assert figures["best_val_box_iou"] == figures["before"]["val_box_iou"] > figures["val_box_iou"]
@@ -605,7 +606,7 @@ def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch)
     loader, counts = Loader([(torch.zeros(1, 4, 4, 4).half(), ids[None], [0])]), []
     loader.dataset = dataset
     monkeypatch.setattr(script_, "judge", lambda model, embedding, ids, numbers, dtype: counts.append(len(numbers))
-                        or torch.zeros(len(numbers), 8))
+                        or {"val_box_iou": torch.zeros(len(numbers))})
     run = SimpleNamespace(device=torch.device("cpu"), dtype=None, pinned=False)
     figures = script_.evaluate(SimpleNamespace(eval=lambda: None), loader, run, None)
     assert counts == [8] * 25 and figures["class_box_iou"] == {}
