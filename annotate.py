@@ -59,7 +59,7 @@ def get_args_parser():
     add("--weights", required=True,
         help=f"a checkpoint of EfficientSAM or SAM, as predict.py takes it, or {', '.join(NAMES)}")
     add("--model", choices=NAMES, help="the net of an official file at a path")
-    add("--base", help="weights that a SAM decoder was trained on (those that its checkpoint names)")
+    add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--compare", metavar="CHECKPOINT",
         help="also show the masks of this one; those of --weights are saved")
     add("--compare-model", choices=NAMES, help="the net of an official file --compare")

@@ -554,10 +554,15 @@ def test_weights_in_the_wrappings_of_other_tools_load(tmp_path):
         utils.load_weights(other, utils.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
 
 
+def run_options(folder, **more):
+    """What utils.Run asks of a script's options."""
+    return SimpleNamespace(**{"output_dir": str(folder), "device": "cpu", "seed": 0, "deterministic": False,
+                              "amp": "off", "resume": None, "overwrite": False, "demo": False, **more})
+
+
 def test_a_gradient_that_is_not_finite_is_not_used_even_if_the_loss_is(tmp_path):
     """Hand-made step: ten in a row end the run; with nothing that counts the gradient is 0, not missing."""
-    args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume=None,
-                           overwrite=False, demo=False, world_size=1)
+    args = run_options(tmp_path, world_size=1)
     run, net = utils.Run(args, "linear"), torch.nn.Linear(2, 1)
     run.parts, run.progress, run.items, run.buffers = {"model": net}, {"bad_steps": 0, "skipped": 0, "images": 0,
                                                                        "loss": 0.0, "count": 0.0}, [("a.png",)], []
@@ -578,8 +583,7 @@ def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkey
     utils.save_checkpoint(tmp_path / "last.pth", state)
     monkeypatch.setattr(utils, "ranks", lambda: (0, 2))
     monkeypatch.setattr(utils, "sum_over_ranks", lambda place: place + others * (place - 1))
-    args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume="auto",
-                           overwrite=False, demo=False)
+    args = run_options(tmp_path, resume="auto")
     with pytest.raises(utils.InputError, match="the processes do not see the same last.pth"):
         utils.Run(args, "linear", several=True)
     monkeypatch.setattr(utils, "sum_over_ranks", lambda place: 2 * place)
@@ -589,8 +593,7 @@ def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkey
 def test_what_is_random_on_the_device_depends_on_seed_epoch_step_and_rank(tmp_path, monkeypatch):
     """Dropout: the same when the epoch is resumed, another in each step, epoch and process."""
     def draw(epoch, step, rank):
-        args = SimpleNamespace(output_dir=str(tmp_path), device="cpu", seed=0, deterministic=False, amp="off", resume=None,
-                               overwrite=False, demo=False, accumulate=1, batch_size=1, workers=0, save_every=0)
+        args = run_options(tmp_path, accumulate=1, batch_size=1, workers=0, save_every=0)
         run, net = utils.Run(args, "linear"), torch.nn.Linear(2, 1)
         run.rank, run.parts = rank, {"model": net, "optimizer": torch.optim.SGD(net.parameters(), 1)}
         run.progress = {"epoch": epoch, "step": step, "images": 0, "loss": 0.0, "count": 0.0}
