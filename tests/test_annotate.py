@@ -203,7 +203,8 @@ def test_large_images_are_scaled_for_the_screen_and_clicks_are_not(start, images
     page.ask("/save", 0, {})
     saved = utils.read_mask(page.session.masks_dir / "a.png") > 0
     shown = np.array(pixels.resize((96, 64), 0))[..., 3] > 0
-    assert saved.shape == (64, 96) and (saved == shown).mean() > 0.95
+    assert saved.shape == (64, 96) and (saved == shown).mean() > 0.8  # rims of half the size are coarser
+    assert max((saved == other).mean() for other in (shown[::-1], shown[:, ::-1])) < 0.7
     page.do(0, "add", [97, 60, 1], expect=422)  # outside the image's own pixels
 
 

@@ -338,7 +338,7 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
         run("--weights", folder / "run/best.pth", "--base", other, image, "--point", "30,30")
     args = predict.get_args_parser().parse_args(["x", "--weights", str(folder / "run/decoder.pth"), "--device", "cpu"])
     args.model = "demo"
-    with pytest.raises(utils.InputError, match="decoder.pth: holds a decoder alone; give predict.py its --base"):
+    with pytest.raises(utils.InputError, match="decoder.pth: holds a decoder alone; give best.pth"):
         predict.load_model(args)
     monkeypatch.setattr(predict, "official_checkpoint", lambda path, name: {
         "format": 0, "net": "sam", "classes": [], "arch": {"model": "demo", "image_size": 64},
