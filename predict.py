@@ -4,6 +4,7 @@
     python predict.py --weights runs/train_deeplabv3/best.pth images/ --flip --scales 0.75,1,1.25
     python predict.py --weights coco --model deeplabv3_resnet50 image.jpg
     python predict.py --weights runs/train_efficientsam/best.pth image.jpg --box 75,275,340,450
+    python predict.py --weights vit_b image.jpg --everything
 
 Inputs: image files, .npy arrays (as train_efficientsam.py reads them), folders of both, globs, and
 .txt lists of them: one path per line, relative to the list's folder or to the working directory.
@@ -11,10 +12,11 @@ Writes for each image, at its own size: NAME_mask.png (palette PNG of class ids,
 of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png
 (0 and 255); also areas.csv (pixels of each class in each image) and, with --coco, annotations.json.
 NAME is the file's, with its extension and folders where others have the same.
-SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the --points
-together are one, or belong to a single box. --prompts gives those of a folder, in pixels: {"NAME":
-{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one per object, as
-annotate.py writes from clicks on a page.
+SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the
+--points together are one, or belong to a single box. --prompts gives those of a folder, in pixels:
+{"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one per object,
+as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what the net is
+sure of, each object once.
 """
 import argparse
 import csv
@@ -32,10 +34,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import tv_tensors
+from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -84,6 +87,13 @@ def get_args_parser():
     add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1",
         help="may be repeated")
     add("--prompts", help="json file of points and boxes for each image")
+    add("--everything", nargs="?", type=utils.number(int, 1, 256), const=32, metavar="N",
+        help="instead of prompts: every object that one of N x N clicks shows (32)")
+    add("--min-iou", type=utils.number(float, 0, 1),
+        help="of --everything: leave out masks that the net itself rates lower (0.88)")
+    add("--min-stability", type=utils.number(float, 0, 1),
+        help="and those whose area changes more between the thresholds 1 and -1 (0.95)")
+    add("--min-pixels", type=utils.number(int, 0), help="and regions and holes that are smaller (25)")
     add_switch("--all-masks", help="also write all three masks of each object, NAME_OBJECT_1.png to "
                                    "_3.png")
     parser.add_device_options()
@@ -204,6 +214,8 @@ class Net(NamedTuple):
     overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
     encode: Callable = None    # of nets that need prompts: see encode_efficient_sam
     max_points: int = 0        # of one object, corners of its box included
+    click: Callable = None     # of these too: see click_efficient_sam
+    enlarge: Callable = None   # and see enlarge_efficient_sam
 
 
 class Loaded(NamedTuple):
@@ -490,7 +502,8 @@ def read_prompts(name, given, args, max_points):
             names = ", ".join(list(given)[:3])
             raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a name "
                                    "has no extension")
-        raise utils.InputError(f"--box: no prompts for {name}; give --box, --point or --prompts")
+        raise utils.InputError(f"--box: no prompts for {name}; give --box, --point, --prompts "
+                               "or --everything")
     if max(len(labels) for _, labels in queries) > max_points:
         raise utils.InputError(f"{name}: more than {max_points} points for one object, corners of "
                                "its box included; the net takes no more")
@@ -553,6 +566,33 @@ def predict_efficient_sam(loaded, embedding, size, queries):
         yield logits, scores, scores.argmax(1)
 
 
+def click_efficient_sam(loaded, embedding, size, clicks):
+    """For --everything: clicks (q, 2) into an image of this size, in its pixels.
+
+    Returns mask logits (q, 3, M, M) as the decoder draws them, the net's own IoU (q, 3), and how many
+    of the M rows and columns show the image; the others are padding.
+    """
+    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    side, content = args.image_size, content_size(size, args)
+    points = (clicks * torch.tensor([content[1] / size[1], content[0] / size[0]]))[None, :, None]
+    labels = torch.ones(points.shape[:3], dtype=torch.int64, device=loaded.device)
+    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        logits, iou = loaded.model.predict_masks(embedding, points.to(loaded.device), labels, True,
+                                                 side, side)
+    shown = [math.ceil(logits.shape[-1] * length / side) for length in content]
+    return logits[0].float(), iou[0].float(), shown
+
+
+def enlarge_efficient_sam(loaded, logits, size):
+    """Mask logits (q, C, M, M) -> (q, C, *size), the image's; as predict_masks does it."""
+    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    height, width = content_size(size, args)
+    if args.preprocess == "article":
+        logits = F.interpolate(logits, (args.image_size, args.image_size), mode="bicubic")
+        logits = logits[..., :height, :width]
+    return F.interpolate(logits, size, mode="bicubic")
+
+
 def encode_sam(loaded, image):
     """RGB (H, W, 3) uint8 -> its embedding (1, D, E, E), for predict_sam."""
     size = resized_size(*image.shape[:2], loaded.model.image_size)
@@ -565,8 +605,7 @@ def encode_sam(loaded, image):
 def predict_sam(loaded, embedding, size, queries):
     """The same as finetune_sam_decoder.py validates; C is 4: the second pass's mask, the first's three."""
     model, device = loaded.model, loaded.device
-    height, width = resized_size(*size, model.image_size)
-    scale = torch.tensor([width / size[1], height / size[0]])
+    scale = sam_scale(loaded, size)
     for points, labels in queries:
         points, labels = torch.tensor(points) * scale, torch.tensor(labels)
         click, clicks, box = labels < 2, None, None
@@ -578,12 +617,36 @@ def predict_sam(loaded, embedding, size, queries):
             first, first_scores = decode_sam(model, embedding, clicks, box, None, True)
             best = first[:, first_scores[0].argmax()][:, None]
             second, second_scores = decode_sam(model, embedding, clicks, box, best, False)
-        logits = model.postprocess_masks(torch.cat([second, first], 1), (height, width), size)
+        logits = enlarge_sam(loaded, torch.cat([second, first], 1), size)
         yield logits, torch.cat([second_scores, first_scores], 1), torch.tensor([0])
 
 
+def click_sam(loaded, embedding, size, clicks):
+    """The same as click_efficient_sam; one pass, as the official SamAutomaticMaskGenerator."""
+    model = loaded.model
+    points = (clicks * sam_scale(loaded, size))[:, None].to(loaded.device)
+    labels = torch.ones(points.shape[:2], dtype=torch.int64, device=loaded.device)
+    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        logits, iou = decode_sam(model, embedding, (points, labels), None, None, True)
+    content = resized_size(*size, model.image_size)
+    shown = [math.ceil(logits.shape[-1] * length / model.image_size) for length in content]
+    return logits, iou, shown
+
+
+def enlarge_sam(loaded, logits, size):
+    """The same as enlarge_efficient_sam."""
+    model = loaded.model
+    return model.postprocess_masks(logits, resized_size(*size, model.image_size), size)
+
+
+def sam_scale(loaded, size):
+    """(2,): what x and y of an image of this size (H, W) are multiplied by for the net."""
+    height, width = resized_size(*size, loaded.model.image_size)
+    return torch.tensor([width / size[1], height / size[0]])
+
+
 def decode_sam(model, embedding, clicks, box, low_logits, multimask):
-    """One pass for one object -> mask logits (1, C, M, M), the net's own IoU (1, C); float32."""
+    """One pass for q objects -> mask logits (q, C, M, M), the net's own IoU (q, C); float32."""
     sparse, dense = model.prompt_encoder(points=clicks, boxes=box, masks=low_logits)
     masks, iou = model.mask_decoder(
         image_embeddings=embedding, image_pe=model.prompt_encoder.get_dense_pe(),
@@ -633,6 +696,47 @@ def predict_masks(model, embedding, points, labels, size, args, dtype):
         yield i, F.interpolate(logits, size, mode="bicubic"), iou[0].float()
 
 
+def find_everything(loaded, image, args):
+    """Every object of an image once, the largest first; yields as a net's predict, C being 1.
+
+    As the official SamAutomaticMaskGenerator, without its crops: clicks on a grid; of the three masks
+    of each those that the net rates well and whose area hardly depends on the threshold; of those with
+    nearly the same box (IoU above 0.7) the one rated best. All this at the decoder's own size.
+    """
+    size, steps = image.shape[:2], (torch.arange(args.everything) + 0.5) / args.everything
+    clicks = torch.cartesian_prod(steps, steps).flip(1) * torch.tensor([size[1], size[0]])
+    embedding, masks, scores, boxes = loaded.net.encode(loaded, image), [], [], []
+    for some in clicks.split(32):
+        utils.raise_if_stopped()
+        logits, iou, (height, width) = loaded.net.click(loaded, embedding, size, some)
+        logits, iou = logits.flatten(0, 1), iou.flatten()
+        shown = logits[:, :height, :width]
+        stability = (shown > 1).sum((1, 2)) / (shown > -1).sum((1, 2))  # nan if there are none
+        good = (iou >= args.min_iou) & (stability >= args.min_stability) & (shown > 0).any(2).any(1)
+        masks.append(logits[good])
+        scores.append(iou[good])
+        boxes.append(ops.masks_to_boxes(shown[good] > 0) + torch.tensor([0, 0, 1, 1], device=iou.device))
+    masks, scores = torch.cat(masks), torch.cat(scores)
+    found = []
+    for k in ops.nms(torch.cat(boxes), scores, 0.7).tolist():
+        mask = loaded.net.enlarge(loaded, masks[k, None, None], size)[0, 0] > 0
+        mask = drop_small(mask.cpu().numpy(), args.min_pixels)
+        if mask.any() and len(found) < 254:  # what a palette mask can hold
+            found.append((mask, scores[k]))
+    for mask, score in sorted(found, key=lambda one: -np.count_nonzero(one[0])):
+        yield torch.from_numpy(mask)[None, None], score[None, None], torch.tensor([0])
+
+
+def drop_small(mask, least):
+    """Mask (H, W) bool without holes, and then without regions, of fewer pixels than `least`."""
+    for value in (False, True):
+        _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8))
+        small = stats[:, cv2.CC_STAT_AREA] < least
+        small[0] = False  # all that is not `value`
+        mask = mask ^ small[labels]
+    return mask
+
+
 def each_object(parts):
     """What a net's predict yields -> masks (C, H, W) bool, C scores, best's number of each."""
     for logits, scores, chosen in parts:
@@ -660,9 +764,10 @@ NETS = {
     "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
     "efficient_sam": Net(lambda model, image_size: EFFICIENT_SAMS[model](image_size),
                          predict_efficient_sam, "preprocess", encode=encode_efficient_sam,
-                         max_points=6),
+                         max_points=6, click=click_efficient_sam, enlarge=enlarge_efficient_sam),
     "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
-               encode=encode_sam, max_points=64),  # any number; many are a mistake
+               encode=encode_sam, max_points=64,  # any number; many are a mistake
+               click=click_sam, enlarge=enlarge_sam),
 }
 
 
@@ -672,7 +777,7 @@ def check_options(args, loaded):
     """InputError for an option that is not for this net, or not beside another."""
     dense = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile}
     prompts = {"--box": args.box, "--point": args.point, "--prompts": args.prompts,
-               "--all-masks": args.all_masks}
+               "--all-masks": args.all_masks, "--everything": args.everything}
     wanted = "nets without prompts" if loaded.net.encode else "nets with prompts"
     for option, given in (dense if loaded.net.encode else prompts).items():
         if given:
@@ -686,6 +791,16 @@ def check_options(args, loaded):
         raise utils.InputError("--overlap: is of tiles; give --tile too")
     if args.prompts and (args.box or args.point):
         raise utils.InputError("--prompts: takes the place of --box and --point; give one or the other")
+    if args.everything:
+        others = [option for option, given in prompts.items() if given and option != "--everything"]
+        if others:
+            raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} out")
+    for option, value in (("min_iou", 0.88), ("min_stability", 0.95), ("min_pixels", 25)):
+        if getattr(args, option) is None:
+            setattr(args, option, value)
+        elif not args.everything:
+            option = option.replace("_", "-")
+            raise utils.InputError(f"--{option}: is of --everything; give that too")
 
 
 def plan_outputs(paths, loaded, args):
@@ -706,7 +821,7 @@ def plan_outputs(paths, loaded, args):
     files = [name + ending for name, _ in inputs for ending in endings] + ["areas.csv"]
     if args.coco:
         files.append("annotations.json")
-    if loaded.net.encode:
+    if loaded.net.encode and not args.everything:
         for name, _ in inputs:
             try:
                 queries[name] = read_prompts(utils.composed(name), prompts, args,
@@ -767,6 +882,13 @@ def do_prompts(batch, loaded, note, args, queries):
     yield name, path, image, write_objects(parts, image, prefix, note, args.all_masks)
 
 
+def do_everything(batch, loaded, note, args):
+    """Cuts out all objects of one image; yields as do_classes."""
+    (name, path, image), = batch
+    parts = find_everything(loaded, image, args)
+    yield name, path, image, write_objects(parts, image, Path(args.output_dir, name), note, False)
+
+
 @torch.no_grad()
 def main(args):
     """Predicts every input; returns {"images": how many}. A bad file is reported, the others are done."""
@@ -788,7 +910,7 @@ def main(args):
     batches = read_batches(inputs, size, bad)
     do = do_classes
     if loaded.net.encode:
-        do = functools.partial(do_prompts, queries=queries)
+        do = do_everything if args.everything else functools.partial(do_prompts, queries=queries)
     try:
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
             try:
@@ -812,6 +934,9 @@ def main(args):
         for _, name, pixels, share, score in areas:
             rating = f"  score {score}" if score else ""
             print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}{rating}")
+    empty = len(images) - len({row[0] for row in areas})
+    if empty and args.everything:
+        print(f"note: nothing found in {empty} images; try a lower --min-iou or --min-stability")
     seconds = time.perf_counter() - started
     print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s: {output_dir}/*_mask.png, "
           "*_overlay.png, areas.csv" + (", annotations.json" if args.coco else ""))

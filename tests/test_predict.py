@@ -789,3 +789,134 @@ def test_a_folder_of_folders_and_an_empty_one_are_told_from_a_missing_one(tmp_pa
     for name, words in (("a", "a folder without images; for those in its folders give a glob"), ("c", "no such image")):
         with pytest.raises(utils.InputError, match=words):
             predict.find_inputs([str(tmp_path / name)])
+
+
+# --- Everything ---
+
+def objects_net(monkeypatch, net, ids):
+    """The net's record, but a click shows the object of ids (H, W) there: as a mask of a pixel of ids each.
+
+    Of the three masks the first is right, with a speck and a hole; the second is larger and rated low;
+    the third is rated best, but depends on the threshold. Background: everything, rated low.
+    """
+    ids, seen = torch.tensor(ids), []
+
+    def click(loaded, embedding, size, clicks):
+        seen.extend(clicks.tolist())
+        masks, scores = [], []
+        for x, y in (clicks * ids.shape[0] / size[0]).long().tolist():
+            mask = torch.where(ids == ids[y, x], 8.0, -8.0)
+            row, column = (ids == ids[y, x]).nonzero()[0] + 2
+            mask[row, column] = -8  # a hole, and a speck
+            mask[0, 0] = 8
+            masks.append(torch.stack([mask, torch.full_like(mask, 8), (mask + 8).clamp(max=9) - 8.5]))
+            scores.append([0.9 + 0.01 * x / ids.shape[1] if ids[y, x] else 0.2, 0.3, 0.99 if ids[y, x] else 0.4])
+        return torch.stack(masks), torch.tensor(scores), ids.shape
+
+    record = predict.NETS[net]._replace(
+        click=click, enlarge=lambda loaded, logits, size: torch.nn.functional.interpolate(logits, size))
+    monkeypatch.setitem(predict.NETS, net, record)
+    return seen
+
+
+def test_everything_finds_each_object_once(objects_run, tmp_path, monkeypatch):
+    folder, _ = objects_run
+    ids = np.zeros((40, 60), np.uint8)
+    for k, (rows, columns) in enumerate([(slice(2, 12), slice(5, 20)), (slice(15, 38), slice(2, 25)),
+                                         (slice(5, 30), slice(30, 55)), (slice(12, 20), slice(38, 48))], 1):
+        ids[rows, columns] = k
+    seen = objects_net(monkeypatch, "efficient_sam", ids)
+    Image.fromarray(noise(80, 120)).save(tmp_path / "x.png")
+    line = ["--weights", folder / "run/last.pth", tmp_path / "x.png", "--everything", 12, "--coco", "rle"]
+    run(*line, "--output-dir", tmp_path / "out")
+    places = [(k + 0.5) / 12 for k in range(12)]
+    assert np.allclose(seen, [[120 * x, 80 * y] for y in places for x in places])
+    mask = utils.read_mask(tmp_path / "out/x_mask.png")
+    truth = ids.repeat(2, 0).repeat(2, 1)
+    assert (mask > 0).sum() == (truth > 0).sum()
+    for k in range(1, 5):  # the large ones below, each with an id of its own, without speck and hole
+        own = mask[truth == k]
+        assert (own == own[0]).all() and own[0] == [0, 3, 2, 1, 4][k]
+    rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
+    assert [int(row[2]) for row in rows] == [(truth == k).sum() for k in (3, 2, 1, 4)]
+    assert all(0.9 < float(row[4]) <= 0.91 for row in rows)  # of the clicks on it, that rated best
+    found = json.loads((tmp_path / "out/annotations.json").read_text())["annotations"]
+    assert len(found) == 4 and len({json.dumps(one["segmentation"]) for one in found}) == 4
+    run(*line, "--output-dir", tmp_path / "small", "--min-pixels", 2000)
+    assert len((tmp_path / "small/areas.csv").read_text().splitlines()) == 3
+    run(*line, "--output-dir", tmp_path / "unsure", "--min-stability", 0, "--min-iou", 0.98)
+    rows = [line.split(",") for line in (tmp_path / "unsure/areas.csv").read_text().splitlines()[1:]]
+    assert {row[4] for row in rows} == {"0.9900"} and len(rows) == 4
+
+
+def test_everything_that_finds_nothing_says_so(objects_run, tmp_path, monkeypatch, capsys):
+    folder, _ = objects_run
+    objects_net(monkeypatch, "efficient_sam", np.zeros((40, 60), np.uint8))
+    Image.fromarray(noise(80, 120)).save(tmp_path / "x.png")
+    run("--weights", folder / "run/last.pth", tmp_path / "x.png", "--everything", 3, "--output-dir", tmp_path / "out")
+    assert "note: nothing found in 1 images; try a lower --min-iou" in capsys.readouterr().out
+    assert not utils.read_mask(tmp_path / "out/x_mask.png").any()
+
+
+@pytest.mark.parametrize("size", [(70, 40), (64, 64), (30, 90)])
+@pytest.mark.parametrize("net, preprocess", [("efficient_sam", "official"), ("efficient_sam", "article"), ("sam", "")])
+def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, net, preprocess, size):
+    folder, weights = (objects_run[0], "last.pth") if net == "efficient_sam" else (sam_run[0], "best.pth")
+    loaded, _ = load(folder / "run" / weights)
+    loaded.args.preprocess = preprocess
+    record, clicks = predict.NETS[net], torch.tensor([[7.5, 9.0], [33.0, 21.5], [1.0, 29.0]])
+    with torch.no_grad():
+        embedding = record.encode(loaded, noise(*size))
+        logits, iou, (height, width) = record.click(loaded, embedding, size, clicks)
+        side = logits.shape[-1]
+        content = size if preprocess != "official" else (64, 64)
+        assert [height, width] == [math.ceil(side * length / max(content)) for length in content]
+        enlarged = record.enlarge(loaded, logits, size)
+        for k, point in enumerate(clicks.tolist()):
+            (one, scores, _), = record.predict(loaded, embedding, size, [([point], [1])])
+            assert (one[0, -3:] - enlarged[k]).abs().max() < 1e-3 and (scores[0, -3:] - iou[k]).abs().max() < 1e-4
+
+
+def test_small_holes_are_filled_and_small_regions_dropped():
+    mask = np.zeros((20, 30), bool)
+    mask[2:12, 2:12] = True
+    mask[4:6, 4:7] = False  # a hole of 6
+    mask[14:16, 20:22] = True  # a speck of 4
+    for least, hole, speck in [(0, False, True), (5, False, False), (6, False, False), (7, True, False)]:
+        cleaned = predict.drop_small(mask, least)
+        assert cleaned[4:6, 4:7].all() == hole and cleaned[14:16, 20:22].any() == speck
+        assert cleaned[2:4].sum() == 20 and cleaned.sum() == 94 + 6 * hole + 4 * speck
+    assert not predict.drop_small(mask, 300).any()
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--everything", "--box", "1,1,9,9"], "--everything: takes the place of prompts; leave --box out"),
+    (["--everything", "--all-masks"], "leave --all-masks out"), (["--min-iou", "0.5"], "--min-iou: is of --everything"),
+    (["--box", "1,1,9,9", "--min-pixels", "3"], "--min-pixels: is of --everything")])
+def test_options_of_everything(objects_run, tmp_path, more, words):
+    folder, _ = objects_run
+    Image.fromarray(noise(80, 120)).save(tmp_path / "x.png")
+    with pytest.raises(utils.InputError, match=words):
+        run("--weights", folder / "run/last.pth", tmp_path / "x.png", *more, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_demos_net_finds_most_objects(tmp_path):
+    """Recall at IoU 0.5 of generated objects by the net that --demo of finetune_sam_decoder.py starts from."""
+    import demo_data
+    import finetune_sam_decoder
+    demo = finetune_sam_decoder.get_args_parser().parse_args(["--demo", "--output-dir", str(tmp_path / "demo")])
+    finetune_sam_decoder.main(demo)
+    demo_data.write_instances(tmp_path / "new", 20)
+    root = tmp_path / "new/VOCdevkit/VOC2012"
+    run("--weights", tmp_path / "demo/base/best.pth", root / "JPEGImages", "--everything", 16, "--min-iou", 0.5,
+        "--min-stability", 0.7, "--output-dir", tmp_path / "out")
+    found = total = 0
+    for path in (root / "SegmentationObject").glob("*.png"):
+        ids, mask = utils.read_mask(path), utils.read_mask(tmp_path / f"out/{path.stem}_mask.png")
+        predicted = [mask == k for k in np.unique(mask) if k]
+        for k in set(np.unique(ids)) - {0, 255}:
+            ious = [(one & (ids == k)).sum() / (one | (ids == k)).sum() for one in predicted]
+            total, found = total + 1, found + (max(ious, default=0) >= 0.5)
+    print(f"recall at IoU 0.5: {found} of {total}")
+    assert found / total > 0.5
