@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def two_threads():
+    """For large nets; what is compared to the bit keeps to one."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def cells(tmp_path):
     """Folder of ten 48x48 pictures of drawn cells."""
     import demo_data

@@ -11,6 +11,7 @@ import nets.deeplabv3
 from nets.deeplabv3 import BACKBONES, deeplabv3
 from parity_fill import fill, manifest
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 FIXTURES = Path(__file__).parent / "fixtures"
 # Atrous rates 24 and 36 fall wholly on padding unless the features are wider than that: strides are 8 and 16
 WIDE = {"resnet50": (1, 3, 33, 401), "resnet101": (1, 3, 33, 401), "mobilenet_v3_large": (1, 3, 33, 705)}

@@ -11,6 +11,7 @@ from conftest import ROOT
 from nets.efficient_sam import EfficientSam, LayerNorm2d, efficient_sam_vits, efficient_sam_vitt
 from parity_fill import fill, manifest
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 FIXTURES = ROOT / "tests/fixtures/efficient_sam"
 INDEX = json.loads((FIXTURES / "index.json").read_text())
 

@@ -18,6 +18,7 @@ from nets import sam
 from nets.sam import NETS, LayerNorm2d, Sam, resize_positions, resized_size, sam_demo, sam_vit_b
 from parity_fill import fill, manifest
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 FIXTURES = ROOT / "tests/fixtures/sam"
 REGISTRY = json.loads((FIXTURES / "sam_registry.json").read_text())
 ATOL = {"small": 1e-4, "vit_b": 3e-4}

