@@ -732,7 +732,6 @@ def drop_small(mask, least):
     for value in (False, True):
         _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8))
         small = stats[:, cv2.CC_STAT_AREA] < least
-        small[0] = False  # all that is not `value`
         mask = mask ^ small[labels]
     return mask
 

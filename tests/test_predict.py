@@ -806,15 +806,19 @@ def objects_net(monkeypatch, net, ids):
         masks, scores = [], []
         for x, y in (clicks * ids.shape[0] / size[0]).long().tolist():
             mask = torch.where(ids == ids[y, x], 8.0, -8.0)
-            row, column = (ids == ids[y, x]).nonzero()[0] + 2
-            mask[row, column] = -8  # a hole, and a speck
-            mask[0, 0] = 8
+            row, column = (ids == ids[y, x]).nonzero()[0]
+            if ids[y, x] != 5:  # which is thin
+                mask[row + 2, column + 2] = -8  # a hole, and a speck
+                mask[row, column - 2] = 8
             masks.append(torch.stack([mask, torch.full_like(mask, 8), (mask + 8).clamp(max=9) - 8.5]))
             scores.append([0.9 + 0.01 * x / ids.shape[1] if ids[y, x] else 0.2, 0.3, 0.99 if ids[y, x] else 0.4])
-        return torch.stack(masks), torch.tensor(scores), ids.shape
+        padded = torch.nn.functional.pad(torch.stack(masks), (0, 7, 0, 5), value=8)
+        return padded, torch.tensor(scores), ids.shape
 
-    record = predict.NETS[net]._replace(
-        click=click, enlarge=lambda loaded, logits, size: torch.nn.functional.interpolate(logits, size))
+    def enlarge(loaded, logits, size):
+        return torch.nn.functional.interpolate(logits[..., :ids.shape[0], :ids.shape[1]], size)
+
+    record = predict.NETS[net]._replace(click=click, enlarge=enlarge)
     monkeypatch.setitem(predict.NETS, net, record)
     return seen
 
@@ -825,6 +829,7 @@ def test_everything_finds_each_object_once(objects_run, tmp_path, monkeypatch):
     for k, (rows, columns) in enumerate([(slice(2, 12), slice(5, 20)), (slice(15, 38), slice(2, 25)),
                                          (slice(5, 30), slice(30, 55)), (slice(12, 20), slice(38, 48))], 1):
         ids[rows, columns] = k
+    ids[3:37, 57] = 5
     seen = objects_net(monkeypatch, "efficient_sam", ids)
     Image.fromarray(noise(80, 120)).save(tmp_path / "x.png")
     line = ["--weights", folder / "run/last.pth", tmp_path / "x.png", "--everything", 12, "--coco", "rle"]
@@ -834,19 +839,19 @@ def test_everything_finds_each_object_once(objects_run, tmp_path, monkeypatch):
     mask = utils.read_mask(tmp_path / "out/x_mask.png")
     truth = ids.repeat(2, 0).repeat(2, 1)
     assert (mask > 0).sum() == (truth > 0).sum()
-    for k in range(1, 5):  # the large ones below, each with an id of its own, without speck and hole
+    for k in range(1, 6):  # the large ones below, each with an id of its own, without speck and hole
         own = mask[truth == k]
-        assert (own == own[0]).all() and own[0] == [0, 3, 2, 1, 4][k]
+        assert (own == own[0]).all() and own[0] == [0, 3, 2, 1, 4, 5][k]
     rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
-    assert [int(row[2]) for row in rows] == [(truth == k).sum() for k in (3, 2, 1, 4)]
+    assert [int(row[2]) for row in rows] == [(truth == k).sum() for k in (3, 2, 1, 4, 5)]
     assert all(0.9 < float(row[4]) <= 0.91 for row in rows)  # of the clicks on it, that rated best
     found = json.loads((tmp_path / "out/annotations.json").read_text())["annotations"]
-    assert len(found) == 4 and len({json.dumps(one["segmentation"]) for one in found}) == 4
+    assert len(found) == 5 and len({json.dumps(one["segmentation"]) for one in found}) == 5
     run(*line, "--output-dir", tmp_path / "small", "--min-pixels", 2000)
     assert len((tmp_path / "small/areas.csv").read_text().splitlines()) == 3
     run(*line, "--output-dir", tmp_path / "unsure", "--min-stability", 0, "--min-iou", 0.98)
     rows = [line.split(",") for line in (tmp_path / "unsure/areas.csv").read_text().splitlines()[1:]]
-    assert {row[4] for row in rows} == {"0.9900"} and len(rows) == 4
+    assert {row[4] for row in rows} == {"0.9900"} and len(rows) == 5
 
 
 def test_everything_that_finds_nothing_says_so(objects_run, tmp_path, monkeypatch, capsys):
