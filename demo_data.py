@@ -11,6 +11,9 @@ scenes  The PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt.
         other's and the ground's, so that colour alone misleads. Borders are 255.
 objects The layout of train_efficientsam.py: imgs/NAME.npy, gts/NAME.npy.
         Leaves, beans and stars that overlap, one id per object.
+clips   The layout of train_sam2.py: JPEGImages/NAME/00000.jpg, Annotations/NAME/00000.png, a fifth
+        in ImageSets/val.txt. Two coloured shapes cross the image. In turn one of them passes behind
+        a bar, leaves the image and comes back, or comes late.
 
 Numpy and OpenCV only. Image i of a kind is the same on every machine and for every count.
 """
@@ -263,6 +266,64 @@ def write_lists(root, name, count, every=5):
         (root / "ImageSets/Segmentation" / f"{part}.txt").write_text("".join(lines))
 
 
+def draw_clip(index, size=96, num_frames=12):
+    """Clip `index`: images (T, size, size, 3) uint8 RGB, ids (T, size, size) uint8 of two objects.
+
+    The second is hidden by a bar for a while (index 0, 3, ...), leaves the image and comes back
+    (1, 4, ...), or comes late (2, 5, ...).
+    """
+    rng = np.random.default_rng([6, index])
+    case, time = index % 3, np.linspace(0, 1, num_frames)
+    grain = np.stack([smooth_noise(rng, size, 6) for _ in range(3)], -1)
+    ground = 110 + rng.uniform(-25, 25, 3) + 22 * grain
+    hues = (rng.uniform(0, 180) + np.array([0, 90]) + rng.uniform(-25, 25, 2)) % 180
+    radii = rng.uniform(0.13, 0.18, 2) * size
+    kinds, turn = rng.integers(1, 4, 2), rng.uniform(-3, 3, 2)
+    side = rng.choice([-1, 1])  # from which the second one comes
+    bar = int(rng.uniform(0.42, 0.58) * size), int(rng.uniform(0.16, 0.2) * size)
+
+    start, end = rng.uniform(0.2, 0.8, 2), rng.uniform(0.2, 0.8, 2)
+    end[0] = start[0] - 0.5 if start[0] > 0.5 else start[0] + 0.5
+    first = start + time[:, None] * (end - start)
+    across = {
+        0: 0.14 + 0.72 * time,
+        1: 0.3 - 0.65 * np.sin(np.pi * time),
+        2: np.minimum(-0.6 + 1.3 * time, 0.75)}[case]
+    down = rng.uniform(0.3, 0.7) + rng.uniform(-0.2, 0.2) * (2 * time - 1)
+    second = np.stack([across if side > 0 else 1 - across, down], 1)
+
+    images, ids = [], np.zeros((num_frames, size, size), np.uint8)
+    for t in range(num_frames):
+        image = ground.copy()
+        for number, path in ((1, first), (2, second)):
+            polygon = outline(kinds[number - 1], path[t] * size, radii[number - 1],
+                              turn[number - 1] * time[t])
+            inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon.round().astype(np.int32)], 1) > 0
+            colour = cv2.cvtColor(np.uint8([[[hues[number - 1], 190, 215]]]), cv2.COLOR_HSV2RGB)[0, 0]
+            image[inside] = (colour + 12 * grain)[inside]
+            ids[t][inside] = number
+        if case == 0:
+            left, width = bar[0] - bar[1], 2 * bar[1]
+            image[:, left:left + width] = 60 + 20 * grain[:, left:left + width]
+            ids[t, :, left:left + width] = 0
+        image = cv2.GaussianBlur(image, (0, 0), 0.6) + rng.normal(0, 5, image.shape)
+        images.append(image.clip(0, 255).astype(np.uint8))
+    return np.stack(images), ids
+
+
+def write_clips(folder, count, size=96, num_frames=12):
+    (folder / "ImageSets").mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        images, ids = draw_clip(index, size, num_frames)
+        for sub, frames, ending in (("JPEGImages", images, "jpg"), ("Annotations", ids, "png")):
+            (folder / sub / f"clip_{index:04d}").mkdir(parents=True, exist_ok=True)
+            for t, pixels in enumerate(frames):
+                save(folder / sub / f"clip_{index:04d}" / f"{t:05d}.{ending}", pixels)
+    for part, wanted in (("val", True), ("train", False)):
+        lines = [f"clip_{i:04d}\n" for i in range(count) if (i % 5 == 0) == wanted]
+        (folder / "ImageSets" / f"{part}.txt").write_text("".join(lines))
+
+
 def save(path, pixels):
     """uint8 (H, W) or RGB (H, W, 3) -> file; not by cv2.imwrite, which takes ASCII paths only."""
     if pixels.ndim == 3:
@@ -307,7 +368,7 @@ def baseline_scenes(train_images, train_masks, images, masks, num_classes=len(SC
 
 
 WRITE = {"cells": write_cells, "scenes": write_scenes, "objects": write_objects,
-         "plain": write_instances, "rings": write_rings}
+         "plain": write_instances, "rings": write_rings, "clips": write_clips}
 
 
 def get_args_parser():

@@ -54,7 +54,8 @@ MAY_CHANGE = {  # options that may differ when a run is continued
     "resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
     "early_stopping", "save_every", "workers", "device", "cache_dir"}
 WRITTEN = ["last.pth", "best.pth", "model.pth", "decoder.pth", "log.csv", "curves.png",
-           "val_samples.png", "results????????-??????.txt", "record_mAP.txt"]  # what --overwrite replaces
+           "val_samples.png", "val_videos.csv", "results????????-??????.txt",
+           "record_mAP.txt"]  # what --overwrite replaces
 _signals = []   # SIGTERM or SIGINT, once they have come
 
 
@@ -246,8 +247,9 @@ class Run:
             precision += " (--amp bf16 takes about half the time on this processor)"
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{name}: {trained:,} of {total:,} parameters trained; {len(train_set)} train and "
-              f"{len(val_set)} val images (data hash {self.args.data_hash}); {self.device} x "
+        unit = getattr(train_set, "unit", "images")  # "videos"
+        print(f"{name}: {trained:,} of {total:,} parameters trained; {len(train_set.items)} train and "
+              f"{len(val_set.items)} val {unit} (data hash {self.args.data_hash}); {self.device} x "
               f"{self.args.world_size}, {precision}, torch {torch.__version__}")
 
     def check_test(self, same):

@@ -19,10 +19,11 @@ TOOLS = ["annotate", "convert_labels"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
         "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
 DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects",
-             "train_efficientsam_ddp": "objects", "finetune_sam_decoder": "rings"}
+             "train_efficientsam_ddp": "objects", "finetune_sam_decoder": "rings", "train_sam2": "clips"}
 SMALL = {"train_unet": [], "train_deeplabv3": ["--backbone", "mobilenet_v3_large", "--weights", "none",
                                                "--base-size", "64", "--crop-size", "64"],
          "finetune_sam_decoder": ["--model", "demo", "--weights", "none", "--image-size", "64", "--year", "2012"],
+         "train_sam2": ["--model", "demo", "--image-size", "64", "--num-frames", "2"],
          **dict.fromkeys(["train_efficientsam", "train_efficientsam_ddp"], ["--model", "demo", "--image-size", "64"])}
 SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"]
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]

@@ -208,3 +208,51 @@ def test_efficientsam_after_a_killed_rank_ends_in_the_straight_runs_bits(straigh
     if not restarts:
         finish(torchrun(*line))
     assert_runs_equal(whole, tmp_path / "run")
+
+
+# --- SAM 2: clips of different prompts, so each process uses other parts of the net ---
+
+SAM2 = ("--model demo --weights none --image-size 64 --num-frames 3 --multiplier 1 --num-correction-points 2 -j 0 "
+        "--epochs 2 --lr 0.001 --vision-lr 0.001 --device cpu --save-every 1").split()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    import demo_data
+    demo_data.write_clips(tmp_path_factory.mktemp("videos") / "data", 9, size=64, num_frames=5)  # 7 to train on
+    return tmp_path_factory.getbasetemp() / "videos0/data"
+
+
+def test_one_process_with_two_clips_trains_as_two_with_one(videos, tmp_path):
+    """Without dropout, whose numbers each process draws itself. In the last step the second process only keeps step."""
+    import train_sam2
+    options = ["--data-path", videos, *SAM2, "--dropout", 0, "--drop-path", 0]
+    finish(torchrun("train_sam2.py", *options, "-b", 1, "--output-dir", tmp_path / "two"))
+    train_sam2.main(train_sam2.get_args_parser().parse_args(list(map(str, [
+        *options, "-b", 2, "--output-dir", tmp_path / "one"]))))
+    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("one", "two"))
+    for key, value in one["model"].items():
+        if not key.endswith("k_proj.bias"):  # whose true gradient is zero
+            assert (value - two["model"][key]).abs().max() <= 1e-4 * max(1, value.abs().max()), key
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
+    for name in ("loss", "pass_focal", "pass_dice", "pass_iou", "pass_score", "val_jf", "copied_jf"):
+        column = logs[0][0].split(",").index(name)
+        for a, b in zip(logs[0][1:], logs[1][1:]):
+            assert float(a.split(",")[column]) == pytest.approx(float(b.split(",")[column]), abs=2e-3), name
+    assert one["before"]["per_video"].keys() == two["before"]["per_video"].keys()
+
+
+def test_sam2_after_a_killed_rank_ends_in_the_straight_runs_bits(videos, tmp_path):
+    line = ["train_sam2.py", "--data-path", videos, *SAM2, "-b", 1]
+    finish(torchrun(*line, "--epochs", 3, "--output-dir", tmp_path / "whole"))
+    line += ["--epochs", 3, "--output-dir", tmp_path / "run", "--resume", "auto"]
+    process = torchrun(*line)
+    while not (tmp_path / "run/last.pth").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    found = workers(process)
+    assert len(found) == 2 and process.poll() is None
+    os.kill(found[1], signal.SIGKILL)
+    process.communicate(timeout=240)
+    finish(torchrun(*line))
+    assert_runs_equal(tmp_path / "whole", tmp_path / "run")

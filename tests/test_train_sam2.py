@@ -1,0 +1,751 @@
+"""train_sam2.py: official losses, steps and groups; prompts, J and F by hand; videos as they are found; training."""
+import csv
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo_data
+import train_sam2 as script_
+import utils
+from conftest import save_grey
+from parity_fill import fill
+from parity_inputs import discs
+from test_nets_sam2 import FIXTURES, build, check, clip, disc_masks, load_reference
+
+SMALL = ["--model", "demo", "--weights", "none", "--image-size", "64", "--num-frames", "3", "-b", "2", "-j", "0",
+         "--device", "cpu", "--lr", "0.001", "--vision-lr", "0.001", "--epochs", "1", "--multiplier", "1",
+         "--num-correction-points", "1"]
+
+
+def options(*texts):
+    return script_.get_args_parser().parse_args([str(text) for text in texts])
+
+
+def train(folder, output, *more):
+    return script_.main(options("--data-path", folder, "--output-dir", output, *SMALL, *more))
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Folder of six 64x64 videos of five frames and two objects."""
+    demo_data.write_clips(tmp_path / "clips", 6, size=64, num_frames=5)
+    return tmp_path / "clips"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(data, output folder, figures) of a short run, with all that a run writes."""
+    folder = tmp_path_factory.mktemp("trained")
+    demo_data.write_clips(folder / "clips", 6, size=64, num_frames=5)
+    return folder / "clips", folder / "run", train(folder / "clips", folder / "run", "--epochs", 2)
+
+
+def dataset(folder, *more, part="train", args=()):
+    args = options("--data-path", folder, *SMALL, *more)
+    train_loader, val_loader = script_.create_loaders(args)
+    return (train_loader if part == "train" else val_loader).dataset
+
+
+def refuses(folder, *expected, more=()):
+    with pytest.raises(utils.InputError) as caught:
+        dataset(folder, *more)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert str(text) in message, message
+
+
+def set_of(*circles, size=64):
+    return disc_masks(size, *circles)[:, 0]
+
+
+# --- Against the official training ---
+
+@pytest.mark.parametrize("name, more", [
+    ("mose", []), ("noall", ["--supervise-all-iou", "False"]), ("mse", ["--iou-use-l1-loss", "False"]),
+    ("noobj", ["--pred-obj-scores", "False"]),
+    ("focalobj", ["--focal-gamma-obj-score", "2", "--focal-alpha-obj-score", "0.25"])])
+def test_losses_and_their_gradients_are_the_official_ones(name, more):
+    reference, args = load_reference("losses"), options(*more)
+    shape = reference["shape"].tolist()
+    targets = np.unpackbits(reference["targets_packed"].numpy())[:math.prod(shape)].reshape(shape).astype(bool)
+    draw, passes = np.random.RandomState(reference["seed"].item()), []
+    for t, counts in enumerate(((3, 1, 1), (3,))):
+        for j, count in enumerate(counts):
+            logits = 3 * draw.randn(3, count, 64, 64) + 4 * (targets[t][:, None] - 0.5)
+            leaves = [torch.from_numpy(x.astype(np.float32)).requires_grad_()
+                      for x in (logits, draw.rand(3, count), 2 * draw.randn(3, 1))]
+            passes.append((t, j, leaves))
+    # Logits of the masks' own size: resizing them leaves them as they are
+    sums = sum(script_.criterion(*leaves, torch.from_numpy(targets[t]), args) for t, _, leaves in passes) / 3
+    names = ("mask", "dice", "iou", "class")
+    for key, value in zip(names, sums.tolist()):
+        assert value == pytest.approx(reference[f"{name}_loss_{key}"].item(), rel=1e-5), key
+    weighted = sums @ torch.tensor([20.0, 1, 1, 1])
+    assert weighted.item() == pytest.approx(reference[f"{name}_core_loss"].item(), rel=1e-5)
+    if name == "mose":
+        weighted.backward()
+        for t, j, (logits, ious, score) in passes:
+            check("masks", logits.grad[:, :, ::8, ::8], reference[f"grad_{t}_{j}_masks"], 1e-6)
+            assert logits.grad.norm().item() == pytest.approx(reference[f"grad_{t}_{j}_masknorm"].item(), rel=1e-4)
+            check("ious", ious.grad, reference[f"grad_{t}_{j}_ious"], 1e-6)
+            check("score", score.grad, reference[f"grad_{t}_{j}_score"], 1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tag", ["maskprompt", "clicks", "image"])
+def test_passes_losses_and_gradients_of_a_clip_are_the_official_ones(tag, checkpointing, monkeypatch):
+    """Three objects of two videos; the clicks are the reference's, drawn by the official 'center' rule."""
+    model, reference = fill(build("mini")).eval(), load_reference("mini_train")
+    model.image_encoder.trunk.gradient_checkpointing = checkpointing
+    num_frames = 1 if tag == "image" else 4
+    images = clip(15, 8, 128).unflatten(0, (4, 2))[:num_frames].transpose(0, 1).flatten(0, 1)  # video after video
+    masks = torch.from_numpy(discs(4, 128, [(50, 60, 20, 3, 1, 0, 3), (90, 30, 12, -2, 4, 0, 1),
+                                            (30, 95, 16, 1, -3, 0, 3)]))[:num_frames]
+    prompts, corrected, draws = {0: {}}, (), torch.zeros(num_frames, 0, 3)
+    if tag != "maskprompt":
+        points, labels = reference[f"{tag}_f0_points"], reference[f"{tag}_f0_labels"]
+        prompts = {0: {"point_coords": points[:, :1], "point_labels": labels[:, :1]}}
+        corrected, draws = (0,), torch.zeros(num_frames, points.shape[1] - 1, 3)
+        given = iter(range(1, points.shape[1]))
+
+        def next_clicks(masks, pred, draws):
+            i = next(given)
+            return points[:, i:i + 1], labels[:, i:i + 1]
+        monkeypatch.setattr(script_, "next_clicks", next_clicks)
+    args = options("--gradient-checkpointing", checkpointing)
+    backbone = model._prepare_backbone_features(model.forward_image(images))[1:]
+    videos, losses = torch.tensor([0, 0, 1]), 0
+    one = script_.Clip(None, masks, prompts, corrected, draws)
+    for t, passes in script_.track_clips(model, backbone, videos, one, args, None):
+        assert len(passes) == reference[f"{tag}_f{t}_nsteps"]
+        for j, (low_res, ious, score) in enumerate(passes):
+            check("ious", ious, reference[f"{tag}_f{t}_s{j}_ious"], 1e-5)
+            check("score", score, reference[f"{tag}_f{t}_s{j}_score"], 1e-4)
+            losses = losses + script_.criterion(low_res, ious, score, masks[t], args) / 3
+    for key, value in zip(("mask", "dice", "iou", "class"), losses.tolist()):
+        assert value == pytest.approx(reference[f"{tag}_loss_loss_{key}"].item(), rel=1e-5), key
+    (losses @ torch.tensor([20.0, 1, 1, 1])).backward()
+    norms = json.loads((FIXTURES / "mini_grad_norms.json").read_text())
+    for key, p in model.named_parameters():
+        norm = norms[key][["maskprompt", "clicks", "image"].index(tag)]
+        if norm is None or norm == 0:
+            assert p.grad is None or not p.grad.any(), key
+        elif not key.endswith("k_proj.bias"):  # mathematically zero
+            assert p.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-5), key
+
+
+def test_optimizer_groups_and_rates_are_the_official_ones():
+    reference = json.loads((FIXTURES / "param_groups_mini.json").read_text())
+    model, args = build("mini"), options()
+    optimizer = script_.create_optimizer(model, args)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for i, done in enumerate(reference["where"]):
+        script_.set_learning_rate(optimizer, args, done)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                expected = reference["params"][names[id(p)]]
+                assert group["lr"] == pytest.approx(expected["lr"][i], rel=1e-6), names[id(p)]
+                assert group["weight_decay"] == expected["wd"], names[id(p)]
+            assert [*group["betas"], group["eps"]] == [*reference["betas"], reference["eps"]]
+
+
+# --- Prompts ---
+
+def test_a_click_is_on_a_wrong_pixel_and_says_what_it_should_be():
+    masks = set_of((20, 20, 8), (40, 40, 10), (30, 30, 6))
+    pred = set_of((28, 20, 8), (40, 40, 10), (30, 30, 9))  # moved; right; too large
+    seen = torch.zeros(2, 64, 64, dtype=torch.bool)
+    for draw in torch.linspace(0, 0.9999, 300):
+        coords, labels = script_.next_clicks(masks, pred, draw.expand(3))
+        assert coords.shape == (3, 1, 2) and labels.shape == (3, 1)
+        (x, y), label = coords[0, 0].int().tolist(), labels[0, 0].item()
+        assert masks[0, y, x] != pred[0, y, x] and label == masks[0, y, x]
+        seen[label, y, x] = True
+        (x, y), label = coords[1, 0].int().tolist(), labels[1, 0].item()
+        assert not masks[1, y, x] and label == 0  # nothing is wrong: on the background
+        (x, y), label = coords[2, 0].int().tolist(), labels[2, 0].item()
+        assert pred[2, y, x] and not masks[2, y, x] and label == 0
+    wrong = masks[0] ^ pred[0]
+    assert seen.any(0).sum() > 0.95 * min(300, wrong.sum())
+    assert (seen[1].sum() - seen[0].sum()).abs() < 20  # equally likely: both parts have the same size
+
+
+def test_every_wrong_pixel_is_equally_likely():
+    masks, pred = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
+    masks[0, 2, 3] = masks[0, 7, 7] = pred[0, 0, 0] = pred[0, 5, 1] = True
+    found = [script_.next_clicks(masks, pred, torch.tensor([draw]))
+             for draw in (0.0, 0.2499, 0.25, 0.4999, 0.5, 0.75, 0.999999, 1 - 2**-24)]
+    assert [coords[0, 0].tolist() for coords, _ in found] == [
+        [0, 0], [0, 0], [3, 2], [3, 2], [1, 5], [7, 7], [7, 7], [7, 7]]
+    assert [labels.item() for _, labels in found] == [0, 0, 1, 1, 0, 1, 1, 1]
+
+
+def test_clicks_from_the_truth_and_on_a_full_or_empty_mask():
+    mask = set_of((20, 20, 8))
+    for draw in torch.linspace(-1, -0.001, 50):  # below 0: as if nothing were predicted
+        coords, labels = script_.next_clicks(mask, mask, draw[None])
+        x, y = coords[0, 0].int().tolist()
+        assert mask[0, y, x] and labels.item() == 1
+    full, empty = torch.ones(1, 9, 9, dtype=torch.bool), torch.zeros(1, 9, 9, dtype=torch.bool)
+    assert script_.next_clicks(full, full, torch.tensor([0.5]))[1].item() == 1   # official: 0 at 0, 0
+    assert script_.next_clicks(empty, empty, torch.tensor([0.5]))[1].item() == 0
+
+
+def test_boxes_move_by_a_tenth_at_most_and_absent_objects_have_none():
+    masks = torch.zeros(3, 512, 512, dtype=torch.bool)
+    masks[0, 100:201, 50:101] = True    # 50 x 100, so moved by up to 5 and 10
+    masks[1, 5:505, 5:505] = True       # by 20 at most, within the image
+    corners = []
+    for _ in range(200):
+        coords, labels = script_.draw_boxes(masks)
+        assert coords.shape == (3, 2, 2) and labels[:2].tolist() == [[2, 3], [2, 3]]
+        assert labels[2].tolist() == [0, -1]  # a click beside it, and padding
+        corners.append(coords[:2].flatten(1))
+    moved = torch.stack(corners) - torch.tensor([[50.0, 100, 100, 200], [5, 5, 504, 504]])
+    assert (moved[:, 0].abs().amax(0) <= torch.tensor([5.0, 10, 5, 10])).all()
+    assert (moved[:, 0].abs().amax(0) > torch.tensor([4.5, 9, 4.5, 9])).all()
+    assert moved[:, 1].abs().max() <= 20 and torch.stack(corners).min() >= 0 and torch.stack(corners).max() <= 511
+
+
+def test_prompts_have_the_official_shares():
+    masks = torch.from_numpy(discs(8, 32, [(16, 16, 8, 0, 0, 0, 7), (20, 20, 5, 0, 0, 0, 3)]))
+    args, plans = options("--image-size", 32), []
+    with utils.seeded(0):
+        plans = [script_.simulate_prompts(masks, args) for _ in range(1500)]
+    by_points = [plan for plan in plans if plan[0][0]]
+    assert 0.46 < len(by_points) / len(plans) < 0.54
+    assert 0.46 < np.mean([len(prompts) == 1 for prompts, *_ in plans]) < 0.54   # 1 or 2 prompted frames
+    boxes = [points["point_labels"].shape[1] == 2 for prompts, *_ in by_points for points in prompts.values()]
+    assert 0.46 < np.mean(boxes) < 0.54
+    for prompts, corrected, draws in plans:
+        assert next(iter(prompts)) == 0 and len(prompts) <= 2
+        if not prompts[0]:
+            assert corrected == () and draws.shape == (8, 0, 2)
+            continue
+        assert draws.shape == (8, 7, 2) and list(corrected)[:len(prompts)] == list(prompts)
+        assert len(set(corrected)) == len(corrected) <= 2
+    alone = [corrected for prompts, corrected, _ in by_points if len(prompts) == 1]
+    assert 0.42 < np.mean([len(corrected) == 1 for corrected in alone]) < 0.58
+    truth = torch.stack([draws for _, _, draws in by_points]) < 0
+    assert (truth.all(-1) == truth.any(-1)).all() and 0.08 < truth.float().mean() < 0.12
+    later = [t for prompts, *_ in plans for t in list(prompts)[1:]]
+    assert set(later) == set(range(1, 8))
+
+
+def test_a_clip_of_one_frame_is_clicked_or_boxed_and_fixed_numbers_are_kept():
+    masks = torch.from_numpy(discs(4, 32, [(16, 16, 8, 0, 0, 0, 7)]))
+    for _ in range(20):
+        prompts, corrected, draws = script_.simulate_prompts(masks[:1], options("--prob-points", "0"))
+        assert list(prompts) == [0] and prompts[0] and corrected == (0,) and draws.shape == (1, 7, 1)
+        prompts, corrected, _ = script_.simulate_prompts(masks, options(
+            "--prob-points", 1, "--vary-prompted", "False", "--corrected-frames", 4, "--vary-corrected", "False"))
+        assert len(prompts) == 2 and sorted(corrected) == [0, 1, 2, 3]
+
+
+# --- J and F ---
+
+def blocks(*boxes, size=(100, 120)):
+    mask = np.zeros(size, bool)
+    for y0, y1, x0, x1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def test_j_of_hand_worked_masks():
+    one, other = blocks((10, 30, 10, 30)), blocks((10, 30, 20, 40))
+    assert script_.region_similarity(one, other) == 200 / 600
+    empty = blocks()
+    assert script_.region_similarity(empty, empty) == 1 and script_.region_similarity(one, empty) == 0
+
+
+def test_boundary_pixels_are_davis():
+    mask = blocks((1, 3, 1, 3), size=(5, 5))
+    assert script_.boundary(mask).astype(int).tolist() == [
+        [1, 1, 1, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    full = blocks((0, 5, 0, 5), size=(5, 5))
+    assert not script_.boundary(full).any()  # the image's edge is no boundary
+
+
+def test_f_of_hand_worked_masks():
+    size = (100, 120)   # 0.008 of the diagonal 156.2 is 1.25, rounded up 2 pixels
+    one = blocks((20, 40, 20, 40), size=size)
+    assert script_.contour_accuracy(one, one) == 1
+    assert script_.contour_accuracy(blocks((22, 42, 20, 40), size=size), one) == 1   # moved by 2
+    # Moved by 3: of the 80 boundary pixels (a square of side 21 without its inside) all of the two sides along
+    # the way and those near the ends of the others match
+    moved, ring = blocks((23, 43, 20, 40), size=size), 80
+    assert script_.boundary(one).sum() == ring
+    matched = 2 * 21 - 2 * 3 + 2 * 2 + 4  # see the brute force below
+    assert script_.contour_accuracy(moved, one) == pytest.approx(brute_force(moved, one, 2))
+    assert matched and script_.contour_accuracy(moved, one) < 1
+    empty = blocks(size=size)
+    assert script_.contour_accuracy(empty, empty) == 1
+    assert script_.contour_accuracy(one, empty) == script_.contour_accuracy(empty, one) == 0
+    far = blocks((70, 90, 80, 100), size=size)
+    assert script_.contour_accuracy(far, one) == 0
+    half = blocks((20, 40, 20, 40), (70, 90, 80, 100), size=size)  # one right, one too many
+    assert script_.contour_accuracy(half, one) == pytest.approx(2 * 0.5 * 1 / 1.5)
+
+
+def brute_force(pred, true, radius):
+    """F by the definition: every boundary pixel against every other one's distance."""
+    lines = [np.argwhere(script_.boundary(mask)) for mask in (pred, true)]
+    distance = np.sqrt(((lines[0][:, None] - lines[1][None]) ** 2).sum(-1))
+    precision, recall = (distance.min(1) <= radius).mean(), (distance.min(0) <= radius).mean()
+    return 2 * precision * recall / (precision + recall)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 120), (240, 320)])
+def test_f_equals_the_definition_on_random_blobs(size):
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        masks = [demo_data.smooth_noise(draw, max(size), 5)[:size[0], :size[1]] > 0.3 for _ in range(2)]
+        expected = brute_force(*masks, math.ceil(0.008 * math.hypot(*size)))
+        assert script_.contour_accuracy(*masks) == pytest.approx(expected)
+
+
+def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_object_does(monkeypatch):
+    ids = torch.zeros(6, 40, 40, dtype=torch.uint8)
+    ids[:4, 5:15, 5:15] = 1    # gone in frames 4 and 5
+    ids[2:, 20:30, 20:30] = 2  # comes in frame 2
+    labels = ids.clone()
+    labels[0] = labels[2] = labels[5] = 0  # wrong where it does not count, but for object 1 in frame 2
+    labels[4][ids[4] == 0] = 1             # object 1 is said to be everywhere in frame 4
+    monkeypatch.setattr(script_, "track_video", lambda *args: torch.stack([labels, ids]))
+
+    class Loader(list):
+        dataset = SimpleNamespace(items=[("a",), ("b",)])
+    run = SimpleNamespace(device=torch.device("cpu"))
+    figures = script_.evaluate(torch.nn.Identity(), Loader([(None, ids, [0]), (None, ids, [1])]), run,
+                               SimpleNamespace(world_size=1))
+    # Object 1: frames 1 to 4: 1, 0, 1, 0; object 2: frames 3 and 4: 1, 1
+    assert figures["val_j"] == figures["val_f"] == figures["val_jf"] == (0.5 + 1) / 2
+    assert figures["val_click_j"] == 1
+    # Copied: object 1: 1, 1, 1, 0; object 2: 1, 1
+    assert figures["copied_j"] == (0.75 + 1) / 2
+    assert figures["per_video"]["b"][:2] == [2, 0.75]
+
+
+def test_tracking_gives_each_object_its_mask_or_click_where_it_appears(clips):
+    videos = dataset(clips, part="val")
+    images, ids, index = videos[0, 0]
+    firsts = script_.first_frames(ids)
+    given = {}
+
+    class Model:
+        image_size = 64
+
+        def propagate(self, frames, prompts):
+            given.update(prompts=prompts, frame=frames[0], count=len(frames))
+            for t in range(len(frames)):
+                logits = torch.full((len(prompts), 1, 16, 16), -5.0)
+                logits[-1] = 1.0 if t == 3 else -1.0
+                yield t, {"pred_masks": logits}
+    labels = script_.track_video(Model(), images, ids, firsts, SimpleNamespace(device=torch.device("cpu"), dtype=None))
+    assert labels.shape == (2, *ids.shape) and (labels[1, 3] == len(firsts)).all() and not labels[0].any()
+    assert not labels[1, :3].any()
+    for k, (first, by_mask, by_click) in enumerate(zip(firsts, given["prompts"], given["prompts"][len(firsts):]), 1):
+        assert torch.equal(by_mask[first]["mask_inputs"][0], ids[first] == k)
+        x, y = by_click[first]["point_coords"][0].tolist()
+        assert ids[first][round(y), round(x)] == k and by_click[first]["point_labels"].tolist() == [1]
+    expected = (images[0].float() - torch.tensor([123.675, 116.28, 103.53])[:, None, None]) \
+        / torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+    assert torch.allclose(given["frame"], expected, atol=1e-5)
+
+
+def test_a_tiny_object_still_is_a_mask_prompt():
+    mask = torch.zeros(500, 700, dtype=torch.bool)
+    mask[100, 200] = True
+    assert script_.resize_mask(mask, 64).sum() >= 1
+
+
+# --- Data ---
+
+def test_clips_have_consecutive_frames_visible_objects_and_depend_on_seed_epoch_index_alone(clips):
+    videos = dataset(clips, "--multiplier", 3)
+    assert len(videos) == 3 * len(videos.items) and videos[0, len(videos.items) + 1][1] == 1
+    one, index = videos[0, 1]
+    assert one.images.shape == (3, 3, 64, 64) and one.images.dtype == torch.uint8
+    assert one.masks.dtype == torch.bool and one.masks.shape[:1] == (3,) and one.masks[0].flatten(1).any(1).all()
+    torch.rand(5)
+    again, _ = videos[0, 1]
+    assert torch.equal(one.images, again.images) and torch.equal(one.draws, again.draws)
+    others = [videos[epoch, index][0] for epoch, index in ((1, 1), (0, len(videos.items) + 1))]
+    assert not any(torch.equal(one.images, other.images) for other in others)
+
+
+def test_stride_reverse_and_starts_reach_all_frames(tmp_path):
+    """Frames are grey values 10 t, so that a clip tells which frames it has."""
+    for name in "ab":
+        write_video(tmp_path, name, [np.full((64, 64, 3), 10 * t) for t in range(12)],
+                    [disc_masks(64, (30, 30, 12))[0, 0] * 7] * 12)
+    videos = dataset(tmp_path, "--overfit", 1, "--stride", 2)
+    assert values(videos[0, 0][0]) == [0, 2, 4]  # without augmentation the first clip that has an object
+    videos.augment = True
+    for name in ("hflip_prob", "degrees", "shear", "gray_prob"):
+        setattr(videos.args, name, 0.0)
+    videos.args.jitter = videos.args.frame_jitter = [0.0, 0.0, 0.0]
+    found = {tuple(values(videos[epoch, 0][0])) for epoch in range(60)}
+    assert found == {(t, t + 2, t + 4) for t in range(8)}
+    videos.args.reverse_time_prob = 1.0
+    found = {tuple(values(videos[epoch, 0][0])) for epoch in range(60)}
+    assert found == {(t + 4, t + 2, t) for t in range(8)}
+
+
+def values(one):
+    return [round(frame.float().median().item() / 10) for frame in one.images]
+
+
+def write_video(folder, name, images, ids):
+    for sub, frames, ending in (("JPEGImages", images, "png"), ("Annotations", ids, "png")):
+        (folder / sub / name).mkdir(parents=True, exist_ok=True)
+        for t, pixels in enumerate(frames):
+            save_grey(folder / sub / name / f"{t:05d}.{ending}", np.asarray(pixels).astype(np.uint8))
+
+
+def test_all_frames_are_transformed_alike_and_masks_with_them(tmp_path):
+    mask = disc_masks(96, (40, 30, 14))[0, 0].numpy()
+    image = np.where(mask[..., None], (250, 30, 30), (20, 20, 120))
+    for name in "ab":
+        write_video(tmp_path, name, [image] * 4, [mask * 3] * 4)
+    videos = dataset(tmp_path, "--overfit", 1, "--image-size", 96)
+    videos.augment, seen = True, []
+    for epoch in range(8):
+        videos.args.frame_jitter = [0.0, 0.0, 0.0]
+        one, _ = videos[epoch, 0]
+        assert all(torch.equal(one.images[0], frame) for frame in one.images)
+        assert all(torch.equal(one.masks[0], masks) for masks in one.masks)
+        red = one.images[0, 0].float() - one.images[0, 2].float() > 40
+        if not (one.images[0, 0] == one.images[0, 1]).all():  # not a grey clip
+            overlap = (red & one.masks[0, 0]).sum() / (red | one.masks[0, 0]).sum()
+            assert overlap > 0.9
+        seen.append(one.masks[0])
+        videos.args.frame_jitter = [0.3, 0.05, 0.05]
+        one, _ = videos[epoch, 0]
+        assert not torch.equal(one.images[0], one.images[1])
+    assert len({masks.numpy().tobytes() for masks in seen}) == 8
+
+
+def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
+    ids = np.zeros((65, 65), np.uint8)
+    ids[30:35, 50:55] = 1
+    image = np.repeat(ids[..., None] * 200, 3, 2)
+    args = SimpleNamespace(hflip_prob=0.0, degrees=90.0, shear=0.0)
+    with utils.seeded(3):
+        images, turned = script_.change_clip([image], [ids], args)
+    assert turned[0].astype(int).sum() == pytest.approx(25, abs=8) and not np.array_equal(turned[0], ids)
+    corner = np.zeros((65, 65), np.uint8)
+    corner[0, 0] = 1
+    corner[40, 40] = 2
+    kept = 0
+    for seed in range(10):
+        with utils.seeded(seed):
+            kept += np.array_equal(script_.change_clip([image], [corner], args)[1][0], corner)
+    assert kept >= 8
+    args.hflip_prob = 1.0
+    args.degrees = 0.0
+    mirrored = script_.change_clip([image], [ids], args)[1][0]
+    assert np.array_equal(mirrored, ids[:, ::-1])
+
+
+def test_folders_per_object_davis_resolutions_and_frames_in_order_of_number(tmp_path):
+    mask = disc_masks(64, (20, 20, 8), (40, 40, 9))[:, 0].numpy()
+    for t in (1, 2, 10):
+        for sub in ("JPEGImages/480p/v", "Annotations/480p/v/000", "Annotations/480p/v/007"):
+            (tmp_path / sub).mkdir(parents=True, exist_ok=True)
+        save_grey(tmp_path / f"JPEGImages/480p/v/{t}.jpg", np.full((64, 64, 3), t, np.uint8))
+        save_grey(tmp_path / f"Annotations/480p/v/000/{t}.png", mask[0].astype(np.uint8) * 255)
+        if t != 10:
+            save_grey(tmp_path / f"Annotations/480p/v/007/{t}.png", mask[1].astype(np.uint8) * 255)
+    args = options("--data-path", tmp_path)
+    ((name, images, masks),) = script_.find_items(str(tmp_path), args)
+    assert [path.stem for path in images] == ["1", "2", "10"] and [len(mask) for mask in masks] == [2, 2, 1]
+    assert np.array_equal(script_.load_ids(masks[0]), mask[0] + 2 * mask[1])
+    assert np.array_equal(script_.load_ids(masks[2]), mask[0])
+
+
+def test_lists_exclusions_and_other_folders(clips, tmp_path):
+    (tmp_path / "train.txt").write_text("clip_0001\nclip_0003\n\nclip_0004\n")
+    (tmp_path / "not.txt").write_text("clip_0003\n")
+    (tmp_path / "val.txt").write_text("clip_0002\n")
+    lists = ["--train-set", tmp_path / "train.txt", "--excluded-videos-list-txt", tmp_path / "not.txt"]
+    assert [item[0] for item in dataset(clips, *lists, "--val-set", tmp_path / "val.txt").items] == [
+        "clip_0001", "clip_0004"]
+    named = dataset(clips, "--val-set", "val")  # ImageSets/val.txt; the others are trained on
+    assert [item[0] for item in named.items] == ["clip_0001", "clip_0002", "clip_0003", "clip_0004"]
+    shutil.move(clips / "JPEGImages", tmp_path / "images")
+    moved = dataset(clips, "--img-folder", tmp_path / "images", "--gt-folder", clips / "Annotations")
+    assert len(moved.items) == 4
+    refuses(clips, "JPEGImages: no such folder", "--img-folder")
+    shutil.move(tmp_path / "images", clips / "JPEGImages")
+    (tmp_path / "train.txt").write_text("")
+    refuses(clips, tmp_path / "train.txt", "lists nothing", more=lists)
+    refuses(clips, "nolist", "no such list", more=["--train-set", "nolist"])
+    (tmp_path / "train.txt").write_text("clip_0009\n")
+    refuses(clips, "clip_0009", "no such folder", more=lists)
+
+
+def frame(folder, sub, video, t, ending):
+    return folder / sub / f"clip_{video:04d}" / f"{t:05d}.{ending}"
+
+
+def test_bad_videos_are_refused_in_one_line(clips, tmp_path):
+    mask = frame(clips, "Annotations", 1, 2, "png")
+    whole = mask.read_bytes()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(mask)
+    refuses(clips, mask, "colour-coded mask")     # a palette lost
+    save_grey(mask, np.ones((32, 32), np.uint8))
+    refuses(clips, mask, "32x32", "64x64")
+    mask.write_bytes(whole)
+    image = frame(clips, "JPEGImages", 1, 2, "jpg")
+    pixels = image.read_bytes()
+    image.write_bytes(pixels[:len(pixels) // 2])
+    refuses(clips, image, "truncated or unreadable")
+    save_grey(image, np.zeros((32, 32, 3), np.uint8))
+    refuses(clips, image, "32x32")
+    image.unlink()
+    refuses(clips, mask, "has no frame 00002")
+    image.write_bytes(pixels)
+    shutil.rmtree(clips / "Annotations/clip_0003")
+    refuses(clips, "clip_0003")
+    refuses(tmp_path / "nothing", "JPEGImages: no such folder")
+
+
+def test_odd_videos_are_left_out_aloud(clips, capsys):
+    frame(clips, "Annotations", 1, 2, "png").unlink()
+    for t in range(5):
+        save_grey(frame(clips, "Annotations", 2, t, "png"), np.zeros((64, 64), np.uint8))
+    for t in (2, 3, 4):
+        frame(clips, "Annotations", 3, t, "png").unlink()
+    videos = dataset(clips, "--val-set", "val")
+    said = capsys.readouterr().out
+    assert [item[0] for item in videos.items] == ["clip_0001", "clip_0004"] and len(videos.items[0][1]) == 4
+    assert "4 frames of 2 videos have no annotation and are left out" in said
+    assert "1 of 4 training videos have fewer than 3 frames and are left out" in said
+    assert "1 of 4 training videos have no object and are left out" in said
+    refuses(clips, "none of 4 training videos has 9 frames", "--num-frames", more=["--val-set", "val",
+                                                                                  "--num-frames", 9])
+
+
+def test_a_clip_that_fails_later_is_named_and_replaced_within_a_limit(clips, capsys):
+    videos = dataset(clips, "--val-set", "val")
+    for t in range(5):
+        frame(clips, "JPEGImages", 1, t, "jpg").write_bytes(b"x")
+    one, index = videos[0, 0]
+    said = capsys.readouterr().out
+    assert index == 0 and one.images.shape == (3, 3, 64, 64)
+    assert "clip_0001" in said and "another clip is taken" in said
+    again, _ = videos[0, 0]
+    assert torch.equal(one.images, again.images)
+    videos.args.max_replaced = 3
+    for video in range(6):
+        for t in range(5):
+            frame(clips, "JPEGImages", video, t, "jpg").write_bytes(b"x")
+    with pytest.raises(utils.InputError, match="--max-replaced 3"):
+        videos[0, 0]
+
+
+def test_sanity_check_counts_and_draws(clips, tmp_path, capsys):
+    assert train(clips, tmp_path / "out", "--sanity-check") == {"train": 4, "val": 2}
+    said = capsys.readouterr().out
+    assert "train: 4 videos, 4 of 64x64, 5 to 5 frames" in said and "8 objects, 2 to 2 per video" in said
+    assert Image.open(tmp_path / "out/sanity_check.png").width == 3 * 260
+
+
+def test_extract_frames_keeps_the_numbers_of_the_video(tmp_path, script):
+    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, (64, 48))
+    for t in range(10):
+        writer.write(np.full((48, 64, 3), 20 * t, np.uint8))
+    writer.release()
+    done = script("train_sam2.py", "--extract-frames", tmp_path / "in.mp4", tmp_path / "out", "--rate", 4)
+    assert done.returncode == 0 and "wrote 3 of 10 frames" in done.stdout, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jpg", "00004.jpg", "00008.jpg"]
+    assert abs(utils.read_image(tmp_path / "out/00004.jpg").mean() - 80) < 5
+    with pytest.raises(utils.InputError, match="is not empty"):
+        script_.main(options("--extract-frames", tmp_path / "in.mp4", tmp_path / "out"))
+    (tmp_path / "text.mp4").write_text("x")
+    with pytest.raises(utils.InputError, match="not a video"):
+        script_.main(options("--extract-frames", tmp_path / "text.mp4", tmp_path / "new"))
+
+
+# --- Training ---
+
+def test_a_run_writes_what_it_says(trained):
+    data, folder, figures = trained
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {
+        "args.json", "best.pth", "curves.png", "last.pth", "log.csv", "split.json", "val_samples.png",
+        "val_videos.csv"}
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and {"loss", *script_.FIGURES, "pass_focal", "pass_dice", "pass_iou", "pass_score"} <= {
+        *rows[0]}
+    with open(folder / "val_videos.csv", newline="") as file:
+        videos = list(csv.DictReader(file))
+    split = json.loads((folder / "split.json").read_text())
+    assert [row["video"] for row in videos] == split["val"] and all(int(row["objects"]) >= 1 for row in videos)
+    weights = [int(row["objects"]) for row in videos]
+    mean = np.average([float(row["val_jf"]) for row in videos], weights=weights)
+    assert mean == pytest.approx(figures["val_jf"], abs=1e-4)
+    best = torch.load(folder / "best.pth", weights_only=True)
+    assert best["net"] == "sam2" and best["arch"] == {"model": "demo", "image_size": 64} and "optimizer" not in best
+    height = Image.open(folder / "val_samples.png").height
+    assert height == 2 * 3 * (24 + 256)  # two videos: image, truth, prediction
+
+
+def test_the_official_sum_is_the_mean_per_pass_times_passes(trained):
+    folder = trained[1]
+    last = torch.load(folder / "last.pth", weights_only=True)
+    with open(folder / "log.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    weights = dict(zip(script_.LOSSES, (20, 1, 1, 1)))
+    per_pass = sum(weight * float(row[f"pass_{name}"]) for name, weight in weights.items())
+    assert 2.999 <= float(row["loss"]) / per_pass <= 5.001  # 3 frames, at most 2 corrected by one click
+    assert last["before"].keys() == {*script_.FIGURES, "per_video"}
+
+
+def test_test_only_prints_the_figures_of_the_run(trained, capsys):
+    data, folder, figures = trained
+    again = train(data, folder / "test", "--test-only", "--weights", folder / "last.pth",
+                  "--split", folder / "split.json")
+    assert {name: again[name] for name in script_.FIGURES} == {name: figures[name] for name in script_.FIGURES}
+    assert "test" in capsys.readouterr().out and not (folder / "test").exists()
+    with pytest.raises(utils.InputError, match="image_size 64; asked for|trained with 64"):
+        train(data, folder / "test", "--test-only", "--weights", folder / "last.pth", "--image-size", 96)
+
+
+def test_official_files_start_a_run(clips, tmp_path):
+    model = script_.NETS["demo"](64)
+    torch.save({"model": model.state_dict()}, tmp_path / "official.pt")
+    loaded, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert loaded.sam_mask_decoder.dynamic_multimask_via_stability and loaded.memory_attention.layers[0].dropout.p == 0.1
+    with pytest.raises(utils.InputError, match="weights of another net"):
+        script_.create_model(options(*SMALL, "--model", "tiny", "--weights", tmp_path / "official.pt"))
+
+
+def step(model, clips, *more, seed=0):
+    """Loss sums of the clips, backward done."""
+    args, losses = options(*SMALL, *more), 0
+    torch.manual_seed(seed)
+    backbone = script_.encode(model, torch.cat([one.images for one in clips]), None)
+    for videos, one in script_.group_clips(clips, torch.device("cpu")):
+        for t, passes in script_.track_clips(model, backbone, videos, one, args, None):
+            losses = losses + sum(script_.criterion(*outputs, one.masks[t], args) for outputs in passes)
+    losses.sum().backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def some(clips):
+    """Four clips, some of them of one group."""
+    videos = dataset(clips, "--prob-box", "0", "--corrected-frames", "1", "--prompted-frames", "1")
+    return [videos[0, index][0] for index in range(4)]
+
+
+def test_clips_in_one_batch_count_as_each_alone(some):
+    groups = list(script_.group_clips(some, torch.device("cpu")))
+    assert 1 < len(groups) < 4  # prompted by masks and by clicks
+    torch.manual_seed(0)
+    model = script_.NETS["demo"](64, memory_dropout=0.0)
+    together, gradients = step(model.train(), some)
+    model.zero_grad()
+    alone = sum(step(model, [one])[0] for one in some)
+    assert torch.allclose(together, alone, rtol=1e-4)
+    for name, p in model.named_parameters():
+        if gradients[name] is not None and not name.endswith("k_proj.bias"):  # whose true gradient is zero
+            assert torch.allclose(gradients[name], p.grad, rtol=1e-3, atol=1e-4 * gradients[name].abs().max()), name
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(some):
+    kept, gradients = [], []
+    for checkpointing in ("False", "True"):
+        model, _ = script_.create_model(options(*SMALL, "--gradient-checkpointing", checkpointing, "--drop-path", 0))
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+            gradients.append(step(model.train(), some[:1], "--gradient-checkpointing", checkpointing)[1])
+        kept.append(sum(sizes.values()))
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None)
+        if gradient is not None:
+            assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-6), name
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("part", ["image_encoder", "memory", "prompt"])
+def test_freezing_trains_nothing_of_it_and_frees_memory(part, some):
+    kept = []
+    for freeze in ("none", part):
+        model, _ = script_.create_model(options(*SMALL, "--freeze", freeze))
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+            gradients = step(model.train(), some, "--freeze", freeze)[1]
+        kept.append(sum(sizes.values()))
+    frozen = {name for name in gradients if name.startswith(script_.PARTS[part])}
+    assert frozen and all(gradients[name] is None for name in frozen)
+    assert any(gradient is not None for gradient in gradients.values())
+    optimizer = script_.create_optimizer(model, options(*SMALL))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(gradients) - len(frozen)
+    assert kept[1] < (0.7 if part == "image_encoder" else 1) * kept[0]
+
+
+def test_frozen_parts_have_no_dropout_and_stay_as_they_are(clips, tmp_path, monkeypatch):
+    modes = {}
+
+    def forward(self, x, original=script_.NETS["demo"](64).image_encoder.__class__.forward):
+        modes.setdefault(torch.is_grad_enabled(), self.training)
+        return original(self, x)
+    monkeypatch.setattr("nets.sam2.ImageEncoder.forward", forward)
+    train(clips, tmp_path / "run", "--freeze", "image_encoder", "prompt", "--limit", 2)
+    assert modes == {False: False, True: False}  # validation; training
+    start, _ = script_.create_model(options(*SMALL))
+    last = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    torch.manual_seed(41)
+    start = script_.NETS["demo"](64).state_dict()
+    for name, value in last.items():
+        same = torch.equal(value, start[name])
+        assert same or not name.startswith(("image_encoder", "sam_prompt_encoder")), name
+    assert not torch.equal(last["memory_attention.norm.weight"], start["memory_attention.norm.weight"])
+
+
+def test_accumulated_batches_are_one_large_batch(clips, tmp_path):
+    exact = ["--dropout", "0", "--drop-path", "0", "--val-set", "val"]
+    train(clips, tmp_path / "large", "-b", 4, *exact)
+    train(clips, tmp_path / "small", "-b", 1, "--accumulate", 4, *exact)
+    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("large", "small"))
+    for key in one:
+        if not key.endswith("k_proj.bias"):  # whose true gradient is zero
+            assert (one[key] - two[key]).abs().max() <= 1e-4 * max(1, one[key].abs().max()), key
+
+
+def test_it_learns_two_clips_by_heart(clips, tmp_path):
+    figures = train(clips, tmp_path / "run", "--overfit", 2, "--epochs", 12, "--multiplier", 3, "--clip-grad", 1,
+                    "--lr", 0.003, "--vision-lr", 0.003, "--layer-decay", 1, "--num-frames", 3)
+    with open(tmp_path / "run/log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
+    assert figures["val_jf"] > figures["before"]["val_jf"]
+
+
+def test_options_that_make_no_sense_are_refused(clips, tmp_path):
+    for more, expected in ((["--image-size", 70], "multiple of 32"), (["--resume", "nofile"], "nofile")):
+        with pytest.raises(utils.InputError, match=expected):
+            train(clips, tmp_path / "run", *more)
+    with pytest.raises(utils.InputError, match="--data-path"):
+        script_.main(options(*SMALL))
+
+
+def test_real_videos_are_read(real_data, tmp_path, capsys):
+    figures = train(real_data / "video_sample", tmp_path / "out", "--sanity-check")
+    assert figures == {"train": 2, "val": 1} and "videos" in capsys.readouterr().out

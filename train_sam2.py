@@ -1,0 +1,1092 @@
+"""Train or fine-tune SAM 2.1 on videos.   Article: 【SAM2代码解析】training部分-1总体概述
+
+    python train_sam2.py --demo
+    python train_sam2.py --data-path data/MOSE/train --weights base_plus
+    torchrun --nproc_per_node 8 train_sam2.py --data-path data/MOSE/train --resume auto
+    python train_sam2.py --extract-frames in.mp4 data/JPEGImages/in --rate 4
+
+Data:   DATA_PATH/JPEGImages/VIDEO/00000.jpg ..., DATA_PATH/Annotations/VIDEO/00000.png of ids
+        (0 background, each other number one object), or Annotations/VIDEO/OBJECT/00000.png, one
+        folder per object; DAVIS' 480p/ in between is found. Split 80:20, or by lists of videos.
+Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
+        val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
+        image, truth, prediction), split.json, args.json.
+"""
+import csv
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import utils
+from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
+
+FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
+           "copied_jf", "copied_j", "copied_f")  # of evaluate
+LOSSES = ("focal", "dice", "iou", "score")  # of criterion
+PARTS = {  # of --freeze
+    "image_encoder": ("image_encoder",),
+    "memory": ("memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj",
+               "maskmem_tpos_enc", "no_mem_embed", "no_mem_pos_enc", "no_obj_ptr",
+               "no_obj_embed_spatial"),
+    "prompt": ("sam_prompt_encoder", "mask_downsample"),
+    "none": ()}
+DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "num_frames": 4, "stride": 2,
+        "max_objects": 2, "lr": 2e-3, "vision_lr": 2e-3, "layer_decay": 1.0, "clip_grad": 1.0,
+        "epochs": 10, "batch_size": 4, "workers": 0, "multiplier": 2, "num_correction_points": 1,
+        "dropout": 0.0, "drop_path": 0.0, "degrees": 10.0, "shear": 5.0, "reverse_time_prob": 0.5,
+        "train_set": "train", "val_set": "val", "output_dir": "runs/train_sam2_demo"}
+
+
+# --- Options ---
+
+def get_args_parser():
+    parser = utils.ArgumentParser(__doc__.splitlines()[0], demo=DEMO)
+    parser.add_run_options(output_dir="runs/train_sam2")  # --demo, --resume, --device ...
+    add, add_switch = parser.add_argument, parser.add_switch
+    count, positive = utils.number(int, 0), utils.number(int, 1)
+    non_negative, share = utils.number(float, 0), utils.number(float, 0, 1)
+    add("--data-path", help="folder with JPEGImages/ and Annotations/")
+    add("--img-folder", help="folder of the videos' images, instead of DATA_PATH/JPEGImages")
+    add("--gt-folder", help="folder of the videos' masks, instead of DATA_PATH/Annotations")
+    add("--train-set", "--file-list-txt", help="list of videos to train on, one per line: a file, or "
+                                               "NAME of DATA_PATH/ImageSets/NAME.txt or 2017/NAME.txt")
+    add("--excluded-videos-list-txt", help="list of videos not to train on")
+    add("--val-set", help="list of videos to validate on; the others are trained on")
+    add("--val-path", help="folder of the same layout to validate on, instead of splitting")
+    add("--split", help="split.json of another run to use, instead of splitting by --seed")
+    add("--image-size", "--resolution", type=positive, default=1024,
+        help="side in pixels at which the net sees an image, a multiple of 32 (%(default)s)")
+    add("--num-frames", type=positive, default=8, help="frames of a clip (%(default)s)")
+    add("--stride", "--sample-rate", type=positive, default=1,
+        help="every how manieth frame of the video they are (%(default)s)")
+    add("--max-objects", "--max-num-objects", type=positive, default=3,
+        help="objects trained per clip, of those on its first frame (%(default)s)")
+    add("--multiplier", type=positive, default=2, help="clips of each video per epoch (%(default)s)")
+    add("--max-replaced", type=count, default=100,
+        help="clips in a row that may fail to load and are replaced (%(default)s)")
+    add("--reverse-time-prob", type=share, default=0.0, help="share of clips run backwards (%(default)s)")
+    add("--hflip-prob", type=share, default=0.5, help="share of mirrored clips (%(default)s)")
+    add("--degrees", type=utils.number(float, 0, 180), default=25.0,
+        help="clips are turned by up to this (%(default)s)")
+    add("--shear", type=utils.number(float, 0, 60), default=20.0,
+        help="clips are sheared by up to this angle (%(default)s)")
+    add("--jitter", type=share, nargs=3, default=[0.1, 0.03, 0.03], metavar=("B", "C", "S"),
+        help="brightness, contrast, saturation of a clip vary by this share (%(default)s)")
+    add("--frame-jitter", type=share, nargs=3, default=[0.1, 0.05, 0.05], metavar=("B", "C", "S"),
+        help="those of each frame, on top (%(default)s)")
+    add("--gray-prob", type=share, default=0.05, help="share of grey clips (%(default)s)")
+
+    add("--prob-points", "--prob-to-use-pt-input-for-train", type=share, default=0.5,
+        help="share of clips prompted by clicks or boxes, not masks (%(default)s)")
+    add("--prob-box", "--prob-to-use-box-input-for-train", type=share, default=0.5,
+        help="share of these frames prompted by boxes (%(default)s)")
+    add("--prompted-frames", "--num-init-cond-frames-for-train", type=positive, default=2,
+        help="most frames prompted from the start: the first, and random ones (%(default)s)")
+    add_switch("--vary-prompted", "--rand-init-cond-frames-for-train", default=True,
+               help="1 to this many, else always so many (%(default)s)")
+    add("--corrected-frames", "--num-frames-to-correct-for-train", type=positive, default=2,
+        help="most frames that get correcting clicks, in clips of clicks and boxes (%(default)s)")
+    add_switch("--vary-corrected", "--rand-frames-to-correct-for-train", default=True,
+               help="from the prompted to this many, else always so many (%(default)s)")
+    add_switch("--corrected-as-prompted", "--add-all-frames-to-correct-as-cond", default=True,
+               help="corrected frames are remembered as prompted ones are (%(default)s)")
+    add("--num-correction-points", "--num-correction-pt-per-frame", type=count, default=7,
+        help="correcting clicks on such a frame (%(default)s)")
+    add("--prob-click-truth", "--prob-to-sample-from-gt-for-train", type=share, default=0.1,
+        help="share of them anywhere on the object, not where the mask is wrong (%(default)s)")
+
+    add("--model", choices=list(NETS), default="base_plus", help="(%(default)s)")
+    add("--weights", help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
+    add("--freeze", choices=list(PARTS), nargs="+", default=["none"],
+        help="parts that are not trained: less memory (%(default)s)")
+    add_switch("--gradient-checkpointing", help="less memory, a third more time")
+    add("--drop-path", "--drop-path-rate", type=share, default=0.1,
+        help="share of the image encoder's last block skipped in training (%(default)s)")
+    add("--dropout", type=share, default=0.1, help="of the memory attention (%(default)s)")
+
+    add("--focal-weight", "--loss-mask", type=non_negative, default=20.0, help="(%(default)s)")
+    add("--dice-weight", "--loss-dice", type=non_negative, default=1.0, help="(%(default)s)")
+    add("--iou-weight", "--loss-iou", type=non_negative, default=1.0, help="(%(default)s)")
+    add("--score-weight", "--loss-class", type=non_negative, default=1.0, help="(%(default)s)")
+    add_switch("--supervise-all-iou", default=True, help="IoU of all masks, not the best (%(default)s)")
+    add_switch("--iou-use-l1-loss", default=True, help="absolute, not squared error (%(default)s)")
+    add_switch("--pred-obj-scores", default=True, help="learn whether an object is there (%(default)s)")
+    add("--focal-alpha", type=share, default=0.25, help="weight of object pixels (%(default)s)")
+    add("--focal-gamma", type=non_negative, default=2.0, help="of the focal loss (%(default)s)")
+    add("--focal-alpha-obj-score", type=float, default=-1.0, help="below 0: none (%(default)s)")
+    add("--focal-gamma-obj-score", type=non_negative, default=0.0, help="0: cross entropy (%(default)s)")
+
+    add("--epochs", "--num-epochs", type=positive, default=40,
+        help="passes over the training data (%(default)s)")
+    add("-b", "--batch-size", "--train-batch-size", type=positive, default=1,
+        help="images per batch and process (%(default)s)")
+    add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
+    add("--lr", "--base-lr", type=non_negative, default=5e-6, help="initial learning rate (%(default)s)")
+    add("--vision-lr", type=non_negative, default=3e-6, help="that of the image encoder (%(default)s)")
+    add("--layer-decay", type=share, default=0.9,
+        help="each block of the image encoder learns so much slower than the next (%(default)s)")
+    add("--final-lr", type=share, default=0.1, help="share of it left at the end (%(default)s)")
+    add("--weight-decay", "--wd", type=non_negative, default=0.1, help="weight decay (%(default)s)")
+    add("--clip-grad", "--max-norm", type=non_negative, default=0.1,
+        help="largest gradient norm, 0 for any (%(default)s)")
+
+    add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"), help="write a video's frames; no training")
+    add("--rate", type=positive, default=4, help="with it: every how manieth frame (%(default)s)")
+    return parser
+
+
+# --- Data ---
+
+class Clip(NamedTuple):
+    """T frames, N objects and what a user does: images (T, 3, S, S) uint8, masks (T, N, S, S) bool.
+
+    prompts: {frame: {}} for masks, or {frame: {"point_coords": (N, P, 2), "point_labels": (N, P)}},
+    as of nets/sam2.py, in the order in which they are given. corrected: frames that get clicks.
+    draws (T, K, N): numbers in [0, 1) that place the K clicks; negative: anywhere on the object.
+    """
+    images: torch.Tensor
+    masks: torch.Tensor
+    prompts: dict
+    corrected: tuple
+    draws: torch.Tensor
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """[(epoch, index)] -> training: Clip, index; validation: a whole video: images, ids, index.
+
+    Validation: images (T, 3, S, S) uint8, ids (T, H, W) uint8 of the video's own size, 1 to N.
+    Of each video training has --multiplier clips per epoch. A clip that cannot be loaded is named and
+    replaced by one of another video. What is random depends on (seed, epoch, index) alone.
+    """
+    classes, unit = [], "videos"
+
+    def __init__(self, items, args, train, augment):
+        self.items, self.args, self.train, self.augment = items, args, train, augment
+
+    def __len__(self):
+        return len(self.items) * (self.args.multiplier if self.train else 1)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if not self.train:
+            return *read_video(self.items[index], self.args), index
+        video = index if index < 0 else index % len(self.items)  # -1 fills up, see utils.EpochSampler
+        with utils.seeded(self.args.seed, epoch, index):
+            item = self.items[video]
+            for failed in range(self.args.max_replaced + 1):
+                try:
+                    return self.draw_clip(item), video
+                except utils.InputError as error:
+                    if failed == self.args.max_replaced:
+                        raise utils.InputError(f"{error} (--max-replaced {failed}: as many clips in a row "
+                                               "could not be loaded)") from None
+                    print(f"note: {error}: another clip is taken", flush=True)
+                    item = self.items[draw_int(0, len(self.items) - 1)]
+
+    def draw_clip(self, item):
+        """A random clip of the video; InputError if it cannot be read or shows no object."""
+        args, (_, images, masks) = self.args, item
+        starts = range(len(images) - (args.num_frames - 1) * args.stride)
+        if self.augment:
+            starts = torch.randperm(len(starts)).tolist()
+        backwards = self.augment and happens(args.reverse_time_prob)
+        for start in starts:
+            frames = range(start, len(images), args.stride)[:args.num_frames]
+            frames = frames[::-1] if backwards else frames
+            first = load_ids(masks[frames[0]])
+            if first.any():
+                break
+        else:
+            raise utils.InputError(f"{images[0].parent}: no clip of it begins with an object")
+        numbers = np.unique(first[first > 0])
+        numbers = numbers[torch.randperm(len(numbers))[:args.max_objects].numpy()]
+        images, masks = zip(*[read_frame(images[t], masks[t], first.shape) for t in frames])
+        masks = [number_ids(mask, numbers) for mask in masks]
+        images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
+        images, masks = resize_images(images, args), resize_ids(masks, args)
+        masks = masks[:, None] == torch.arange(1, len(numbers) + 1)[:, None, None]
+        if not masks[0].any():
+            raise utils.InputError(f"{item[1][frames[0]]}: its objects vanish at --image-size {args.image_size}")
+        return Clip(change_colours(images, args) if self.augment else images, masks,
+                    *simulate_prompts(masks, args))
+
+    @staticmethod
+    def collate(batch):
+        """Training: list of clips, indices; validation: the one video."""
+        if len(batch[0]) == 2:
+            clips, indices = zip(*batch)
+            return [*clips], indices
+        ((images, ids, index),) = batch
+        return images, ids, [index]
+
+
+def happens(probability):
+    return torch.rand(()).item() < probability
+
+
+def draw_int(low, high):
+    """A whole number from low to high, both included."""
+    return torch.randint(low, high + 1, ()).item()
+
+
+def change_clip(images, ids, args):
+    """Frames (H, W, 3) and ids (H, W), lists -> the same, mirrored, turned and sheared alike.
+
+    Where an object would vanish from the first frame, the clip is not turned and sheared.
+    """
+    if happens(args.hflip_prob):
+        images, ids = [np.flip(x, 1) for x in images], [np.flip(x, 1) for x in ids]
+    turn, shear = [math.radians((2 * torch.rand(()).item() - 1) * limit)
+                   for limit in (args.degrees, args.shear)]
+    height, width = ids[0].shape
+    centre = np.array([width - 1, height - 1]) / 2
+    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    matrix = matrix @ [[1, -math.tan(shear)], [0, 1]]
+    matrix = np.column_stack([matrix, centre - matrix @ centre])
+
+    def warp(pixels, flags, border):
+        return cv2.warpAffine(np.ascontiguousarray(pixels), matrix, (width, height), flags=flags,
+                              borderValue=border)
+    warped = [warp(x, cv2.INTER_NEAREST, 0) for x in ids]
+    if len(np.unique(warped[0])) < len(np.unique(ids[0])) or not (warped[0] == 0).any():
+        return images, ids
+    return [warp(x, cv2.INTER_LINEAR, PIXEL_MEAN) for x in images], warped
+
+
+def change_colours(images, args):
+    """Images (T, 3, S, S) uint8: a change that all frames share, then one of each frame."""
+    brightness, contrast, saturation = args.jitter
+    images = v2.ColorJitter(brightness, contrast, saturation)(images)
+    images = v2.RandomGrayscale(args.gray_prob)(images)
+    brightness, contrast, saturation = args.frame_jitter
+    jitter = v2.ColorJitter(brightness, contrast, saturation)
+    return torch.stack([jitter(image) for image in images])
+
+
+def resize_images(images, args):
+    """Frames (H, W, 3) uint8 -> (T, 3, S, S) uint8, stretched to the net's square."""
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return v2.functional.resize(images, [args.image_size, args.image_size], antialias=True).contiguous()
+
+
+def resize_ids(ids, args):
+    """Ids (H, W) uint8, a list -> (T, S, S): that of the nearest pixel."""
+    side = args.image_size
+    return torch.from_numpy(np.stack([
+        cv2.resize(np.ascontiguousarray(x), (side, side), interpolation=cv2.INTER_NEAREST_EXACT) for x in ids]))
+
+
+def simulate_prompts(masks, args):
+    """Masks (T, N, S, S) bool of a clip -> prompts, corrected, draws of Clip: what a user may do.
+
+    Masks on one or two frames, or clicks and boxes there and clicks on what is then wrong, on these
+    and other frames. A clip of one frame is clicked or boxed. All as the official training.
+    """
+    num_frames, num_objects = masks.shape[:2]
+    by_points = happens(args.prob_points) or num_frames == 1
+    prompted = min(args.prompted_frames, num_frames)
+    if args.vary_prompted:
+        prompted = draw_int(1, prompted)
+    others = (1 + torch.randperm(num_frames - 1)).tolist()
+    frames, others = [0, *others[:prompted - 1]], others[prompted - 1:]
+    if not by_points:
+        return {t: {} for t in frames}, (), torch.zeros(num_frames, 0, num_objects)
+    corrected = max(prompted, min(args.corrected_frames, num_frames))
+    if args.vary_corrected:
+        corrected = draw_int(prompted, corrected)
+    prompts = {}
+    for t in frames:
+        draw = draw_boxes if happens(args.prob_box) else draw_clicks
+        coords, labels = draw(masks[t])
+        prompts[t] = {"point_coords": coords, "point_labels": labels}
+    draws = torch.rand(num_frames, args.num_correction_points, num_objects)
+    for chosen in draws.flatten(0, 1):
+        if happens(args.prob_click_truth):
+            chosen -= 1
+    return prompts, (*frames, *others[:corrected - prompted]), draws
+
+
+def draw_boxes(masks):
+    """Masks (N, S, S) bool -> corners (N, 2, 2), moved by up to a tenth of the side or 20, and labels.
+
+    An absent object has no box: a click beside it, and padding (official: a box turned inside out).
+    """
+    coords, labels = draw_clicks(masks)
+    coords, labels = F.pad(coords, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+    for i, mask in enumerate(masks):
+        if mask.any():
+            box = box_of(mask)
+            reach = (0.1 * (box[2:] - box[:2])).clamp(max=20).repeat(2)
+            box = (box + (2 * torch.rand(4) - 1) * reach).clamp(0, mask.shape[1] - 1)
+            coords[i], labels[i] = box.view(2, 2), torch.tensor([2, 3])
+    return coords, labels
+
+
+def draw_clicks(masks):
+    """Masks (N, S, S) bool -> a click on each object, (N, 1, 2), and labels (N, 1); see next_clicks."""
+    return next_clicks(masks, torch.zeros_like(masks), torch.rand(len(masks)))
+
+
+def next_clicks(masks, pred, draws):
+    """Masks, pred (N, S, S) bool, draws (N,) in [0, 1) -> clicks (N, 1, 2) (x, y), labels (N, 1).
+
+    On any wrong pixel, all equally likely; label 1 where the mask lacks it, else 0. A draw below 0:
+    as if pred were empty. Where nothing is wrong, on the background; where there is none, on the object
+    (official: always background, at 0, 0 where there is none).
+    """
+    wrong = masks ^ (pred & (draws >= 0)[:, None, None])
+    background = ~masks
+    where_to = torch.where(background.flatten(1).any(1)[:, None, None], background, masks)
+    wrong = torch.where(wrong.flatten(1).any(1)[:, None, None], wrong, where_to).flatten(1)
+    counts = wrong.cumsum(1)
+    rank = (draws % 1 * counts[:, -1]).long().minimum(counts[:, -1] - 1) + 1
+    place = torch.searchsorted(counts, rank[:, None])
+    labels = masks.flatten(1).gather(1, place).int()
+    side = masks.shape[2]
+    return torch.stack([place % side, place // side], 2).float(), labels
+
+
+def box_of(mask):
+    """Mask (H, W) bool -> x0, y0, x1, y1 of its outermost pixels."""
+    rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
+    return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
+
+
+def load_ids(masks):
+    """((id, path), ...) of one frame -> ids (H, W). Id 0: the file holds ids, else one object alone.
+
+    Where objects overlap, the last one has the pixel.
+    """
+    ids = None
+    for number, path in masks:
+        mask = utils.read_mask(path)
+        if mask.min() < 0:
+            raise utils.InputError(f"{path}: ids must not be negative; 0 is background, each other "
+                                   "number one object")
+        ids = np.zeros(mask.shape, np.int64) if ids is None else ids
+        if mask.shape != ids.shape:
+            raise utils.InputError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, but {masks[0][1]} has "
+                                   f"{ids.shape[1]}x{ids.shape[0]}; save all at one size")
+        ids[mask > 0] = number or mask[mask > 0]
+    return ids
+
+
+def number_ids(ids, numbers):
+    """Ids (H, W) -> uint8: 1 to N for the objects in numbers, else 0."""
+    numbered = np.zeros(ids.shape, np.uint8)
+    for i, number in enumerate(numbers, 1):
+        numbered[ids == number] = i
+    return numbered
+
+
+def read_frame(image_path, masks, size):
+    """Image (H, W, 3) uint8 RGB and ids (H, W) of one frame, which must have the clip's size (H, W)."""
+    image, ids = utils.read_image(image_path), load_ids(masks)
+    for path, found in ((image_path, image.shape[:2]), (masks[0][1], ids.shape)):
+        if found != size:
+            raise utils.InputError(f"{path}: {found[1]}x{found[0]} pixels, but its clip has "
+                                   f"{size[1]}x{size[0]}; save all frames and masks at one size")
+    return image, ids
+
+
+def read_video(item, args):
+    """(name, images, masks) -> images (T, 3, S, S) uint8, ids (T, H, W) uint8, 1 to N."""
+    _, images, masks = item
+    width, height = utils.image_size(images[0])
+    frames, ids = [], []
+    for image_path, mask in zip(images, masks):
+        image, numbers = read_frame(image_path, mask, (height, width))
+        frames.append(resize_images([image], args)[0])
+        ids.append(numbers)
+    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0})
+    if len(numbers) > 255:
+        raise utils.InputError(f"{masks[0][0][1].parent}: {len(numbers)} objects; at most 255 can be told "
+                               "apart")
+    ids = np.stack([number_ids(frame, numbers) for frame in ids])
+    return torch.stack(frames), torch.from_numpy(ids)
+
+
+def find_items(data_path, args, names=None):
+    """[(name, image paths, masks of each image)] of the named videos, or of all, sorted by name."""
+    images_root, masks_root = args.img_folder, args.gt_folder
+    if data_path != args.data_path or not images_root:
+        images_root = find_folder(data_path, "JPEGImages", "--img-folder")
+    if data_path != args.data_path or not masks_root:
+        masks_root = find_folder(data_path, "Annotations", "--gt-folder")
+    images_root, masks_root = Path(images_root), Path(masks_root)
+    if names is None:
+        names = sorted(path.name for path in images_root.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not names:
+        raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
+    items, unlabelled = [], Counter()
+    for name in names:
+        images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
+        for stem in sorted(masks.keys() - images.keys()):
+            raise utils.InputError(f"{masks[stem][0][1]}: {images_root / name} has no frame {stem}; add it or "
+                                   "remove this mask")
+        frames = sorted(masks, key=by_number)
+        unlabelled[name] = len(images) - len(frames)
+        if not frames:
+            raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
+        items.append((name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)))
+    if unlabelled.total():
+        print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
+              f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
+    return items
+
+
+def find_folder(data_path, name, option):
+    """DATA_PATH/NAME, or DAVIS' folder of one resolution in it."""
+    for folder in (Path(data_path, name, "480p"), Path(data_path, name, "Full-Resolution"), Path(data_path, name)):
+        if folder.is_dir():
+            return folder
+    raise utils.InputError(f"{Path(data_path, name)}: no such folder; give --data-path the folder that has it, "
+                           f"or {option}")
+
+
+def find_masks(folder):
+    """{frame: ((0, path),)} of a folder of ids, or {frame: ((1, path), (2, path) ...)} of one per object."""
+    masks = {stem: ((0, path),) for stem, path in utils.list_images(folder).items()}
+    if not masks:
+        objects = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: by_number(path.name))
+        for number, path in enumerate(objects, 1):
+            for stem, file in utils.list_images(path).items():
+                masks[stem] = (*masks.get(stem, ()), (number, file))
+    return masks
+
+
+def by_number(name):
+    """Sort key by which frame 10 comes after frame 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_names(name, data_path):
+    """Names of the videos in a list: a file, or the one of that name in DATA_PATH/ImageSets."""
+    if not name:
+        return None
+    paths = [Path(name), *(Path(data_path, "ImageSets", *sub, f"{name}.txt") for sub in ([], ["2017"]))]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise utils.InputError(f"{name}: no such list, nor {paths[1]}; write one with one video per line")
+    names = list(dict.fromkeys(utils.read_lines(path)))
+    if not names:
+        raise utils.InputError(f"{path}: lists nothing; write one video per line")
+    return names
+
+
+def check_item(frame, whole):
+    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    image_path, masks, first = frame
+    size = utils.image_size(first)
+    if whole:
+        return bool(read_frame(image_path, masks, size[::-1])[1].any())
+    for path in (image_path, *(path for _, path in masks)):
+        if utils.image_size(path) != size:
+            raise utils.InputError(f"{path}: another size than {first}; save all frames and masks of a video "
+                                   "at one size")
+    return True
+
+
+def keep_videos(items, part, num_frames, args):
+    """Videos long enough and with an object, as far as the start has read them; others are reported."""
+    enough = [item for item in items if len(item[1]) >= num_frames]
+    if len(enough) < len(items):
+        print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than {num_frames} "
+              "frames and are left out")
+    frames = [(image, mask, item[1][0]) for item in enough for image, mask in zip(*item[1:])]
+    found = iter(utils.check_items(check_item, frames, args))
+    kept = [item for item in enough if any([next(found) for _ in item[1]])]
+    if len(kept) < len(enough):
+        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos have no object and are left out")
+    if not kept:
+        raise utils.InputError(f"{args.data_path}: none of {len(items)} {part} videos has {num_frames} frames and "
+                               "an object; look at them, or give fewer --num-frames or a smaller --stride")
+    return kept
+
+
+def create_loaders(args):
+    """Training and validation loaders over checked videos."""
+    if args.demo and not args.data_path:
+        args.data_path = utils.draw_demo("clips", Path(args.output_dir, "data"), 60)
+    if not args.data_path and not (args.img_folder and args.gt_folder):
+        raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, or --demo")
+    args.data_path = args.data_path or str(Path(args.img_folder).parent)
+    names, val_items = read_names(args.train_set, args.data_path), None
+    if args.val_path or args.val_set:
+        val_path = args.val_path or args.data_path
+        val_items = find_items(val_path, args, read_names(args.val_set, val_path))
+    train_items = find_items(args.data_path, args, names)
+    excluded = set(read_names(args.excluded_videos_list_txt, args.data_path) or [])
+    if val_items and not args.val_path and not names:
+        excluded |= {item[0] for item in val_items}
+    train_items = [item for item in train_items if item[0] not in excluded]
+    if val_items and args.test_only and not args.overfit:
+        train_items, val_items = [], val_items[:args.limit]  # which a test does not need
+    else:
+        train_items, val_items = utils.split_items(train_items, args, val_items)
+    if not args.test_only:
+        span = (args.num_frames - 1) * args.stride + 1
+        train_items = keep_videos(train_items, "training", span, args)
+    val_items = keep_videos(val_items, "validation", 3, args)  # the first and last frame do not count
+    train_set = VideoDataset(train_items, args, train=True, augment=not args.overfit)
+    val_set = VideoDataset(val_items, args, train=False, augment=False)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
+    return train_loader, utils.create_loader(val_set, args, shuffle=False, batch_size=1)
+
+
+def sanity_check(train_set, val_set, args):
+    """Prints what is in the data and draws what training sees."""
+    for part, dataset in (("train", train_set), ("val", val_set)):
+        sizes, objects, lengths, shares, absent = Counter(), [], [], [], []
+        for _, images, masks in dataset.items:
+            ids = [load_ids(mask) for mask in masks]
+            counts = [Counter(dict(zip(*(part.tolist() for part in np.unique(x, return_counts=True))))) for x in ids]
+            numbers = {number for count in counts for number in count if number}
+            sizes[f"{ids[0].shape[1]}x{ids[0].shape[0]}"] += 1
+            objects.append(len(numbers))
+            lengths.append(len(images))
+            found = [count[number] / ids[0].size for count in counts for number in numbers]
+            shares += [share for share in found if share]
+            absent += [not share for share in found]
+        common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
+        print(f"{part}: {len(dataset.items)} videos, {common}, {min(lengths)} to {max(lengths)} frames")
+        print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
+              f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
+              f"{max(shares):.3%}, half below {np.median(shares):.3%}")
+    rows = {}
+    for index in range(min(8, len(train_set.items))):
+        clip, _ = train_set[0, index]
+        rows[train_set.items[index][0]] = draw_clip(clip)
+    path = Path(args.output_dir, "sanity_check.png")
+    utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
+    print(f"wrote {path}")
+    return {"train": len(train_set.items), "val": len(val_set.items)}
+
+
+def draw_clip(clip):
+    """The frames of a training clip with masks and prompts drawn into them; prompted ones are framed."""
+    drawn = []
+    numbers = torch.arange(1, clip.masks.shape[1] + 1)[:, None, None]
+    for t, (image, masks) in enumerate(zip(clip.images, clip.masks)):
+        image = np.ascontiguousarray(image.permute(1, 2, 0))
+        image = utils.overlay(image, (masks * numbers).amax(0).numpy())
+        size = max(2, len(image) // 100)
+        if t in clip.prompts:
+            cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 255, 0), size)
+            points = clip.prompts[t]
+            for coords, labels in zip(points.get("point_coords", ()), points.get("point_labels", ())):
+                coords, labels = coords.int().tolist(), labels.tolist()
+                if labels == [2, 3]:
+                    cv2.rectangle(image, *coords, (255, 255, 0), max(1, size // 2))
+                elif labels[0] >= 0:
+                    cv2.circle(image, coords[0], 2 * size, (0, 255, 0) if labels[0] else (255, 0, 0), -1)
+        elif t in clip.corrected:
+            cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 0, 0), size)
+        drawn.append(image)
+    return drawn
+
+
+def extract_frames(path, folder, args):
+    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: the number in the video."""
+    folder, video = Path(folder), cv2.VideoCapture(str(path))
+    if not Path(path).is_file() or not video.isOpened():
+        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, then a folder")
+    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise utils.InputError(f"{folder}: is not empty; give another folder, or --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    number, written = 0, 0
+    while video.grab():
+        if number % args.rate == 0:
+            image = video.retrieve()[1]
+            (folder / f"{number:05d}.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
+            written += 1
+        number += 1
+    if not number:
+        raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
+    print(f"wrote {written} of {number} frames to {folder}")
+    return {"frames": written}
+
+
+# --- Model ---
+
+def create_model(args, checkpoint=None):
+    """The net, with the weights of checkpoint or --weights, and the arguments that rebuild it."""
+    arch = {"model": args.model, "image_size": args.image_size}
+    model = NETS[args.model](  # the last two as the official predictors
+        args.image_size, drop_path_rate=args.drop_path, memory_dropout=args.dropout,
+        dynamic_multimask_via_stability=True, binarize_mask_from_pts_for_mem_enc=True)
+    if checkpoint:
+        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "sam2", **arch})
+        utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
+    elif args.weights != "none":
+        path = args.weights
+        if path in WEIGHTS:
+            path = utils.fetch_weights(**WEIGHTS[path])
+        state = utils.read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
+        utils.load_weights(model, state, path)
+    for part in frozen_parts(model, args):
+        part.requires_grad_(False)
+    model.image_encoder.trunk.gradient_checkpointing = args.gradient_checkpointing
+    return model, arch
+
+
+def frozen_parts(model, args):
+    """Modules and parameters that --freeze names."""
+    return [getattr(model, name) for part in args.freeze for name in PARTS[part]]
+
+
+def encode(model, images, dtype):
+    """Images (V, 3, S, S) uint8 -> three maps (H*W, V, C), their position codes, sizes [(H, W)]."""
+    images = v2.functional.normalize(images.float(), PIXEL_MEAN, PIXEL_STD)
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return model._prepare_backbone_features(model.forward_image(images))[1:]
+
+
+def track_clips(model, backbone, videos, clip, args, dtype):
+    """N objects through a clip, prompted and corrected as clip says: yields frame, decoder passes.
+
+    backbone: of encode, of the frames of one or several videos, T each, one after the other; videos
+    (N,): which one each object is of. A pass is logits (N, M, S/4, S/4) or of masks that were given
+    (N, 1, S, S), IoU (N, M), score (N, 1).
+    """
+    maps, positions, sizes = backbone
+    num_frames = len(clip.masks)
+    bank = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+    order = [*clip.prompts, *(t for t in range(num_frames) if t not in clip.prompts)]
+
+    def run(function, *inputs):
+        with torch.autocast(videos.device.type, dtype, enabled=dtype is not None):
+            if args.gradient_checkpointing:
+                return checkpoint(function, *inputs, use_reentrant=False)
+            return function(*inputs)
+
+    for t in order:
+        images = videos * num_frames + t
+        feats, codes = [x[:, images] for x in maps], [positions[-1][:, images]]
+        prompt = clip.prompts.get(t)
+        points, mask = prompt or None, clip.masks[t][:, None] if prompt == {} else None
+        memory = {key: dict(outputs) for key, outputs in bank.items()}  # as it is now, for the checkpoint
+        out, outputs, high_res, seen = run(
+            model._track_step, t, prompt is not None, feats, codes, sizes, points, mask, memory, num_frames)
+        passes = [outputs]
+        for draws in clip.draws[t] if t in clip.corrected else ():
+            pred = outputs[4][:, 0].detach() > 0
+            coords, labels = next_clicks(clip.masks[t], pred, draws)
+            if points is not None:
+                coords = torch.cat([points["point_coords"], coords], 1)
+                labels = torch.cat([points["point_labels"], labels], 1)
+            points = {"point_coords": coords, "point_labels": labels}
+            multimask = model._use_multimask(prompt is not None, points)
+            outputs = run(model._forward_sam_heads, seen, points, outputs[3], high_res, multimask)
+            passes.append(outputs)
+        logits = 0 if mask is None else 1  # of masks given as prompts those of full size are exact
+        yield t, [(outputs[logits], outputs[2], outputs[6]) for outputs in passes]
+        if t == order[-1]:
+            return
+        _, _, _, _, high, pointer, score = outputs
+        features, codes = run(model._encode_new_memory, feats, sizes, high, score, points is not None)
+        remembered = prompt is not None or args.corrected_as_prompted and t in clip.corrected
+        bank["cond_frame_outputs" if remembered else "non_cond_frame_outputs"][t] = {
+            "obj_ptr": pointer, "maskmem_features": features, "maskmem_pos_enc": codes}
+
+
+def group_clips(clips, device):
+    """[(videos, clip)]: clips of the same prompts on the same frames become one, videos as of track_clips."""
+    groups = {}
+    for i, clip in enumerate(clips):
+        kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ()) for t, points in clip.prompts.items()]
+        groups.setdefault((*kinds, clip.corrected), []).append(i)
+    for members in groups.values():
+        chosen = [clips[i] for i in members]
+        videos = torch.cat([torch.full((clip.masks.shape[1],), i) for i, clip in zip(members, chosen)])
+        prompts = {t: {key: torch.cat([clip.prompts[t][key] for clip in chosen]).to(device) for key in points}
+                   for t, points in chosen[0].prompts.items()}
+        yield videos.to(device), Clip(
+            None, torch.cat([clip.masks for clip in chosen], 1).to(device, non_blocking=True), prompts,
+            chosen[0].corrected, torch.cat([clip.draws for clip in chosen], 2).to(device))
+
+
+# --- Loss ---
+
+def criterion(low_res, ious, score, masks, args):
+    """One pass over N objects -> focal, Dice, IoU and score loss, each summed over objects: (4,).
+
+    Logits (N, M, S/4, S/4) or of full size, the predicted ious (N, M), score (N, 1), masks (N, S, S)
+    bool. Masks are compared at full size. Of M masks the one of least loss is trained; where the object is absent,
+    only the score. The large tensors are computed again in the backward pass, not kept.
+    """
+    low_res, ious, score = low_res.float(), ious.float(), score[:, 0].float()
+    present = masks.flatten(1).any(1)
+    counts = present.float() if args.pred_obj_scores else torch.ones_like(score)
+    with torch.no_grad():
+        losses = [mask_losses(low_res[:, m], masks, args) for m in range(low_res.shape[1])]
+        focal, dice, true_ious = (torch.stack(part, 1) for part in zip(*losses))  # (N, M)
+        best = (args.focal_weight * focal + args.dice_weight * dice).argmin(1)
+    rows = torch.arange(len(masks), device=masks.device)
+    focal, dice, _ = checkpoint(mask_losses, low_res[rows, best], masks, args, use_reentrant=False)
+    error = ious - true_ious
+    error = error.abs() if args.iou_use_l1_loss else error.square()
+    error = error.mean(1) if args.supervise_all_iou else error[rows, best]
+    wrong = torch.zeros_like(score)
+    if args.pred_obj_scores:
+        wrong = focal_loss(score, present.float(), args.focal_alpha_obj_score, args.focal_gamma_obj_score)
+    return torch.stack([(focal * counts).sum(), (dice * counts).sum(), (error * counts).sum(), wrong.sum()])
+
+
+def mask_losses(low_res, masks, args):
+    """Logits (N, H, W), masks (N, S, S) bool -> focal loss (mean over pixels), Dice loss, IoU: (N,)."""
+    logits = F.interpolate(low_res[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    target, pred = masks.float(), logits.detach() > 0
+    focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
+    prob = logits.sigmoid()
+    overlap, total = (prob * target).sum((1, 2)), prob.sum((1, 2)) + target.sum((1, 2))
+    iou = (pred & masks).sum((1, 2)) / (pred | masks).sum((1, 2)).clamp(min=1)
+    return focal, 1 - (2 * overlap + 1) / (total + 1), iou
+
+
+def focal_loss(logits, target, alpha, gamma):
+    """Lin et al. 2017, of each logit; target 0 or 1; alpha: weight of 1, the rest that of 0."""
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if gamma:
+        loss = loss * (logits.sigmoid() - target).abs() ** gamma
+    if alpha >= 0:
+        loss = loss * (alpha * target + (1 - alpha) * (1 - target))
+    return loss
+
+
+# --- Evaluation ---
+
+@torch.no_grad()
+def evaluate(model, loader, run, args):
+    """J, F and their mean over all objects of all videos, in [0, 1], as DAVIS defines them (davis_scores).
+
+    val_jf, val_j, val_f: each object's mask on its first frame is given; val_click_...: one click in
+    its middle instead; copied_...: that mask, copied to all frames, the baseline. per_video: the
+    same of each video, {name: [objects, figures ...]}.
+    """
+    model.eval()
+    items = loader.dataset.items
+    sums = torch.zeros(len(items), 1 + len(FIGURES), dtype=torch.float64)
+    for images, ids, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
+        if utils.stop_asked():  # all processes leave together, below
+            break
+        firsts = first_frames(ids)
+        copied = torch.stack([ids[t] == k for k, t in enumerate(firsts, 1)])
+        results = [*track_video(model, images, ids, firsts, run), None]
+        for k, first in enumerate(firsts, 1):
+            frames = range(first + 1, len(ids) - 1)
+            if frames:
+                figures = []
+                for labels in results:
+                    pairs = [(copied[k - 1] if labels is None else labels[t] == k, ids[t] == k) for t in frames]
+                    figures += davis_scores(pairs)
+                sums[index] += torch.tensor([1, *figures])
+    utils.raise_if_stopped(run.device)
+    if args.world_size > 1:
+        sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
+    means = sums[:, 1:] / sums[:, :1]
+    rows = torch.cat([sums[:, :1], means], 1).tolist()
+    figures = (sums[:, 1:].sum(0) / sums[:, 0].sum()).tolist()
+    return {**dict(zip(FIGURES, figures)), "per_video": {item[0]: row for item, row in zip(items, rows)}}
+
+
+def first_frames(ids):
+    """Ids (T, H, W), 1 to N -> the first frame of each object."""
+    present = torch.stack([torch.bincount(frame.flatten().int(), minlength=256) > 0 for frame in ids])
+    return present[:, 1:ids.max().item() + 1].int().argmax(0).tolist()
+
+
+def track_video(model, images, ids, firsts, run):
+    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels by mask and by click, (T, H, W)."""
+    by_mask, by_click = [], []
+    for k, first in enumerate(firsts, 1):
+        mask = ids[first] == k
+        by_mask.append({first: {"mask_inputs": resize_mask(mask, model.image_size)}})
+        scale = model.image_size / torch.tensor(mask.shape[::-1])
+        click = (middle(mask) + 0.5) * scale - 0.5
+        by_click.append({first: {"point_coords": click[None], "point_labels": torch.tensor([1])}})
+    labels = torch.zeros(2, *ids.shape, dtype=torch.uint8)
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
+            masks = F.interpolate(out["pred_masks"].float(), ids.shape[1:], mode="bilinear", align_corners=False)
+            for result, logits in zip(labels, masks[:, 0].split(len(firsts))):
+                highest, number = logits.max(0)
+                result[t] = torch.where(highest > 0, number + 1, 0).byte().cpu()
+    return labels
+
+
+class Frames:
+    """Images (T, 3, S, S) uint8, of which [t] is on the device and normalised."""
+
+    def __init__(self, images, device):
+        self.images, self.device = images, device
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, t):
+        return v2.functional.normalize(self.images[t].to(self.device).float(), PIXEL_MEAN, PIXEL_STD)
+
+
+def resize_mask(mask, side):
+    """Mask (H, W) bool -> (1, side, side) bool: pixels covered by half; of a tiny one the most covered."""
+    share = v2.functional.resize(mask[None].float(), [side, side], antialias=True)
+    return share >= share.max().clamp(max=0.5)
+
+
+def davis_scores(pairs):
+    """[(predicted, true mask)], (H, W) bool, of an object's frames -> J&F, J, F, means over frames.
+
+    Perazzi et al. 2016: J is the IoU, F the harmonic mean of the boundary's precision and recall. DAVIS
+    leaves out the first frame, which is given, and the last; each is 1 where both masks are empty.
+    """
+    j = float(np.mean([region_similarity(pred.numpy(), true.numpy()) for pred, true in pairs]))
+    f = float(np.mean([contour_accuracy(pred.numpy(), true.numpy()) for pred, true in pairs]))
+    return [(j + f) / 2, j, f]
+
+
+def region_similarity(pred, true):
+    """J: intersection over union of masks (H, W) bool; 1 if both are empty."""
+    union = np.count_nonzero(pred | true)
+    return np.count_nonzero(pred & true) / union if union else 1.0
+
+
+def contour_accuracy(pred, true):
+    """F: boundary pixels match within 0.008 of the image's diagonal, rounded up; 1 if both are empty."""
+    tolerance = math.ceil(0.008 * math.hypot(*true.shape))
+    lines = boundary(pred), boundary(true)
+    if not lines[0].any() or not lines[1].any():
+        return float(not lines[0].any() and not lines[1].any())
+    precision, recall = [near(line, other, tolerance) for line, other in (lines, lines[::-1])]
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def boundary(mask):
+    """Pixels (H, W) of a mask that differ from the one to the right, below or both: DAVIS' boundary."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    here = padded[:-1, :-1]
+    return (here != padded[:-1, 1:]) | (here != padded[1:, :-1]) | (here != padded[1:, 1:])
+
+
+def near(line, other, tolerance):
+    """Share of the line's pixels that lie within tolerance, in pixels, of the other line."""
+    distance = cv2.distanceTransform((~other).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.count_nonzero(distance[line] <= tolerance + 1e-3) / np.count_nonzero(line)
+
+
+def depth(mask):
+    """Mask (H, W) bool -> distance of each pixel to the nearest one outside, float32; 0 outside."""
+    padded = np.pad(np.asarray(mask, np.uint8), 1)
+    return torch.from_numpy(cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1])
+
+
+def middle(mask):
+    """Mask (H, W) bool -> (x, y) float32 of the place farthest from its edge."""
+    distance = depth(mask)
+    y, x = divmod(distance.argmax().item(), distance.shape[1])
+    return torch.tensor([x, y], dtype=torch.float32)
+
+
+def print_table(columns):
+    """{title: figures of evaluate}: a column each, in percent, and the baseline."""
+    print(" " * 22 + "".join(f"{title:>16}" for title in columns))
+    for name in FIGURES:
+        print(f"  {name:20}" + "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values()))
+
+
+def write_videos(run, figures):
+    """val_videos.csv: the figures of each video."""
+    if run.rank == 0:
+        with open(run.folder / "val_videos.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["video", "objects", *FIGURES])
+            for name, (objects, *values) in figures["per_video"].items():
+                writer.writerow([name, int(objects), *(f"{value:.4f}" for value in values)])
+
+
+@torch.no_grad()
+def draw_samples(model, dataset, run):
+    """val_samples.png: six frames each of the first three videos: image, truth and prediction by mask."""
+    model.eval()
+    rows = {}
+    for index in range(min(3, len(dataset))):
+        name, paths, _ = dataset.items[index]
+        images, ids, _ = dataset[0, index]
+        pred = track_video(model, images, ids, first_frames(ids), run)[0]
+        frames = np.linspace(0, len(paths) - 1, 6).round().astype(int)
+        shown = [utils.read_image(paths[t]) for t in frames]
+        rows[f"of {name}"] = shown
+        for title, labels in (("truth", ids), ("prediction", pred)):
+            rows[f"{title} {name}"] = [utils.overlay(image, labels[t].numpy()) for image, t in zip(shown, frames)]
+    utils.save_panel(run.folder / "val_samples.png", rows, ["first", "1/5", "2/5", "3/5", "4/5", "last"])
+
+
+# --- Training ---
+
+def create_optimizer(model, args):
+    """AdamW: no decay on biases and layer norms; the image encoder slower, its first blocks slowest.
+
+    As the official training: its position codes are at --vision-lr, and norms of maps are decayed.
+    """
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    blocks, groups = len(model.image_encoder.trunk.blocks), {}
+    for name, p in model.named_parameters():
+        lr = args.lr
+        if name.startswith("image_encoder."):
+            lr = args.vision_lr
+            block = re.match(r"image_encoder\.trunk\.(?:blocks\.(\d+)|patch_embed)\.", name)
+            if block:
+                lr *= args.layer_decay ** (blocks + 1 - (int(block[1]) + 1 if block[1] else 0))
+        decay = 0.0 if "bias" in name or id(p) in norms else args.weight_decay
+        if p.requires_grad:
+            groups.setdefault((lr, decay), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "initial": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        args.lr, fused=True)
+
+
+def learning_rate(args, done):
+    """Share of the initial rate when so much of the run is done: a cosine from 1 to --final-lr."""
+    return args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer, args, done):
+    """Before each step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial"] * learning_rate(args, done)
+
+
+def train_one_epoch(model, loader, optimizer, run, args):
+    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    model.train()
+    for part in frozen_parts(model, args):
+        if isinstance(part, nn.Module):
+            part.eval()  # no dropout
+    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight, args.score_weight],
+                           device=run.device)
+    for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
+        step = run.progress["epoch"] * run.steps_per_epoch + run.progress["step"]
+        set_learning_rate(optimizer, args, step / (args.epochs * run.steps_per_epoch))
+        loss_sum, num_objects = 0.0, 0
+        sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
+        for clips, indices in batches:
+            clips = [clip for clip, index in zip(clips, indices) if index >= 0]
+            if not clips:  # only fills up
+                continue
+            images = torch.cat([clip.images for clip in clips]).to(run.device, non_blocking=run.pinned)
+            backbone, losses = encode(model, images, run.dtype), 0.0
+            for videos, clip in group_clips(clips, run.device):
+                for t, passes in track_clips(model, backbone, videos, clip, args, run.dtype):
+                    for outputs in passes:
+                        losses = losses + criterion(*outputs, clip.masks[t], args)
+                    sums[-1] += len(passes) * len(videos)
+                num_objects += len(videos)
+            loss = (weights * losses).sum()  # over objects, frames and passes
+            run.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+            sums[:-1] += losses.detach().cpu()
+        if args.world_size > 1:
+            average_gradients(model, run.device, args.world_size)
+            sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
+        if run.accepts(optimizer, loss_sum, num_objects, args.clip_grad):  # of the mean over objects
+            run.scaler.step(optimizer)
+            run.progress["passes"] += sums
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def average_gradients(model, device, world_size):
+    """Makes each gradient the mean over processes, as DistributedDataParallel does.
+
+    Which parameters a clip uses depends on its prompts: one that no process has used keeps no gradient,
+    as in a single process, and a process that has nothing to train on adds zeros.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = utils.sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters], device=device))
+    parameters = [p for p, processes in zip(parameters, used.tolist()) if processes]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = utils.sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients])) / world_size
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+def pass_means(progress):
+    """{name: mean of each loss over decoder passes and objects}, weighted as in their sum nowhere."""
+    *sums, count = progress["passes"].tolist()
+    return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
+
+
+# --- Main ---
+
+def main(args):
+    """Trains as the options say; returns the last figures, those before and the best val_jf."""
+    if args.extract_frames:
+        return extract_frames(*args.extract_frames, args)
+    args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
+    if args.image_size % 32:
+        raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 32")
+    run = utils.Run(args, net="sam2", several=True)  # joins torchrun's processes; seeds ...
+    if args.deterministic and run.device.type == "cuda" and "image_encoder" not in args.freeze:
+        raise utils.InputError("--deterministic: bicubic resizing of position codes has no deterministic "
+                               "gradient on CUDA; leave it out, or --freeze image_encoder")
+    train_loader, val_loader = create_loaders(args)
+    train_set, val_set = train_loader.dataset, val_loader.dataset
+    if args.sanity_check:
+        return sanity_check(train_set, val_set, args)
+
+    model, arch = create_model(args, run.checkpoint)
+    model = model.to(run.device)
+    run.describe(args.model, model, train_set, val_set)
+    if args.test_only:
+        run.check_test(same=["image_size"])
+        figures = evaluate(model, val_loader, run, args)
+        print_table({"test": figures})
+        return figures
+
+    optimizer = create_optimizer(model, args)
+    sums = {"passes": torch.zeros(len(LOSSES) + 1, dtype=torch.float64)}
+    progress = run.start(arch, train_set, val_set, sums, model=model, optimizer=optimizer)
+    if args.compile:
+        model.image_encoder.compile()
+
+    figures = None
+    with run.saved_when_stopped():  # SIGTERM, Ctrl-C
+        if "before" not in progress:  # what the starting weights can do: fine-tuning's baseline
+            progress["before"] = progress["after"] = evaluate(model, val_loader, run, args)
+            run.is_best(progress["before"]["val_jf"])
+            run.save_best()
+        print_table({"before": progress["before"]})
+        while not run.is_over():    # --epochs, --early-stopping
+            train_one_epoch(model, train_loader, optimizer, run, args)
+            means = pass_means(progress)
+            figures = evaluate(model, val_loader, run, args)
+            run.end_epoch({**figures, **means}, show=["pass_focal", "pass_dice", "val_jf", "val_j", "val_f",
+                                                      "val_click_jf"])
+            write_videos(run, figures)
+            if run.is_best(figures["val_jf"]):
+                progress["after"] = figures
+                run.save_best()
+            run.save_last()
+            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES], ["val_jf", "val_click_jf", "copied_jf"])
+            draw_samples(model, val_set, run)
+
+    figures = figures or evaluate(model, val_loader, run, args)
+    print_table({"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]})
+    run.finish("val_jf")
+    print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")
+    return {**figures, "before": progress["before"], "best_val_jf": progress["best"]}
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())
