@@ -5,18 +5,25 @@
     torchrun --nproc_per_node 8 train_sam2.py --data-path data/MOSE/train --resume auto
     python train_sam2.py --extract-frames in.mp4 data/JPEGImages/in --rate 4
 
-Data:   DATA_PATH/JPEGImages/VIDEO/00000.jpg ..., DATA_PATH/Annotations/VIDEO/00000.png of ids
-        (0 background, each other number one object), or Annotations/VIDEO/OBJECT/00000.png, one
-        folder per object; DAVIS' 480p/ in between is found. Split 80:20, or by lists of videos.
+Data:   DATA_PATH, which may be given several times, is found out by what lies in it. Videos:
+        JPEGImages/VIDEO/00000.jpg ..., Annotations/VIDEO/00000.png of ids (0 background, each other
+        number one object), or Annotations/VIDEO/OBJECT/00000.png, one folder per object; DAVIS' 480p/
+        in between is found. SA-V: VIDEO.mp4, or a folder VIDEO of frames, with VIDEO_manual.json.
+        Images: SA-1B's sa_N.jpg with sa_N.json; or VOC's JPEGImages/ID.jpg with
+        SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
 Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
         val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
         image, truth, prediction), split.json, args.json.
 """
+import argparse
 import csv
+import functools
+import json
 import math
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
@@ -32,7 +39,8 @@ import utils
 from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
 
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
-           "copied_jf", "copied_j", "copied_f")  # of evaluate
+           "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
+IMAGE_FIGURES = ("val_image_box_iou", "val_image_click_iou")  # and of images
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
@@ -43,7 +51,7 @@ PARTS = {  # of --freeze
     "none": ()}
 DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "num_frames": 4, "stride": 2,
         "max_objects": 2, "lr": 2e-3, "vision_lr": 2e-3, "layer_decay": 1.0, "clip_grad": 1.0,
-        "epochs": 10, "batch_size": 4, "workers": 0, "multiplier": 2, "num_correction_points": 1,
+        "epochs": 10, "batch_size": 4, "workers": 0, "multiplier": [2], "num_correction_points": 1,
         "dropout": 0.0, "drop_path": 0.0, "degrees": 10.0, "shear": 5.0, "reverse_time_prob": 0.5,
         "train_set": "train", "val_set": "val", "output_dir": "runs/train_sam2_demo"}
 
@@ -56,14 +64,20 @@ def get_args_parser():
     add, add_switch = parser.add_argument, parser.add_switch
     count, positive = utils.number(int, 0), utils.number(int, 1)
     non_negative, share = utils.number(float, 0), utils.number(float, 0, 1)
-    add("--data-path", help="folder with JPEGImages/ and Annotations/")
+    add("--data-path", action="append", help="folder in one of these layouts; may be repeated")
+    add("--mix", type=shares, help="batches taken from each --data-path, such as 2:1 (all of all)")
+    add("--phases", "--phases-per-epoch", type=positive, default=1,
+        help="an epoch is this part of the data: 2 is half, the next has the other (%(default)s)")
+    add("--ann-every", type=positive, default=4,
+        help="SA-V: every how manieth frame of the video has masks (%(default)s)")
     add("--img-folder", help="folder of the videos' images, instead of DATA_PATH/JPEGImages")
     add("--gt-folder", help="folder of the videos' masks, instead of DATA_PATH/Annotations")
     add("--train-set", "--file-list-txt", help="list of videos to train on, one per line: a file, or "
                                                "NAME of DATA_PATH/ImageSets/NAME.txt or 2017/NAME.txt")
     add("--excluded-videos-list-txt", help="list of videos not to train on")
     add("--val-set", help="list of videos to validate on; the others are trained on")
-    add("--val-path", help="folder of the same layout to validate on, instead of splitting")
+    add("--val-path", action="append",
+        help="folder of any layout to validate on, instead of splitting; may be repeated")
     add("--split", help="split.json of another run to use, instead of splitting by --seed")
     add("--image-size", "--resolution", type=positive, default=1024,
         help="side in pixels at which the net sees an image, a multiple of 32 (%(default)s)")
@@ -72,7 +86,8 @@ def get_args_parser():
         help="every how manieth frame of the video they are (%(default)s)")
     add("--max-objects", "--max-num-objects", type=positive, default=3,
         help="objects trained per clip, of those on its first frame (%(default)s)")
-    add("--multiplier", type=positive, default=2, help="clips of each video per epoch (%(default)s)")
+    add("--multiplier", type=shares, default=[2],
+        help="clips of each video and epoch, or 2:1 for each --data-path; of an image 1 (2)")
     add("--max-replaced", type=count, default=100,
         help="clips in a row that may fail to load and are replaced (%(default)s)")
     add("--reverse-time-prob", type=share, default=0.0, help="share of clips run backwards (%(default)s)")
@@ -131,6 +146,8 @@ def get_args_parser():
         help="passes over the training data (%(default)s)")
     add("-b", "--batch-size", "--train-batch-size", type=positive, default=1,
         help="images per batch and process (%(default)s)")
+    add("--image-batch-size", type=positive,
+        help="those of data sets of single images (--batch-size, which then is of videos)")
     add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
     add("--lr", "--base-lr", type=non_negative, default=5e-6, help="initial learning rate (%(default)s)")
     add("--vision-lr", type=non_negative, default=3e-6, help="that of the image encoder (%(default)s)")
@@ -146,7 +163,42 @@ def get_args_parser():
     return parser
 
 
+def shares(text):
+    """Type of an option of whole numbers from 1 with colons between."""
+    parts = text.split(":")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers from 1 with colons between")
+    return [int(part) for part in parts]
+
+
 # --- Data ---
+
+class Item(NamedTuple):
+    """A video, or an image: a video of one frame. All frames are annotated."""
+    name: str
+    images: tuple  # a path or VideoFrame of each frame
+    masks: tuple   # ((number, path or JsonFrame), ...) of each frame, see find_objects
+    still: bool
+    source: int    # which --data-path
+
+
+class VideoFrame(NamedTuple):
+    """A frame of a video file."""
+    path: Path
+    number: int
+
+    def __str__(self):
+        return f"{self.path}, frame {self.number}"
+
+
+class JsonFrame(NamedTuple):
+    """The masks of one frame in a json file of SA-V, or all of one of SA-1B (frame 0)."""
+    path: Path
+    frame: int
+
+    def __str__(self):
+        return f"{self.path}, masks of frame {self.frame}"
+
 
 class Clip(NamedTuple):
     """T frames, N objects and what a user does: images (T, 3, S, S) uint8, masks (T, N, S, S) bool.
@@ -163,72 +215,129 @@ class Clip(NamedTuple):
 
 
 class VideoDataset(torch.utils.data.Dataset):
-    """[(epoch, index)] -> training: Clip, index; validation: a whole video: images, ids, index.
+    """[(epoch, number)] -> training: Clip, index; validation: images, masks, index.
 
-    Validation: images (T, 3, S, S) uint8, ids (T, H, W) uint8 of the video's own size, 1 to N.
-    Of each video training has --multiplier clips per epoch. A clip that cannot be loaded is named and
-    replaced by one of another video. What is random depends on (seed, epoch, index) alone.
+    Training: [list of keys] gives a list. The item's index is number modulo len(items): the same item
+    may be drawn several times in an epoch. A clip that cannot be loaded is named and replaced by one of
+    another item of the same --data-path. What is random depends on (seed, epoch, number) alone.
+    Validation: images (T, 3, S, S) uint8 and, of the item's own size, ids (T, H, W) uint8, 1 to N, of a
+    video, masks (N, H, W) bool of an image.
     """
-    classes, unit = [], "videos"
+    classes, unit = [], "videos and images"
 
     def __init__(self, items, args, train, augment):
         self.items, self.args, self.train, self.augment = items, args, train, augment
 
     def __len__(self):
-        return len(self.items) * (self.args.multiplier if self.train else 1)
+        return len(self.items)
 
     def __getitem__(self, key):
-        epoch, index = key
+        if isinstance(key, list):
+            return [self[one] for one in key]
+        epoch, number = key
         if not self.train:
-            return *read_video(self.items[index], self.args), index
-        video = index if index < 0 else index % len(self.items)  # -1 fills up, see utils.EpochSampler
-        with utils.seeded(self.args.seed, epoch, index):
-            item = self.items[video]
+            return *read_item(self.items[number], self.args), number
+        index = number if number < 0 else number % len(self.items)  # -1 fills up, see MixSampler
+        with utils.seeded(self.args.seed, epoch, number):
+            item = self.items[index]
+            others = [other for other in self.items if other.source == item.source]
             for failed in range(self.args.max_replaced + 1):
                 try:
-                    return self.draw_clip(item), video
+                    return self.draw_clip(item), index
                 except utils.InputError as error:
                     if failed == self.args.max_replaced:
                         raise utils.InputError(f"{error} (--max-replaced {failed}: as many clips in a row "
                                                "could not be loaded)") from None
                     print(f"note: {error}: another clip is taken", flush=True)
-                    item = self.items[draw_int(0, len(self.items) - 1)]
+                    item = others[draw_int(0, len(others) - 1)]
 
     def draw_clip(self, item):
-        """A random clip of the video; InputError if it cannot be read or shows no object."""
-        args, (_, images, masks) = self.args, item
-        starts = range(len(images) - (args.num_frames - 1) * args.stride)
+        """A random clip of the item; InputError if it cannot be read or shows no object."""
+        args, images, masks = self.args, item.images, item.masks
+        num_frames = 1 if item.still else args.num_frames
+        starts = range(len(images) - (num_frames - 1) * args.stride)
         if self.augment:
             starts = torch.randperm(len(starts)).tolist()
         backwards = self.augment and happens(args.reverse_time_prob)
         for start in starts:
-            frames = range(start, len(images), args.stride)[:args.num_frames]
+            frames = range(start, len(images), args.stride)[:num_frames]
             frames = frames[::-1] if backwards else frames
-            first = load_ids(masks[frames[0]])
-            if first.any():
+            if numbers := draw_objects(masks[frames[0]], args.max_objects):
                 break
         else:
-            raise utils.InputError(f"{images[0].parent}: no clip of it begins with an object")
-        numbers = np.unique(first[first > 0])
-        numbers = numbers[torch.randperm(len(numbers))[:args.max_objects].numpy()]
-        images, masks = zip(*[read_frame(images[t], masks[t], first.shape) for t in frames])
-        masks = [number_ids(mask, numbers) for mask in masks]
+            raise utils.InputError(f"{masks[0][0][1]}: no clip of it begins with an object")
+        size = frame_size(images[frames[0]])
+        images, masks = zip(*[read_frame(images[t], masks[t], size, numbers) for t in frames])
         images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
-        images, masks = resize_images(images, args), resize_ids(masks, args)
-        masks = masks[:, None] == torch.arange(1, len(numbers) + 1)[:, None, None]
+        images, masks = resize_images(images, args), shrink_masks(masks, args)
         if not masks[0].any():
-            raise utils.InputError(f"{item[1][frames[0]]}: its objects vanish at --image-size {args.image_size}")
+            raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
+                                   f"{args.image_size}")
         return Clip(change_colours(images, args) if self.augment else images, masks,
                     *simulate_prompts(masks, args))
 
     @staticmethod
     def collate(batch):
-        """Training: list of clips, indices; validation: the one video."""
+        """Training: list of clips, indices; validation: the one item."""
         if len(batch[0]) == 2:
             clips, indices = zip(*batch)
             return [*clips], indices
-        ((images, ids, index),) = batch
-        return images, ids, [index]
+        ((images, masks, index),) = batch
+        return images, masks, [index]
+
+
+class MixSampler(torch.utils.data.Sampler):
+    """Yields batches of keys (epoch, number), each of one --data-path, in an order by (seed, epoch) alone.
+
+    An epoch is every clip once, in turn 1 / --phases of them; with --mix as many batches of the first
+    --data-path, and of the others in proportion: small ones come around again, large ones take several
+    epochs. Rank r of n takes every n-th of a batch n times as large; -1 fills up.
+    """
+
+    def __init__(self, items, args):
+        self.args, self.num_items, self.parts = args, len(items), []
+        rank, world_size = utils.ranks()
+        self.share = slice(rank, None, world_size)
+        for source in sorted({item.source for item in items}):
+            members = [i for i, item in enumerate(items) if item.source == source]
+            still = items[members[0]].still
+            size = args.image_batch_size if still and args.image_batch_size else args.batch_size
+            times = 1 if still else args.multiplier[min(source, len(args.multiplier) - 1)]
+            self.parts.append((members * times, size * world_size))
+        self.counts = [math.ceil(len(clips) / args.phases) for clips, _ in self.parts]
+        if args.mix:
+            first = math.ceil(self.counts[0] / self.parts[0][1])
+            self.counts = [max(1, round(first * share / args.mix[0])) * size
+                           for share, (_, size) in zip(args.mix, self.parts)]
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, skip=0):
+        """skip: --batch-size times the batches that an interrupted epoch has trained on."""
+        batches, world_size = [], self.share.step
+        for part, ((clips, size), count) in enumerate(zip(self.parts, self.counts)):
+            numbers, seen = [], Counter()
+            for place in range(epoch * count, (epoch + 1) * count):  # in all passes over the clips
+                turn, place = divmod(place, len(clips))
+                if not numbers or not place:
+                    order = self.permutation(len(clips), part, turn)
+                index = clips[order[place]]
+                numbers.append(index + self.num_items * seen[index])
+                seen[index] += 1
+            batches += [numbers[i:i + size] for i in range(0, count, size)]
+        order = self.permutation(len(batches), -1, epoch)
+        batches = [batches[i] + [-1] * (-len(batches[i]) % world_size) for i in order]
+        self.keys = [[(epoch, number) for number in batch[self.share]]
+                     for batch in batches[skip // self.args.batch_size:]]
+
+    def permutation(self, length, *numbers):
+        generator = torch.Generator().manual_seed(utils.mix(self.args.seed, *numbers))
+        return torch.randperm(length, generator=generator).tolist()
+
+    def __iter__(self):
+        return iter(self.keys)
+
+    def __len__(self):
+        return len(self.keys)
 
 
 def happens(probability):
@@ -240,16 +349,16 @@ def draw_int(low, high):
     return torch.randint(low, high + 1, ()).item()
 
 
-def change_clip(images, ids, args):
-    """Frames (H, W, 3) and ids (H, W), lists -> the same, mirrored, turned and sheared alike.
+def change_clip(images, masks, args):
+    """Frames (H, W, 3) and masks (N, H, W), lists -> the same, mirrored, turned and sheared alike.
 
     Where an object would vanish from the first frame, the clip is not turned and sheared.
     """
     if happens(args.hflip_prob):
-        images, ids = [np.flip(x, 1) for x in images], [np.flip(x, 1) for x in ids]
+        images, masks = [np.flip(x, 1) for x in images], [np.flip(x, 2) for x in masks]
     turn, shear = [math.radians((2 * torch.rand(()).item() - 1) * limit)
                    for limit in (args.degrees, args.shear)]
-    height, width = ids[0].shape
+    height, width = masks[0].shape[1:]
     centre = np.array([width - 1, height - 1]) / 2
     matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     matrix = matrix @ [[1, -math.tan(shear)], [0, 1]]
@@ -258,9 +367,9 @@ def change_clip(images, ids, args):
     def warp(pixels, flags, border):
         return cv2.warpAffine(np.ascontiguousarray(pixels), matrix, (width, height), flags=flags,
                               borderValue=border)
-    warped = [warp(x, cv2.INTER_NEAREST, 0) for x in ids]
-    if len(np.unique(warped[0])) < len(np.unique(ids[0])) or not (warped[0] == 0).any():
-        return images, ids
+    warped = [np.stack([warp(mask, cv2.INTER_NEAREST, 0) for mask in frame]) for frame in masks]
+    if not warped[0].any((1, 2)).all() or warped[0].any(0).all():
+        return images, masks
     return [warp(x, cv2.INTER_LINEAR, PIXEL_MEAN) for x in images], warped
 
 
@@ -280,11 +389,12 @@ def resize_images(images, args):
     return v2.functional.resize(images, [args.image_size, args.image_size], antialias=True).contiguous()
 
 
-def resize_ids(ids, args):
-    """Ids (H, W) uint8, a list -> (T, S, S): that of the nearest pixel."""
-    side = args.image_size
-    return torch.from_numpy(np.stack([
-        cv2.resize(np.ascontiguousarray(x), (side, side), interpolation=cv2.INTER_NEAREST_EXACT) for x in ids]))
+def shrink_masks(masks, args):
+    """Masks (N, H, W) uint8 of each frame -> (T, N, S, S) bool: that of the nearest pixel."""
+    side = (args.image_size, args.image_size)
+    return torch.from_numpy(np.stack([[
+        cv2.resize(np.ascontiguousarray(mask), side, interpolation=cv2.INTER_NEAREST_EXACT)
+        for mask in frame] for frame in masks])) > 0
 
 
 def simulate_prompts(masks, args):
@@ -363,23 +473,184 @@ def box_of(mask):
     return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
 
 
-def load_ids(masks):
-    """((id, path), ...) of one frame -> ids (H, W). Id 0: the file holds ids, else one object alone.
+def find_objects(sources):
+    """((number, source), ...) of one frame -> {object: function that returns its mask (H, W) bool}.
 
-    Where objects overlap, the last one has the pixel.
+    Number 0: the file holds ids, -1: ids of which 255 is void, else it shows that object alone.
     """
-    ids = None
-    for number, path in masks:
-        mask = utils.read_mask(path)
+    found = {}
+    for number, source in sources:
+        if isinstance(source, JsonFrame):
+            for k, code in enumerate(read_codes(source), 1):
+                found[k] = functools.partial(decode_rle, code, source)
+            continue
+        mask = utils.read_mask(source)
         if mask.min() < 0:
-            raise utils.InputError(f"{path}: ids must not be negative; 0 is background, each other "
+            raise utils.InputError(f"{source}: ids must not be negative; 0 is background, each other "
                                    "number one object")
-        ids = np.zeros(mask.shape, np.int64) if ids is None else ids
-        if mask.shape != ids.shape:
-            raise utils.InputError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, but {masks[0][1]} has "
-                                   f"{ids.shape[1]}x{ids.shape[0]}; save all at one size")
-        ids[mask > 0] = number or mask[mask > 0]
-    return ids
+        if number > 0:
+            found[number] = functools.partial(np.greater, mask, 0)
+            continue
+        for k in np.unique(mask[mask > 0]).tolist():
+            if number == 0 or k != 255:
+                found[k] = functools.partial(np.equal, mask, k)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def read_json(path):
+    """A json file of SA-V or SA-1B; InputError if it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "masklet" not in data:
+            data = {"masklet": [[one["segmentation"] for one in data["annotations"]]], **data}
+        return data
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise utils.InputError(f"{path}: neither SA-V's nor SA-1B's json ({type(error).__name__}: {error}); "
+                               "remove or replace it") from None
+
+
+def read_codes(source):
+    """The run-length codes of a JsonFrame's objects, None for one that was not annotated there."""
+    return read_json(source.path)["masklet"][source.frame]
+
+
+def decode_rle(code, source):
+    """{"size": [H, W], "counts": ...}, COCO's run lengths, compressed or a list -> mask (H, W) bool."""
+    try:
+        counts = code["counts"]
+        counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
+        height, width = code["size"]
+        if counts.min() < 0 or counts.sum() != height * width:
+            raise ValueError(f"run lengths of {counts.sum()} pixels for {width}x{height}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace it") from None
+    runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns
+    return runs.reshape(width, height).T
+
+
+def decode_counts(text):
+    """COCO's compressed run lengths -> list of int.
+
+    A character holds five bits, the lowest first, and whether more follow; the highest bit is the
+    sign. From the fourth number on it is the difference to the one two before.
+    """
+    counts, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        if not 0 <= code < 64 or shift > 40:
+            raise ValueError(f"{short(text)} are no run lengths")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def short(value, length=60):
+    """Any value as one line of printable text."""
+    text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
+    text = text if len(text) <= length else text[:length] + " ..."
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def draw_objects(sources, most):
+    """Numbers of random objects that a frame shows, at most so many."""
+    found, numbers = find_objects(sources), []
+    for i in torch.randperm(len(found)).tolist():
+        number = [*found][i]
+        if len(numbers) < most and found[number]().any():
+            numbers.append(number)
+    return numbers
+
+
+def frame_size(source):
+    """(H, W) of a frame's image."""
+    if isinstance(source, VideoFrame):
+        return VideoFile.of(source.path).size
+    return utils.image_size(source)[::-1]
+
+
+def read_pixels(source):
+    """Image (H, W, 3) uint8 RGB of a file or VideoFrame; InputError if it cannot be read."""
+    if not isinstance(source, VideoFrame):
+        return utils.read_image(source)
+    return VideoFile.of(source.path).read(source.number)
+
+
+class VideoFile:
+    """Frames of a video of this size (H, W); for one before the last that was read it is read anew."""
+
+    def __init__(self, path):
+        self.path, self.video, self.number = path, cv2.VideoCapture(str(path)), -1
+        if not self.video.isOpened():
+            raise utils.InputError(f"{path}: OpenCV cannot open it as a video; convert it to mp4 (H.264)")
+        self.size = tuple(int(self.video.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT,
+                                                                 cv2.CAP_PROP_FRAME_WIDTH))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1)
+    def of(path):
+        return VideoFile(path)
+
+    def read(self, number):
+        if number <= self.number:
+            if number == self.number:
+                return self.image
+            self.__init__(self.path)
+        while self.number < number:
+            if not self.video.grab():
+                raise utils.InputError(f"{self.path}: has no frame {number} that can be read; replace the "
+                                       "video")
+            self.number += 1
+        self.image = cv2.cvtColor(self.video.retrieve()[1], cv2.COLOR_BGR2RGB)
+        return self.image
+
+
+def read_frame(image_source, sources, size, numbers=None):
+    """Image (H, W, 3) uint8 RGB, masks (N, H, W) uint8 of these objects, or of all that are there.
+
+    size (H, W) is the clip's, which all must have.
+    """
+    image, found = read_pixels(image_source), find_objects(sources)
+    numbers = [*found] if numbers is None else numbers
+    masks = np.zeros((len(numbers), *size), np.uint8)
+    check_size(image_source, image.shape[:2], size)
+    for k, number in enumerate(numbers):
+        if number in found:
+            mask = found[number]()
+            check_size(sources[0][1], mask.shape, size)
+            masks[k] = mask
+    return image, masks
+
+
+def check_size(source, found, size):
+    """InputError if (H, W) of an image or mask is not that of its clip."""
+    if found != size:
+        raise utils.InputError(f"{source}: {found[1]}x{found[0]} pixels, but its clip has "
+                               f"{size[1]}x{size[0]}; save all frames and masks at one size")
+
+
+def read_item(item, args):
+    """Item -> images (T, 3, S, S) uint8, and the masks of VideoDataset's validation."""
+    size, frames, ids = frame_size(item.images[0]), [], []
+    for image_source, sources in zip(item.images, item.masks):
+        numbers = [*find_objects(sources)]
+        image, masks = read_frame(image_source, sources, size, numbers)
+        frames.append(resize_images([image], args)[0])
+        if item.still:
+            return torch.stack(frames), torch.from_numpy(masks[masks.any((1, 2))]) > 0
+        ids.append(np.zeros(size, np.int64))
+        for number, mask in zip(numbers, masks):
+            ids[-1][mask > 0] = number
+    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0})
+    if len(numbers) > 255:
+        raise utils.InputError(f"{item.masks[0][0][1]}: {len(numbers)} objects; at most 255 can be told "
+                               "apart")
+    ids = np.stack([number_ids(frame, numbers) for frame in ids])
+    return torch.stack(frames), torch.from_numpy(ids)
 
 
 def number_ids(ids, numbers):
@@ -390,46 +661,81 @@ def number_ids(ids, numbers):
     return numbered
 
 
-def read_frame(image_path, masks, size):
-    """Image (H, W, 3) uint8 RGB and ids (H, W) of one frame, which must have the clip's size (H, W)."""
-    image, ids = utils.read_image(image_path), load_ids(masks)
-    for path, found in ((image_path, image.shape[:2]), (masks[0][1], ids.shape)):
-        if found != size:
-            raise utils.InputError(f"{path}: {found[1]}x{found[0]} pixels, but its clip has "
-                                   f"{size[1]}x{size[0]}; save all frames and masks at one size")
-    return image, ids
+def find_items(data_path, args, list_name=None, source=0):
+    """Items of --data-path number `source`, by its layout: those that a list names, or all by name."""
+    root = Path(data_path)
+    if data_path not in args.data_path:  # of --val-path
+        args = SimpleNamespace(**{**vars(args), "img_folder": None, "gt_folder": None})
+    find = find_videos
+    if any(root.glob("sa_*.json")):
+        find = find_sa1b
+    elif any(root.glob("*_manual.json")) or args.gt_folder and any(Path(args.gt_folder).glob("*_manual.json")):
+        find = find_sav
+    elif voc := next((folder for folder in (root, *sorted(root.glob("VOC*")), *sorted(root.glob("*/VOC*")))
+                      if (folder / "SegmentationObject").is_dir()), None):
+        root, find = voc, find_voc
+    names = read_names(list_name, root)
+    items = [Item(name, images, masks, find in (find_sa1b, find_voc), source)
+             for name, images, masks in find(root, args, names)]
+    if source or len(args.data_path) > 1:  # names of several may be the same
+        items = [item._replace(name=f"{source + 1}/{item.name}") for item in items]
+    return items
 
 
-def read_video(item, args):
-    """(name, images, masks) -> images (T, 3, S, S) uint8, ids (T, H, W) uint8, 1 to N."""
-    _, images, masks = item
-    width, height = utils.image_size(images[0])
-    frames, ids = [], []
-    for image_path, mask in zip(images, masks):
-        image, numbers = read_frame(image_path, mask, (height, width))
-        frames.append(resize_images([image], args)[0])
-        ids.append(numbers)
-    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0})
-    if len(numbers) > 255:
-        raise utils.InputError(f"{masks[0][0][1].parent}: {len(numbers)} objects; at most 255 can be told "
-                               "apart")
-    ids = np.stack([number_ids(frame, numbers) for frame in ids])
-    return torch.stack(frames), torch.from_numpy(ids)
+def find_voc(root, args, names):
+    """JPEGImages/ID.jpg with SegmentationObject/ID.png: 0 background, 255 void."""
+    images, masks = (utils.list_images(root / folder) for folder in ("JPEGImages", "SegmentationObject"))
+    for name in sorted(masks) if names is None else names:
+        for folder, found in (("JPEGImages", images), ("SegmentationObject", masks)):
+            if name not in found:
+                raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it out")
+        yield name, (images[name],), (((-1, masks[name]),),)
 
 
-def find_items(data_path, args, names=None):
-    """[(name, image paths, masks of each image)] of the named videos, or of all, sorted by name."""
-    images_root, masks_root = args.img_folder, args.gt_folder
-    if data_path != args.data_path or not images_root:
-        images_root = find_folder(data_path, "JPEGImages", "--img-folder")
-    if data_path != args.data_path or not masks_root:
-        masks_root = find_folder(data_path, "Annotations", "--gt-folder")
-    images_root, masks_root = Path(images_root), Path(masks_root)
+def find_sa1b(root, args, names):
+    """sa_N.jpg with sa_N.json, which holds the run-length codes of its masks."""
+    images = utils.list_images(root)
+    for name in sorted((path.stem for path in root.glob("sa_*.json")), key=by_number) if names is None else names:
+        path = root / f"{name}.json"
+        if name not in images or not path.is_file():
+            raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is missing")
+        yield name, (images[name],), (((0, JsonFrame(path, 0)),),)
+
+
+def find_sav(root, args, names):
+    """VIDEO_manual.json with VIDEO.mp4, or a folder VIDEO of frames named by their number in the video.
+
+    Frames on which an object was not annotated, or that the folder lacks, are left out.
+    """
+    jsons = {path.name.removesuffix("_manual.json"): path
+             for path in sorted(Path(args.gt_folder or root).glob("*_manual.json"))}
+    for name in jsons if names is None else names:
+        if name not in jsons:
+            raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of the list")
+        folder, frames = Path(args.img_folder or root), {}
+        numbers = [t * args.ann_every for t, codes in enumerate(read_json(jsons[name])["masklet"])
+                   if codes and None not in codes]
+        if (folder / name).is_dir():
+            images = {int(stem): path for stem, path in utils.list_images(folder / name).items() if stem.isdecimal()}
+            frames = {number: images[number] for number in numbers if number in images}
+        elif (folder / f"{name}.mp4").is_file():
+            frames = {number: VideoFrame(folder / f"{name}.mp4", number) for number in numbers}
+        if not frames:
+            raise utils.InputError(f"{jsons[name]}: neither {folder / name}.mp4 nor frames in {folder / name}/ "
+                                   "are there; add them, or give --img-folder")
+        yield name, tuple(frames.values()), tuple(((0, JsonFrame(jsons[name], number // args.ann_every)),)
+                                                  for number in frames)
+
+
+def find_videos(root, args, names):
+    """JPEGImages/VIDEO/FRAME.jpg with Annotations/VIDEO/FRAME.png, or VIDEO/OBJECT/FRAME.png."""
+    images_root = Path(args.img_folder or find_folder(root, "JPEGImages", "--img-folder"))
+    masks_root = Path(args.gt_folder or find_folder(root, "Annotations", "--gt-folder"))
     if names is None:
         names = sorted(path.name for path in images_root.iterdir() if path.is_dir() and path.name[0] != ".")
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
-    items, unlabelled = [], Counter()
+    unlabelled = Counter()
     for name in names:
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         for stem in sorted(masks.keys() - images.keys()):
@@ -439,11 +745,10 @@ def find_items(data_path, args, names=None):
         unlabelled[name] = len(images) - len(frames)
         if not frames:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
-        items.append((name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)))
+        yield name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)
     if unlabelled.total():
         print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
               f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
-    return items
 
 
 def find_folder(data_path, name, option):
@@ -475,7 +780,8 @@ def read_names(name, data_path):
     """Names of the videos in a list: a file, or the one of that name in DATA_PATH/ImageSets."""
     if not name:
         return None
-    paths = [Path(name), *(Path(data_path, "ImageSets", *sub, f"{name}.txt") for sub in ([], ["2017"]))]
+    folders = [Path(data_path, "ImageSets", sub) for sub in ("", "2017", "Segmentation")]
+    paths = [Path(name), *(folder / f"{name}.txt" for folder in folders)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise utils.InputError(f"{name}: no such list, nor {paths[1]}; write one with one video per line")
@@ -487,87 +793,110 @@ def read_names(name, data_path):
 
 def check_item(frame, whole):
     """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
-    image_path, masks, first = frame
-    size = utils.image_size(first)
+    image_source, sources, first = frame
+    size = frame_size(first)
     if whole:
-        return bool(read_frame(image_path, masks, size[::-1])[1].any())
-    for path in (image_path, *(path for _, path in masks)):
-        if utils.image_size(path) != size:
-            raise utils.InputError(f"{path}: another size than {first}; save all frames and masks of a video "
-                                   "at one size")
+        return bool(read_frame(image_source, sources, size)[1].any())
+    for source in (image_source, *(source for _, source in sources)):
+        if not isinstance(source, (VideoFrame, JsonFrame)):
+            check_size(source, frame_size(source), size)
     return True
 
 
-def keep_videos(items, part, num_frames, args):
-    """Videos long enough and with an object, as far as the start has read them; others are reported."""
-    enough = [item for item in items if len(item[1]) >= num_frames]
+def keep_usable(items, part, num_frames, args):
+    """Items long enough and with an object, as far as the start has read them; others are reported."""
+    enough = [item for item in items if item.still or len(item.images) >= num_frames]
     if len(enough) < len(items):
         print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than {num_frames} "
               "frames and are left out")
-    frames = [(image, mask, item[1][0]) for item in enough for image, mask in zip(*item[1:])]
+    frames = [(image, mask, item.images[0]) for item in enough for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))
-    kept = [item for item in enough if any([next(found) for _ in item[1]])]
+    kept = [item for item in enough if any([next(found) for _ in item.images])]
     if len(kept) < len(enough):
-        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos have no object and are left out")
+        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos and images have no object and are "
+              "left out")
     if not kept:
-        raise utils.InputError(f"{args.data_path}: none of {len(items)} {part} videos has {num_frames} frames and "
-                               "an object; look at them, or give fewer --num-frames or a smaller --stride")
+        raise utils.InputError(f"{' '.join(args.data_path)}: none of {len(items)} {part} videos has {num_frames} "
+                               "frames and an object; look at them, or give fewer --num-frames or a smaller --stride")
     return kept
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked videos."""
+    """Training and validation loaders over checked videos and images."""
     if args.demo and not args.data_path:
-        args.data_path = utils.draw_demo("clips", Path(args.output_dir, "data"), 60)
+        args.data_path = [utils.draw_demo("clips", Path(args.output_dir, "data"), 60)]
     if not args.data_path and not (args.img_folder and args.gt_folder):
         raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, or --demo")
-    args.data_path = args.data_path or str(Path(args.img_folder).parent)
-    names, val_items = read_names(args.train_set, args.data_path), None
-    if args.val_path or args.val_set:
-        val_path = args.val_path or args.data_path
-        val_items = find_items(val_path, args, read_names(args.val_set, val_path))
-    train_items = find_items(args.data_path, args, names)
-    excluded = set(read_names(args.excluded_videos_list_txt, args.data_path) or [])
-    if val_items and not args.val_path and not names:
-        excluded |= {item[0] for item in val_items}
-    train_items = [item for item in train_items if item[0] not in excluded]
-    if val_items and args.test_only and not args.overfit:
-        train_items, val_items = [], val_items[:args.limit]  # which a test does not need
-    else:
-        train_items, val_items = utils.split_items(train_items, args, val_items)
+    args.data_path = args.data_path or [str(Path(args.img_folder).parent)]
+    check_mix(args)
+    val_items, train_items, groups = [], [], []
+    for source, path in enumerate(args.val_path or []):
+        val_items += find_items(path, args, args.val_set, source)
+    for source, path in enumerate(args.data_path):
+        items, chosen = find_items(path, args, args.train_set, source), val_items
+        if args.val_set and not args.val_path:
+            chosen = find_items(path, args, args.val_set, source)
+        excluded = [] if args.train_set or args.val_path else chosen
+        if args.excluded_videos_list_txt:
+            excluded = [*excluded, *find_items(path, args, args.excluded_videos_list_txt, source)]
+        excluded = {item.images for item in excluded}
+        groups.append(([item for item in items if item.images not in excluded], chosen))
+    if args.split:  # which names the items of all
+        groups = [([item for items, _ in groups for item in items], val_items)]
+    for items, chosen in groups:
+        if chosen and args.test_only and not args.overfit:
+            items, chosen = [], chosen[:args.limit]  # which a test does not need
+        else:
+            items, chosen = utils.split_items(items, args, chosen or None)
+        train_items += items
+        val_items = chosen if args.val_path else val_items + chosen
     if not args.test_only:
         span = (args.num_frames - 1) * args.stride + 1
-        train_items = keep_videos(train_items, "training", span, args)
-    val_items = keep_videos(val_items, "validation", 3, args)  # the first and last frame do not count
+        train_items = keep_usable(train_items, "training", span, args)
+    val_items = keep_usable(val_items, "validation", 3, args)  # the first and last frame do not count
     train_set = VideoDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = VideoDataset(val_items, args, train=False, augment=False)
-    train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, batches=MixSampler(train_items, args))
     return train_loader, utils.create_loader(val_set, args, shuffle=False, batch_size=1)
+
+
+def check_mix(args):
+    """InputError if options of several data sets do not fit --data-path."""
+    paths = len(args.data_path)
+    for option, count in (("--mix", len(args.mix or args.data_path)), ("--multiplier", len(args.multiplier))):
+        if count not in (paths, 1 if option == "--multiplier" else paths):
+            raise utils.InputError(f"{option}: {count} numbers for {paths} --data-path; give one for each")
+    if paths > 1 and (args.img_folder or args.gt_folder):
+        raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them out")
 
 
 def sanity_check(train_set, val_set, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_set), ("val", val_set)):
         sizes, objects, lengths, shares, absent = Counter(), [], [], [], []
-        for _, images, masks in dataset.items:
-            ids = [load_ids(mask) for mask in masks]
-            counts = [Counter(dict(zip(*(part.tolist() for part in np.unique(x, return_counts=True))))) for x in ids]
-            numbers = {number for count in counts for number in count if number}
-            sizes[f"{ids[0].shape[1]}x{ids[0].shape[0]}"] += 1
+        for item in dataset.items:
+            size, areas = frame_size(item.images[0]), []
+            for image_source, sources in zip(item.images, item.masks):
+                masks = read_frame(image_source, sources, size)[1]
+                areas.append(dict(zip(find_objects(sources), masks.mean((1, 2)).tolist())))
+            numbers = {number for found in areas for number, share in found.items() if share}
+            sizes[f"{size[1]}x{size[0]}"] += 1
             objects.append(len(numbers))
-            lengths.append(len(images))
-            found = [count[number] / ids[0].size for count in counts for number in numbers]
+            lengths.append(len(item.images))
+            found = [found.get(number, 0) for found in areas for number in numbers]
             shares += [share for share in found if share]
             absent += [not share for share in found]
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
-        print(f"{part}: {len(dataset.items)} videos, {common}, {min(lengths)} to {max(lengths)} frames")
+        print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to {max(lengths)} frames")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
               f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
     rows = {}
     for index in range(min(8, len(train_set.items))):
         clip, _ = train_set[0, index]
-        rows[train_set.items[index][0]] = draw_clip(clip)
+        drawn = draw_clip(clip)
+        blank = np.full_like(drawn[0], 255)
+        rows[train_set.items[index].name] = [*drawn, *[blank] * (args.num_frames - len(drawn))]
     path = Path(args.output_dir, "sanity_check.png")
     utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
     print(f"wrote {path}")
@@ -769,36 +1098,82 @@ def focal_loss(logits, target, alpha, gamma):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """J, F and their mean over all objects of all videos, in [0, 1], as DAVIS defines them (davis_scores).
+    """Means over all objects of all videos, and over those of all images, in [0, 1].
 
-    val_jf, val_j, val_f: each object's mask on its first frame is given; val_click_...: one click in
-    its middle instead; copied_...: that mask, copied to all frames, the baseline. per_video: the
-    same of each video, {name: [objects, figures ...]}.
+    Videos: J, F and their mean as DAVIS defines them (davis_scores). val_jf, val_j, val_f: each object's
+    mask on its first frame is given; val_click_...: one click in its middle instead; copied_...: that
+    mask, copied to all frames, the baseline. Images: IoU by an object's box and by that click.
+    per_video: the same of each video or image, and its objects: {name: {"objects": 2, "val_jf": ...}}.
     """
     model.eval()
     items = loader.dataset.items
-    sums = torch.zeros(len(items), 1 + len(FIGURES), dtype=torch.float64)
-    for images, ids, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
+    sums = torch.zeros(len(items), 1 + len(FIGURES + IMAGE_FIGURES), dtype=torch.float64)
+    for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
-        firsts = first_frames(ids)
-        copied = torch.stack([ids[t] == k for k, t in enumerate(firsts, 1)])
-        results = [*track_video(model, images, ids, firsts, run), None]
-        for k, first in enumerate(firsts, 1):
-            frames = range(first + 1, len(ids) - 1)
-            if frames:
-                figures = []
-                for labels in results:
-                    pairs = [(copied[k - 1] if labels is None else labels[t] == k, ids[t] == k) for t in frames]
-                    figures += davis_scores(pairs)
-                sums[index] += torch.tensor([1, *figures])
+        if items[index].still:
+            figures = image_scores(model, images, masks, run)
+            sums[index, 1 + len(FIGURES):] = figures.sum(0)
+        else:
+            figures = video_scores(model, images, masks, run)
+            sums[index, 1:1 + len(FIGURES)] = figures.sum(0)
+        sums[index, 0] = len(figures)
     utils.raise_if_stopped(run.device)
     if args.world_size > 1:
         sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
-    means = sums[:, 1:] / sums[:, :1]
-    rows = torch.cat([sums[:, :1], means], 1).tolist()
-    figures = (sums[:, 1:].sum(0) / sums[:, 0].sum()).tolist()
-    return {**dict(zip(FIGURES, figures)), "per_video": {item[0]: row for item, row in zip(items, rows)}}
+    figures, per_video = {}, {}
+    for names, first, still in ((FIGURES, 1, False), (IMAGE_FIGURES, 1 + len(FIGURES), True)):
+        rows = torch.tensor([i for i, item in enumerate(items) if item.still == still], dtype=torch.int64)
+        if len(rows):
+            total = sums[rows, first:first + len(names)].sum(0) / sums[rows, 0].sum()
+            figures |= dict(zip(names, total.tolist()))
+        for i in rows.tolist():
+            means = (sums[i, first:first + len(names)] / sums[i, 0]).tolist()
+            per_video[items[i].name] = {"objects": int(sums[i, 0]), **dict(zip(names, means))}
+    return {**figures, "per_video": per_video}
+
+
+def video_scores(model, images, ids, run):
+    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> FIGURES of its objects, (N, 9) float64."""
+    firsts = first_frames(ids)
+    results, rows = [*track_video(model, images, ids, firsts, run), None], []
+    for k, first in enumerate(firsts, 1):
+        frames, figures = range(first + 1, len(ids) - 1), []
+        for labels in results if frames else []:
+            pairs = [(ids[first] == k if labels is None else labels[t] == k, ids[t] == k) for t in frames]
+            figures += davis_scores(pairs)
+        rows += [figures] if frames else []
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
+
+
+def image_scores(model, images, masks, run):
+    """Image (1, 3, S, S) uint8, masks (N, H, W) bool -> IoU by box and by click, (N, 2) float64."""
+    rows = []
+    for some in masks.split(16):  # so many objects at a time, for memory
+        for prompt in (box_prompt, click_prompt):
+            pred = predict_image(model, images, some, prompt, run)
+            rows.append((pred & some).sum((1, 2)) / (pred | some).sum((1, 2)).double())
+    return torch.stack([torch.cat(rows[::2]), torch.cat(rows[1::2])], 1)
+
+
+def predict_image(model, images, masks, prompt, run):
+    """Image (1, 3, S, S) uint8, masks (N, H, W) bool, box_prompt or click_prompt -> masks (N, H, W) bool."""
+    size = masks.shape[1:]
+    scale = model.image_size / torch.tensor(size[::-1])
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        ((_, out),) = model.propagate(Frames(images, run.device), [{0: prompt(mask, scale)} for mask in masks])
+    return F.interpolate(out["pred_masks"].float(), size, mode="bilinear", align_corners=False)[:, 0].cpu() > 0
+
+
+def box_prompt(mask, scale):
+    """The box of a mask (H, W) bool as a prompt, in pixels of the net's square."""
+    corners = box_of(mask).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # its edges, not middles of pixels
+    return {"point_coords": corners * scale - 0.5, "point_labels": torch.tensor([2, 3])}
+
+
+def click_prompt(mask, scale):
+    """A click in the middle of a mask (H, W) bool."""
+    return {"point_coords": (middle(mask)[None] + 0.5) * scale - 0.5, "point_labels": torch.tensor([1])}
 
 
 def first_frames(ids):
@@ -813,9 +1188,7 @@ def track_video(model, images, ids, firsts, run):
     for k, first in enumerate(firsts, 1):
         mask = ids[first] == k
         by_mask.append({first: {"mask_inputs": resize_mask(mask, model.image_size)}})
-        scale = model.image_size / torch.tensor(mask.shape[::-1])
-        click = (middle(mask) + 0.5) * scale - 0.5
-        by_click.append({first: {"point_coords": click[None], "point_labels": torch.tensor([1])}})
+        by_click.append({first: click_prompt(mask, model.image_size / torch.tensor(mask.shape[::-1]))})
     labels = torch.zeros(2, *ids.shape, dtype=torch.uint8)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
@@ -901,35 +1274,48 @@ def middle(mask):
 def print_table(columns):
     """{title: figures of evaluate}: a column each, in percent, and the baseline."""
     print(" " * 22 + "".join(f"{title:>16}" for title in columns))
-    for name in FIGURES:
-        print(f"  {name:20}" + "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values()))
+    for name in FIGURES + IMAGE_FIGURES:
+        if all(name in figures for figures in columns.values()):
+            print(f"  {name:20}" + "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values()))
 
 
 def write_videos(run, figures):
-    """val_videos.csv: the figures of each video."""
+    """val_videos.csv: the figures of each video and image."""
     if run.rank == 0:
         with open(run.folder / "val_videos.csv", "w", newline="", encoding="utf-8") as file:
+            columns = ["objects", *(name for name in FIGURES + IMAGE_FIGURES if name in figures)]
             writer = csv.writer(file)
-            writer.writerow(["video", "objects", *FIGURES])
-            for name, (objects, *values) in figures["per_video"].items():
-                writer.writerow([name, int(objects), *(f"{value:.4f}" for value in values)])
+            writer.writerow(["video", *columns])
+            for name, row in figures["per_video"].items():
+                writer.writerow([name, *(round(row[key], 4) if key in row else "" for key in columns)])
 
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: six frames each of the first three videos: image, truth and prediction by mask."""
+    """val_samples.png: six frames each of the first three videos: image, truth and prediction by mask.
+
+    Without videos: the first four images, with truth and predictions by boxes.
+    """
     model.eval()
     rows = {}
-    for index in range(min(3, len(dataset))):
-        name, paths, _ = dataset.items[index]
-        images, ids, _ = dataset[0, index]
+    for index in [i for i, item in enumerate(dataset.items) if not item.still][:3]:
+        item, (images, ids, _) = dataset.items[index], dataset[0, index]
         pred = track_video(model, images, ids, first_frames(ids), run)[0]
-        frames = np.linspace(0, len(paths) - 1, 6).round().astype(int)
-        shown = [utils.read_image(paths[t]) for t in frames]
-        rows[f"of {name}"] = shown
+        frames = np.linspace(0, len(item.images) - 1, 6).round().astype(int)
+        shown = [read_pixels(item.images[t]) for t in frames]
+        rows[f"of {item.name}"] = shown
         for title, labels in (("truth", ids), ("prediction", pred)):
-            rows[f"{title} {name}"] = [utils.overlay(image, labels[t].numpy()) for image, t in zip(shown, frames)]
-    utils.save_panel(run.folder / "val_samples.png", rows, ["first", "1/5", "2/5", "3/5", "4/5", "last"])
+            rows[f"{title} {item.name}"] = [utils.overlay(image, labels[t].numpy()) for image, t in zip(shown, frames)]
+    titles = ["first", "1/5", "2/5", "3/5", "4/5", "last"]
+    if not rows:
+        titles = ["image", "truth", "prediction by boxes"]
+        for index in range(min(4, len(dataset))):
+            image, (inputs, masks, _) = read_pixels(dataset.items[index].images[0]), dataset[0, index]
+            pred = predict_image(model, inputs, masks, box_prompt, run)
+            numbers = torch.arange(1, len(masks) + 1)[:, None, None] % 255
+            rows[dataset.items[index].name] = [
+                image, *(utils.overlay(image, (part * numbers).amax(0).numpy()) for part in (masks, pred))]
+    utils.save_panel(run.folder / "val_samples.png", rows, titles)
 
 
 # --- Training ---
@@ -1061,31 +1447,35 @@ def main(args):
         model.image_encoder.compile()
 
     figures = None
+    best = "val_image_box_iou" if all(item.still for item in val_set.items) else "val_jf"
     with run.saved_when_stopped():  # SIGTERM, Ctrl-C
         if "before" not in progress:  # what the starting weights can do: fine-tuning's baseline
             progress["before"] = progress["after"] = evaluate(model, val_loader, run, args)
-            run.is_best(progress["before"]["val_jf"])
+            run.is_best(progress["before"][best])
             run.save_best()
         print_table({"before": progress["before"]})
         while not run.is_over():    # --epochs, --early-stopping
             train_one_epoch(model, train_loader, optimizer, run, args)
             means = pass_means(progress)
             figures = evaluate(model, val_loader, run, args)
-            run.end_epoch({**figures, **means}, show=["pass_focal", "pass_dice", "val_jf", "val_j", "val_f",
-                                                      "val_click_jf"])
+            shown = ["val_jf", "val_j", "val_f", "val_click_jf", *IMAGE_FIGURES]
+            run.end_epoch({**figures, **means}, show=["pass_focal", "pass_dice",
+                                                      *(name for name in shown if name in figures)])
             write_videos(run, figures)
-            if run.is_best(figures["val_jf"]):
+            if run.is_best(figures[best]):
                 progress["after"] = figures
                 run.save_best()
             run.save_last()
-            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES], ["val_jf", "val_click_jf", "copied_jf"])
+            shown = ["val_jf", "val_click_jf", "copied_jf", *IMAGE_FIGURES]
+            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES], [name for name in shown if name in figures])
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
     print_table({"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]})
-    run.finish("val_jf")
-    print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")
-    return {**figures, "before": progress["before"], "best_val_jf": progress["best"]}
+    run.finish(best)
+    if "copied_jf" in figures:
+        print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")
+    return {**figures, "before": progress["before"], f"best_{best}": progress["best"]}
 
 
 if __name__ == "__main__":

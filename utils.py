@@ -492,10 +492,11 @@ def split_items(items, args, val_items=None):
     train_items, val_items = train_items[:args.limit], val_items[:args.limit]
     shared = {item[1] for item in train_items} & {item[1] for item in val_items}
     if shared or not train_items or not val_items:
-        raise InputError(f"{args.split or args.val_path or args.data_path}: {len(train_items)} "
-                         f"training and {len(val_items)} validation images, {len(shared)} in both; "
-                         "each needs some, none may be in both: add images, or give --val-path or "
-                         "another --split")
+        path = args.split or args.val_path or args.data_path
+        path = ", ".join(path) if isinstance(path, list) else path
+        raise InputError(f"{path}: {len(train_items)} training and {len(val_items)} validation images, "
+                         f"{len(shared)} in both; each needs some, none may be in both: add images, or "
+                         "give --val-path or another --split")
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
     return train_items, val_items
@@ -523,14 +524,16 @@ def check_items(check, items, args):
     return sum_over_ranks(found).bool().tolist()
 
 
-def create_loader(dataset, args, shuffle, batch_size=None, **sampling):
+def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):
     """DataLoader of this process's share; its randomness derives from (seed, epoch, index) alone.
 
-    sampling: keep and pad of EpochSampler. The data set's `collate`, if any, makes the batches.
+    sampling: keep and pad of EpochSampler; or batches: a sampler of lists of keys, as of
+    train_sam2.py. The data set's `collate`, if any, makes the batches.
     """
-    sampler = EpochSampler(len(dataset), args.seed, shuffle, *ranks(), **sampling)
+    sampler = batches or EpochSampler(len(dataset), args.seed, shuffle, *ranks(), **sampling)
+    batch_size = None if batches else batch_size or args.batch_size
     return torch.utils.data.DataLoader(
-        dataset, batch_size or args.batch_size, sampler=sampler, num_workers=args.workers,
+        dataset, batch_size, sampler=sampler, num_workers=args.workers,
         worker_init_fn=outlive_signals, collate_fn=getattr(dataset, "collate", None),
         persistent_workers=args.workers > 0,  # starting workers takes seconds, except with fork
         pin_memory=pick_device(args.device).type == "cuda",

@@ -83,6 +83,8 @@ def test_functions_of_one_name_have_one_body():
             if function not in DIFFERING:
                 other, first = seen.setdefault(function, (name, code))
                 assert code == first, f"{function} differs between {other}.py and {name}.py"
+    for function in ("decode_counts", "short"):
+        assert definitions("train_sam2")[function] == definitions("convert_labels")[function]
     assert {"normalize", "forward"} <= definitions("predict").keys()  # there is something to compare
 
 
@@ -104,7 +106,8 @@ def test_main_tells_the_story_in_order(name):
 def test_run_is_called_and_calls_no_script(name):
     """The books are kept in utils: no script writes checkpoints of its own, sums over steps or reads the signals."""
     text = (ROOT / f"{name}.py").read_text()
-    for word in ("torch.save(", "torch.load(", "isfinite", "unscale_", "perf_counter", "set_epoch", "manual_seed"):
+    for word in ("torch.save(", "torch.load(", "isfinite", "unscale_", "perf_counter", "sampler.set_epoch",
+                 "torch.manual_seed"):
         assert word not in text, word
     assert "for batches in run.steps(loader):" in text and "if run.accepts(optimizer, loss_sum, " in text
     assert not re.search(r"import (train|finetune|predict)", (ROOT / "utils.py").read_text())

@@ -323,7 +323,7 @@ def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_objec
     monkeypatch.setattr(script_, "track_video", lambda *args: torch.stack([labels, ids]))
 
     class Loader(list):
-        dataset = SimpleNamespace(items=[("a",), ("b",)])
+        dataset = SimpleNamespace(items=[SimpleNamespace(name=name, still=False) for name in "ab"])
     run = SimpleNamespace(device=torch.device("cpu"))
     figures = script_.evaluate(torch.nn.Identity(), Loader([(None, ids, [0]), (None, ids, [1])]), run,
                                SimpleNamespace(world_size=1))
@@ -332,7 +332,7 @@ def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_objec
     assert figures["val_click_j"] == 1
     # Copied: object 1: 1, 1, 1, 0; object 2: 1, 1
     assert figures["copied_j"] == (0.75 + 1) / 2
-    assert figures["per_video"]["b"][:2] == [2, 0.75]
+    assert figures["per_video"]["b"]["objects"] == 2 and figures["per_video"]["b"]["val_jf"] == 0.75
 
 
 def test_tracking_gives_each_object_its_mask_or_click_where_it_appears(clips):
@@ -371,8 +371,8 @@ def test_a_tiny_object_still_is_a_mask_prompt():
 # --- Data ---
 
 def test_clips_have_consecutive_frames_visible_objects_and_depend_on_seed_epoch_index_alone(clips):
-    videos = dataset(clips, "--multiplier", 3)
-    assert len(videos) == 3 * len(videos.items) and videos[0, len(videos.items) + 1][1] == 1
+    videos = dataset(clips)
+    assert len(videos) == len(videos.items) and videos[0, len(videos.items) + 1][1] == 1
     one, index = videos[0, 1]
     assert one.images.shape == (3, 3, 64, 64) and one.images.dtype == torch.uint8
     assert one.masks.dtype == torch.bool and one.masks.shape[:1] == (3,) and one.masks[0].flatten(1).any(1).all()
@@ -441,11 +441,10 @@ def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
     image = np.repeat(ids[..., None] * 200, 3, 2)
     args = SimpleNamespace(hflip_prob=0.0, degrees=90.0, shear=0.0)
     with utils.seeded(3):
-        images, turned = script_.change_clip([image], [ids], args)
+        images, (turned,) = script_.change_clip([image], [ids[None]], args)
     assert turned[0].astype(int).sum() == pytest.approx(25, abs=8) and not np.array_equal(turned[0], ids)
-    corner = np.zeros((65, 65), np.uint8)
-    corner[0, 0] = 1
-    corner[40, 40] = 2
+    corner = np.zeros((2, 65, 65), np.uint8)
+    corner[0, 0, 0] = corner[1, 40, 40] = 1
     kept = 0
     for seed in range(10):
         with utils.seeded(seed):
@@ -453,8 +452,8 @@ def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
     assert kept >= 8
     args.hflip_prob = 1.0
     args.degrees = 0.0
-    mirrored = script_.change_clip([image], [ids], args)[1][0]
-    assert np.array_equal(mirrored, ids[:, ::-1])
+    mirrored = script_.change_clip([image], [ids[None]], args)[1][0]
+    assert np.array_equal(mirrored, ids[None, :, ::-1])
 
 
 def test_folders_per_object_davis_resolutions_and_frames_in_order_of_number(tmp_path):
@@ -467,10 +466,12 @@ def test_folders_per_object_davis_resolutions_and_frames_in_order_of_number(tmp_
         if t != 10:
             save_grey(tmp_path / f"Annotations/480p/v/007/{t}.png", mask[1].astype(np.uint8) * 255)
     args = options("--data-path", tmp_path)
-    ((name, images, masks),) = script_.find_items(str(tmp_path), args)
+    ((name, images, masks, still, source),) = script_.find_items(str(tmp_path), args)
+    assert (still, source) == (False, 0)
     assert [path.stem for path in images] == ["1", "2", "10"] and [len(mask) for mask in masks] == [2, 2, 1]
-    assert np.array_equal(script_.load_ids(masks[0]), mask[0] + 2 * mask[1])
-    assert np.array_equal(script_.load_ids(masks[2]), mask[0])
+    found = script_.find_objects(masks[0])
+    assert [*found] == [1, 2] and np.array_equal(found[1](), mask[0]) and np.array_equal(found[2](), mask[1])
+    assert np.array_equal(script_.find_objects(masks[2])[1](), mask[0])
 
 
 def test_lists_exclusions_and_other_folders(clips, tmp_path):
@@ -531,7 +532,7 @@ def test_odd_videos_are_left_out_aloud(clips, capsys):
     assert [item[0] for item in videos.items] == ["clip_0001", "clip_0004"] and len(videos.items[0][1]) == 4
     assert "4 frames of 2 videos have no annotation and are left out" in said
     assert "1 of 4 training videos have fewer than 3 frames and are left out" in said
-    assert "1 of 4 training videos have no object and are left out" in said
+    assert "1 of 4 training videos and images have no object and are left out" in said
     refuses(clips, "none of 4 training videos has 9 frames", "--num-frames", more=["--val-set", "val",
                                                                                   "--num-frames", 9])
 
@@ -557,7 +558,7 @@ def test_a_clip_that_fails_later_is_named_and_replaced_within_a_limit(clips, cap
 def test_sanity_check_counts_and_draws(clips, tmp_path, capsys):
     assert train(clips, tmp_path / "out", "--sanity-check") == {"train": 4, "val": 2}
     said = capsys.readouterr().out
-    assert "train: 4 videos, 4 of 64x64, 5 to 5 frames" in said and "8 objects, 2 to 2 per video" in said
+    assert "train: 4 videos and images, 4 of 64x64, 5 to 5 frames" in said and "8 objects, 2 to 2 per video" in said
     assert Image.open(tmp_path / "out/sanity_check.png").width == 3 * 260
 
 
@@ -627,7 +628,8 @@ def test_official_files_start_a_run(clips, tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "official.pt")
     loaded, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pt"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
-    assert loaded.sam_mask_decoder.dynamic_multimask_via_stability and loaded.memory_attention.layers[0].dropout.p == 0.1
+    assert loaded.sam_mask_decoder.dynamic_multimask_via_stability
+    assert loaded.memory_attention.layers[0].dropout.p == 0.1
     with pytest.raises(utils.InputError, match="weights of another net"):
         script_.create_model(options(*SMALL, "--model", "tiny", "--weights", tmp_path / "official.pt"))
 
@@ -749,3 +751,270 @@ def test_options_that_make_no_sense_are_refused(clips, tmp_path):
 def test_real_videos_are_read(real_data, tmp_path, capsys):
     figures = train(real_data / "video_sample", tmp_path / "out", "--sanity-check")
     assert figures == {"train": 2, "val": 1} and "videos" in capsys.readouterr().out
+
+
+# --- Several data sets ---
+
+@pytest.fixture
+def instances(tmp_path):
+    """Folder with a VOCdevkit of eight 64x64 drawn images of objects."""
+    demo_data.write_instances(tmp_path / "instances", 8, size=64)
+    return tmp_path / "instances"
+
+
+def encode_rle(mask, compressed):
+    """Mask (H, W) bool -> COCO's run lengths, by the definition."""
+    flat, counts, value = mask.T.ravel(), [], False
+    while len(flat):
+        run = len(flat) if (flat == value).all() else int(np.argmax(flat != value))
+        counts.append(run)
+        flat, value = flat[run:], not value
+    if not compressed:
+        return {"size": [*mask.shape], "counts": counts}
+    text = ""
+    for i, count in enumerate(counts):
+        rest, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            bits, rest = rest & 31, rest >> 5
+            more = not (rest == 0 and not bits & 16 or rest == -1 and bits & 16)
+            text += chr(48 + (bits | 32 if more else bits))
+    return {"size": [*mask.shape], "counts": text}
+
+
+def write_sav(folder, name, masks, frames, video=False):
+    """SA-V's layout: masks {number of the frame: [masks of objects, or None]}; the video's frames are grey."""
+    folder.mkdir(parents=True, exist_ok=True)
+    masklet = [[None if mask is None else encode_rle(mask, True) for mask in masks[t]] for t in sorted(masks)]
+    (folder / f"{name}_manual.json").write_text(json.dumps({"video_id": name, "masklet": masklet}))
+    images = [np.full((64, 96, 3), 40 + 10 * t, np.uint8) for t in range(frames)]
+    if video:
+        writer = cv2.VideoWriter(str(folder / f"{name}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, (96, 64))
+        for image in images:
+            writer.write(image)
+        writer.release()
+    else:
+        (folder / name).mkdir()
+        for t, image in enumerate(images):
+            save_grey(folder / f"{name}/{t:05d}.png", image)
+
+
+def sav_masks(count, step=4):
+    masks = {t: [np.zeros((64, 96), bool), np.zeros((64, 96), bool)] for t in range(0, count * step, step)}
+    for t, (one, other) in masks.items():
+        one[10:30, t:t + 20] = True
+        other[20:50, 40:70] = True  # they overlap
+    return masks
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_sa_v_is_read_to_the_very_masks_and_frames(tmp_path, video):
+    masks = sav_masks(5)
+    masks[8][1] = None  # not annotated: the frame is left out
+    for name in ("sav_1", "sav_2"):
+        write_sav(tmp_path / "sav", name, masks, 20, video)
+    items = script_.find_items(str(tmp_path / "sav"), options("--data-path", tmp_path / "sav"))
+    assert [(item.name, item.still, len(item.images)) for item in items] == [("sav_1", False, 4), ("sav_2", False, 4)]
+    for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
+        for place in order:
+            t = [0, 4, 12, 16][place]
+            image, found = script_.read_frame(items[0].images[place], items[0].masks[place], (64, 96))
+            assert np.array_equal(found, masks[t]) and abs(np.median(image) - 40 - 10 * t) <= 4.5
+    if video:
+        assert script_.frame_size(items[0].images[0]) == (64, 96)
+    write_sav(tmp_path / "val", "sav_3", sav_masks(5), 20)
+    one, _ = dataset(tmp_path / "sav", "--val-path", tmp_path / "val")[0, 0]
+    assert one.masks.shape == (3, 2, 64, 64) and one.masks[0].flatten(1).any(1).all()
+
+
+def test_sa_v_published_json_is_read_to_the_published_areas(real_data):
+    path = real_data / "sav_json/sav_000001_manual.json"
+    published = json.loads(path.read_text())
+    areas = np.zeros(5)
+    for t in range(121):
+        found = script_.find_objects(((0, script_.JsonFrame(path, t)),))
+        areas += [found[k]().sum() for k in range(1, 6)]
+    seen = [sum(len(frame[k]["counts"]) > 4 for frame in published["masklet"]) for k in range(5)]
+    assert found[1]().shape == (848, 480)
+    assert areas / seen == pytest.approx(published["masklet_size_abs"], rel=0.02)
+
+
+def test_sa_1b_masks_may_overlap_and_images_are_clips_of_one_frame(tmp_path):
+    masks = np.zeros((3, 40, 60), bool)
+    masks[0, 5:30, 5:40] = masks[1, 10:20, 10:20] = masks[2, 35:39, 50:59] = True  # one in the other
+    for name in ("sa_2", "sa_10"):
+        save_grey(tmp_path / f"{name}.jpg", np.full((40, 60, 3), 90, np.uint8))
+        codes = [{"segmentation": encode_rle(mask, compressed)} for mask, compressed in zip(masks, (True, False, True))]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"image": {}, "annotations": codes}))
+    items = script_.find_items(str(tmp_path), options("--data-path", tmp_path))
+    assert [(item.name, item.still) for item in items] == [("sa_2", True), ("sa_10", True)]
+    assert np.array_equal(script_.read_frame(items[0].images[0], items[0].masks[0], (40, 60))[1], masks)
+    args = options("--data-path", tmp_path, *SMALL)
+    images, found = script_.read_item(items[0], args)
+    assert images.shape == (1, 3, 64, 64) and np.array_equal(found, masks)
+    one, _ = script_.VideoDataset(items, args, train=True, augment=True)[0, 0]
+    assert one.images.shape == (1, 3, 64, 64) and one.masks.shape == (1, 3, 64, 64)
+    assert one.prompts[0]["point_coords"].shape[0] == 3 and one.corrected == (0,)  # points are forced
+
+
+def test_instances_of_voc_need_no_conversion_and_void_is_no_object(instances):
+    args = options("--data-path", instances, *SMALL)
+    items = script_.find_items(str(instances), args)
+    assert len(items) == 8 and all(item.still for item in items)
+    ids = utils.read_mask(items[0].masks[0][0][1])
+    found = script_.find_objects(items[0].masks[0])
+    assert 255 in ids and [*found] == sorted({*np.unique(ids).tolist()} - {0, 255})
+    assert all(np.array_equal(read(), ids == k) for k, read in found.items())
+    listed = script_.find_items(str(instances), args, "train")
+    assert [item.name for item in listed] == (
+        instances / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").read_text().split()
+
+
+def sampler(sizes, *more, images=(), rank=0, world_size=1, monkeypatch=None):
+    if monkeypatch:
+        monkeypatch.setattr(utils, "ranks", lambda: (rank, world_size))
+    items = [script_.Item(str(i), (), (), source in images, source) for source, size in enumerate(sizes)
+             for i in range(size)]
+    return script_.MixSampler(items, options(*more))
+
+
+def drawn(mix, sizes, epoch):
+    """Numbers of each batch and the data set that it is of."""
+    mix.set_epoch(epoch)
+    ends, batches = np.cumsum(sizes), []
+    for batch in mix:
+        assert {one for one, _ in batch} == {epoch}
+        (source,) = {int(np.searchsorted(ends, number % ends[-1], side="right")) for _, number in batch}
+        batches.append((source, [number for _, number in batch]))
+    return batches
+
+
+def test_the_shares_drawn_are_the_shares_asked():
+    sizes = [20, 6, 200]
+    mix = sampler(sizes, "--mix", "2:1:3", "--multiplier", 1, "-b", 2, "--image-batch-size", 4, images=[1, 2])
+    seen = [[], [], []]
+    for epoch in range(8):
+        batches = drawn(mix, sizes, epoch)
+        assert [sum(source == k for source, _ in batches) for k in range(3)] == [10, 5, 15]
+        assert {len(numbers) for source, numbers in batches if source == 0} == {2}
+        assert {len(numbers) for source, numbers in batches if source > 0} == {4}
+        numbers = [number for _, numbers in batches for number in numbers]
+        assert len(set(numbers)) == len(numbers)  # an item that comes twice is drawn anew
+        for source, numbers in batches:
+            seen[source] += [number % sum(sizes) for number in numbers]
+    assert {seen[0].count(i) for i in range(20)} == {8}  # the first: all in each epoch
+    assert {seen[1].count(i) for i in range(20, 26)} <= {26, 27}  # a small one comes around again
+    assert {seen[2].count(i) for i in range(26, 226)} <= {2, 3}  # a large one takes several epochs
+    orders = [[source for source, _ in drawn(mix, sizes, epoch)] for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_without_mix_an_epoch_has_every_clip_and_phases_cut_it():
+    sizes = [7, 5]
+    mix = sampler(sizes, "--multiplier", "3", "-b", 2, images=[1])
+    numbers = [number for _, numbers in drawn(mix, sizes, 4) for number in numbers]
+    assert sorted(numbers) == [i + 12 * k for k in range(3) for i in range(12) if i < 7 or k == 0]
+    half = sampler([8], "--multiplier", 1, "-b", 2, "--phases", 2)
+    halves = [sorted(number % 8 for _, numbers in drawn(half, [8], epoch) for number in numbers) for epoch in (0, 1)]
+    assert len(halves[0]) == 4 and sorted(halves[0] + halves[1]) == [*range(8)]
+    each = sampler([4, 4], "--multiplier", "1:2", "-b", 4)
+    assert sum(source == 1 for source, _ in drawn(each, [4, 4], 0)) == 2
+
+
+def test_processes_share_each_batch_and_a_resumed_epoch_leaves_out_what_is_done(monkeypatch):
+    sizes = [9, 4]
+    line = ["--mix", "1:1", "--multiplier", 1, "-b", 2, "--image-batch-size", 3]
+    whole = sampler(sizes, *line[:4], "-b", 4, "--image-batch-size", 6, images=[1])
+    parts = [sampler(sizes, *line, images=[1], rank=rank, world_size=2, monkeypatch=monkeypatch)
+             for rank in (0, 1)]
+    for epoch in (0, 3):
+        for mix in (whole, *parts):
+            mix.set_epoch(epoch)
+        for batch, *own in zip(whole, *parts, strict=True):
+            assert {key for keys in own for key in keys if key[1] >= 0} == set(batch)
+            assert len(own[0]) == len(own[1])
+        rest = [*parts[0]][2:]
+        parts[0].set_epoch(epoch, skip=2 * 2)
+        assert [*parts[0]] == rest and len(parts[0]) == len(rest)
+
+
+def test_objects_of_images_are_scored_by_box_and_by_click(monkeypatch):
+    masks = torch.zeros(2, 30, 50, dtype=torch.bool)
+    masks[0, 5:15, 10:20] = masks[1, 20:26, 30:46] = True
+    asked = []
+
+    class Model:
+        image_size = 100
+
+        def propagate(self, frames, prompts):
+            assert len(frames) == 1
+            asked.extend(prompt[0] for prompt in prompts)
+            shown = masks.clone()
+            if len(prompts[0][0]["point_labels"]) == 1:
+                shown[0, 10:] = False  # half of the first
+            yield 0, {"pred_masks": torch.where(shown[:, None], 5.0, -5.0)}
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=None)
+    figures = script_.image_scores(Model(), torch.zeros(1, 3, 100, 100, dtype=torch.uint8), masks, run)
+    assert figures.tolist() == [[1, 0.5], [1, 1]]
+    assert asked[0]["point_labels"].tolist() == [2, 3] and asked[2]["point_labels"].tolist() == [1]
+    assert asked[0]["point_coords"] + 0.5 == pytest.approx(torch.tensor([[20, 100 / 6], [40, 50]]))
+    x, y = ((asked[2]["point_coords"][0] + 0.5) * torch.tensor([0.5, 0.3]) - 0.5).round().long().tolist()
+    assert masks[0, y - 3:y + 4, x - 3:x + 4].all()
+
+
+def test_a_mixed_run_trains_on_both_and_has_one_table(clips, instances, tmp_path, capsys):
+    line = ["--data-path", instances, "--mix", "1:2", "--image-batch-size", 3]
+    figures = train(clips, tmp_path / "run", *line)
+    assert {"val_jf", *script_.IMAGE_FIGURES} <= figures.keys() and "best_val_jf" in figures
+    with open(tmp_path / "run/val_videos.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {bool(row["val_jf"]) for row in rows} == {True, False}
+    assert all(bool(row["val_jf"]) != bool(row["val_image_box_iou"]) for row in rows)
+    table = capsys.readouterr().out.split("best, epoch")[1]
+    assert "val_click_jf" in table and "val_image_click_iou" in table
+    only = train(instances, tmp_path / "images")
+    assert "val_jf" not in only and only["best_val_image_box_iou"] >= 0
+    assert (tmp_path / "images/val_samples.png").stat().st_size > 0
+
+
+def spoil_json(folder):
+    (folder / "sav_1_manual.json").write_text('{"masklets": []}')
+
+
+def spoil_counts(folder):
+    text = (folder / "sav_1_manual.json").read_text()
+    (folder / "sav_1_manual.json").write_text(text.replace("[64, 96]", "[64, 95]"))
+
+
+def spoil_sizes(folder):
+    masks = {t: [np.ones((32, 48), bool)] for t in range(0, 20, 4)}
+    masklet = [[encode_rle(mask, True) for mask in masks[t]] for t in sorted(masks)]
+    (folder / "sav_1_manual.json").write_text(json.dumps({"masklet": masklet}))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda folder: shutil.rmtree(folder / "sav_1"), ["sav_1_manual.json: neither", "sav_1.mp4", "--img-folder"]),
+    (spoil_json, ["sav_1_manual.json: neither SA-V's nor SA-1B's json"]),
+    (spoil_counts, ["sav_1_manual.json, masks of frame 0: no run-length code"]),
+    (spoil_sizes, ["sav_1_manual.json, masks of frame 0: 48x32 pixels, but its clip has 96x64"]),
+    (lambda folder: (shutil.rmtree(folder / "sav_1"), (folder / "sav_1.mp4").write_bytes(b"no video")),
+     ["sav_1.mp4: OpenCV cannot open it"])])
+def test_what_is_wrong_with_sa_v_is_one_line(tmp_path, spoil, words):
+    for name in ("sav_1", "sav_2"):
+        write_sav(tmp_path / "sav", name, sav_masks(5), 20)
+    spoil(tmp_path / "sav")
+    refuses(tmp_path / "sav", *words)
+
+
+def test_a_video_that_ends_early_names_the_frame(tmp_path):
+    for name in ("sav_1", "sav_2"):
+        write_sav(tmp_path / "sav", name, sav_masks(5), 15, video=True)
+    refuses(tmp_path / "sav", "mp4: has no frame 16 that can be read")
+
+
+def test_options_that_do_not_fit_the_data_sets(clips, instances):
+    refuses(clips, "--mix: 3 numbers for 2 --data-path", more=["--data-path", instances, "--mix", "1:2:3"])
+    refuses(clips, "--multiplier: 3 numbers for 2", more=["--data-path", instances, "--multiplier", "1:2:3"])
+    refuses(clips, "--img-folder, --gt-folder: are of a single", more=["--data-path", instances, "--img-folder", "x"])
+    for text in ("0:1", "2:", "a"):
+        with pytest.raises(SystemExit):
+            options("--mix", text)
