@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import re
+import reprlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace

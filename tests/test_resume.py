@@ -23,8 +23,8 @@ SMALL = {  # script: kind of drawn data, how many, options
                                      "--crop-size 48 --lr 0.01"),
     "train_efficientsam": ("objects", 9, "--model demo --image-size 64 --lr 0.001"),
     "finetune_sam_decoder": ("rings", 9, "--model demo --weights none --image-size 64 --lr 0.001 --year 2012 --flip"),
-    "train_sam2": ("clips", 9, "--model demo --weights none --image-size 64 --lr 0.001 --vision-lr 0.001 --num-frames 3 "
-                               "--multiplier 1 --num-correction-points 2"),
+    "train_sam2": ("clips", 9, "--model demo --weights none --image-size 64 --lr 0.001 --vision-lr 0.001 "
+                               "--num-frames 3 --multiplier 1 --num-correction-points 2"),
 }
 
 

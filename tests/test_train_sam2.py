@@ -675,7 +675,8 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(some):
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.05)
         sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
             gradients.append(step(model.train(), some[:1], "--gradient-checkpointing", checkpointing)[1])
         kept.append(sum(sizes.values()))
     for name, gradient in gradients[0].items():
@@ -691,7 +692,8 @@ def test_freezing_trains_nothing_of_it_and_frees_memory(part, some):
     for freeze in ("none", part):
         model, _ = script_.create_model(options(*SMALL, "--freeze", freeze))
         sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
             gradients = step(model.train(), some, "--freeze", freeze)[1]
         kept.append(sum(sizes.values()))
     frozen = {name for name in gradients if name.startswith(script_.PARTS[part])}
