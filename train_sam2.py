@@ -670,7 +670,7 @@ def find_items(data_path, args, list_name=None, source=0):
     find = find_videos
     if any(root.glob("sa_*.json")):
         find = find_sa1b
-    elif any(root.glob("*_manual.json")) or args.gt_folder and any(Path(args.gt_folder).glob("*_manual.json")):
+    elif find_jsons(args.gt_folder or root):
         find = find_sav
     elif voc := next((folder for folder in (root, *sorted(root.glob("VOC*")), *sorted(root.glob("*/VOC*")))
                       if (folder / "SegmentationObject").is_dir()), None):
@@ -708,24 +708,43 @@ def find_sav(root, args, names):
 
     Frames on which an object was not annotated, or that the folder lacks, are left out.
     """
-    jsons = {path.name.removesuffix("_manual.json"): path
-             for path in sorted(Path(args.gt_folder or root).glob("*_manual.json"))}
+    jsons = {path.name.removesuffix("_manual.json"): path for path in find_jsons(args.gt_folder or root)}
+    left_out = 0
     for name in jsons if names is None else names:
         if name not in jsons:
-            raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of the list")
-        folder, frames = Path(args.img_folder or root), {}
-        numbers = [t * args.ann_every for t, codes in enumerate(read_json(jsons[name])["masklet"])
+            raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of "
+                                   "the list")
+        path, data = jsons[name], read_json(jsons[name])
+        count, length = len(data["masklet"]), int(data.get("video_frame_count", 0))
+        if length and math.ceil(length / args.ann_every) != count:
+            raise utils.InputError(f"{path}: has masks of {count} frames, but the video {length}; give "
+                                   f"--ann-every {round(length / count)}")
+        numbers = [t * args.ann_every for t, codes in enumerate(data["masklet"])
                    if codes and None not in codes]
+        folder, frames = Path(args.img_folder or path.parent), {}
         if (folder / name).is_dir():
-            images = {int(stem): path for stem, path in utils.list_images(folder / name).items() if stem.isdecimal()}
+            images = {int(stem): image for stem, image in utils.list_images(folder / name).items()
+                      if stem.isdecimal()}
             frames = {number: images[number] for number in numbers if number in images}
+            if args.ann_every > 1 and sorted(images) == [*range(count)]:
+                raise utils.InputError(f"{folder / name}: as many frames as masks, one by one; give "
+                                       "--ann-every 1, or name them by their number in the video")
         elif (folder / f"{name}.mp4").is_file():
             frames = {number: VideoFrame(folder / f"{name}.mp4", number) for number in numbers}
         if not frames:
-            raise utils.InputError(f"{jsons[name]}: neither {folder / name}.mp4 nor frames in {folder / name}/ "
+            raise utils.InputError(f"{path}: neither {folder / name}.mp4 nor frames in {folder / name}/ "
                                    "are there; add them, or give --img-folder")
-        yield name, tuple(frames.values()), tuple(((0, JsonFrame(jsons[name], number // args.ann_every)),)
-                                                  for number in frames)
+        left_out += count - len(frames)
+        yield name, tuple(frames.values()), tuple(
+            ((0, JsonFrame(path, number // args.ann_every)),) for number in frames)
+    if left_out:
+        print(f"note: {left_out} frames have no image, or an object that was not annotated, and are left out")
+
+
+def find_jsons(folder):
+    """SA-V's annotations in a folder or in its folders."""
+    folder = Path(folder)
+    return sorted(folder.glob("*_manual.json")) or sorted(folder.glob("*/*_manual.json"))
 
 
 def find_videos(root, args, names):

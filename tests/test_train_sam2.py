@@ -1007,6 +1007,23 @@ def test_what_is_wrong_with_sa_v_is_one_line(tmp_path, spoil, words):
     refuses(tmp_path / "sav", *words)
 
 
+def test_masks_are_never_given_to_other_frames(tmp_path, capsys):
+    """By another --ann-every than the data's each mask would lie on another frame, and nothing would fail."""
+    write_sav(tmp_path / "sav/000", "sav_1", sav_masks(5), 18)
+    write_sav(tmp_path / "sav/001", "sav_2", sav_masks(5), 18)
+    (tmp_path / "sav/000/sav_1/00008.png").unlink()
+    items = script_.find_items(str(tmp_path / "sav"), options("--data-path", tmp_path / "sav"))
+    assert [[int(path.stem) for path in item.images] for item in items] == [[0, 4, 12, 16], [0, 4, 8, 12, 16]]
+    assert [sources[0][1].frame for sources in items[0].masks] == [0, 1, 3, 4]
+    assert "note: 1 frames have no image" in capsys.readouterr().out
+    for path in (tmp_path / "sav").glob("*/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "video_frame_count": 18.0}))
+    script_.read_json.cache_clear()
+    refuses(tmp_path / "sav", "has masks of 5 frames, but the video 18; give --ann-every 4", more=["--ann-every", 1])
+    write_sav(tmp_path / "few", "sav_1", sav_masks(5), 5)
+    refuses(tmp_path / "few", "few/sav_1: as many frames as masks, one by one; give --ann-every 1")
+
+
 def test_a_video_that_ends_early_names_the_frame(tmp_path):
     for name in ("sav_1", "sav_2"):
         write_sav(tmp_path / "sav", name, sav_masks(5), 15, video=True)
