@@ -1131,6 +1131,8 @@ def evaluate(model, loader, run, args):
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
+        if not masks.any():  # no object, which the start does not notice in a large data set
+            continue
         if items[index].still:
             figures = image_scores(model, images, masks, run)
             sums[index, 1 + len(FIGURES):] = figures.sum(0)

@@ -335,6 +335,18 @@ def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_objec
     assert figures["per_video"]["b"]["objects"] == 2 and figures["per_video"]["b"]["val_jf"] == 0.75
 
 
+def test_a_video_or_image_without_objects_counts_nothing(monkeypatch):
+    monkeypatch.setattr(script_, "image_scores", lambda *args: torch.tensor([[0.5, 0.25]]))
+
+    class Loader(list):
+        dataset = SimpleNamespace(items=[SimpleNamespace(name=name, still=name != "c") for name in "abc"])
+    masks, nothing = torch.ones(1, 4, 4, dtype=torch.bool), torch.zeros(0, 4, 4, dtype=torch.bool)
+    figures = script_.evaluate(
+        torch.nn.Identity(), Loader([(None, nothing, [0]), (None, masks, [1]), (None, torch.zeros(3, 4, 4), [2])]),
+        SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(world_size=1))
+    assert figures["val_image_box_iou"] == 0.5 and figures["per_video"]["a"]["objects"] == 0
+
+
 def test_tracking_gives_each_object_its_mask_or_click_where_it_appears(clips):
     videos = dataset(clips, part="val")
     images, ids, index = videos[0, 0]
