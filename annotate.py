@@ -40,7 +40,7 @@ from PIL import Image
 import predict
 import utils
 
-NAMES = [*predict.EFFICIENT_WEIGHTS, *predict.WEIGHTS]  # of official weights
+NAMES = [*predict.EFFICIENT_WEIGHTS, *predict.WEIGHTS, *predict.SAM2_WEIGHTS]  # of official weights
 VOC = "VOCdevkit/VOC2012"
 LAYOUTS = {"npy": ("imgs", "gts"), "voc": (f"{VOC}/JPEGImages", f"{VOC}/SegmentationObject")}
 SCREEN = 1600      # longer side, in pixels, of what the page shows; what is saved is not scaled
@@ -57,7 +57,8 @@ def get_args_parser():
     add("images", nargs="+", metavar="IMAGES",
         help="image, .npy array, folder of them, glob, or .txt list of paths")
     add("--weights", required=True,
-        help=f"a checkpoint of EfficientSAM or SAM, as predict.py takes it, or {', '.join(NAMES)}")
+        help="a checkpoint of EfficientSAM, SAM or SAM 2, as predict.py takes it, or "
+             f"{', '.join(NAMES)}")
     add("--model", choices=NAMES, help="the net of an official file at a path")
     add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--compare", metavar="CHECKPOINT",

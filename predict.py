@@ -5,6 +5,7 @@
     python predict.py --weights coco --model deeplabv3_resnet50 image.jpg
     python predict.py --weights runs/train_efficientsam/best.pth image.jpg --box 75,275,340,450
     python predict.py --weights vit_b image.jpg --everything
+    python predict.py --weights tiny image.jpg --point 210,350
 
 Inputs: image files, .npy arrays (as train_efficientsam.py reads them), folders of both, globs, and
 .txt lists of them: one path per line, relative to the list's folder or to the working directory.
@@ -12,11 +13,11 @@ Writes for each image, at its own size: NAME_mask.png (palette PNG of class ids,
 of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png
 (0 and 255); also areas.csv (pixels of each class in each image) and, with --coco, annotations.json.
 NAME is the file's, with its extension and folders where others have the same.
-SAM and EfficientSAM need prompts, and number what they cut out from 1: each --box is an object; the
---points together are one, or belong to a single box. --prompts gives those of a folder, in pixels:
-{"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one per object,
-as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what the net is
-sure of, each object once.
+SAM, SAM 2 and EfficientSAM need prompts, and number what they cut out from 1: each --box is an
+object; the --points together are one, or belong to a single box. --prompts gives those of a folder,
+in pixels: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one
+per object, as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what
+the net is sure of, each object once.
 """
 import argparse
 import csv
@@ -48,10 +49,14 @@ from nets.efficient_sam import NETS as EFFICIENT_SAMS
 from nets.efficient_sam import WEIGHTS as EFFICIENT_WEIGHTS
 from nets.sam import NETS as SAMS
 from nets.sam import WEIGHTS, resize_positions, resized_size
+from nets.sam2 import NETS as SAM2S
+from nets.sam2 import PIXEL_MEAN, PIXEL_STD
+from nets.sam2 import WEIGHTS as SAM2_WEIGHTS
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
 
-OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *EFFICIENT_WEIGHTS, *WEIGHTS]
+OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *EFFICIENT_WEIGHTS, *WEIGHTS,
+            *SAM2_WEIGHTS]
 
 
 # --- Options ---
@@ -64,7 +69,8 @@ def get_args_parser():
         help="image, .npy array, folder of them, glob, or .txt list of paths")
     add("--weights", required=True,
         help="best.pth or last.pth of a training script; with --model an official file, or its name: "
-             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS])}, fetched once")
+             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS, *SAM2_WEIGHTS])}, "
+             "fetched once")
     add("--model", choices=OFFICIAL, help="net of an official file; our checkpoints name theirs")
     add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
@@ -277,6 +283,8 @@ def official_checkpoint(path, name):
     backbone, file = name.removeprefix("deeplabv3_"), path
     if path in EFFICIENT_WEIGHTS:
         file = utils.fetch_weights(path, EFFICIENT_WEIGHTS[path])
+    elif path in SAM2_WEIGHTS:
+        file = utils.fetch_weights(**SAM2_WEIGHTS[path])
     elif path == "coco":
         url = COCO_WEIGHTS[backbone]
         file = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
@@ -287,6 +295,9 @@ def official_checkpoint(path, name):
     if name in EFFICIENT_WEIGHTS:
         return {"format": 0, "net": "efficient_sam", "model": state, "classes": [],
                 "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
+    if name in SAM2_WEIGHTS:
+        return {"format": 0, "net": "sam2", "model": state, "classes": [],
+                "arch": {"model": name, "image_size": 1024}, "args": {"image_size": 1024}}
     try:
         num_classes = len(state["classifier.4.bias"])
     except (KeyError, TypeError):
@@ -654,6 +665,60 @@ def decode_sam(model, embedding, clicks, box, low_logits, multimask):
     return masks.float(), iou.float()
 
 
+def build_sam2(model, image_size):
+    """The net as the official predictors set it."""
+    return SAM2S[model](image_size, dynamic_multimask_via_stability=True)
+
+
+def encode_sam2(loaded, image):
+    """RGB (H, W, 3) uint8 -> maps (1, D, E, E), (1, D/8, 4E, 4E), (1, D/4, 2E, 2E)."""
+    model, side = loaded.model, loaded.model.image_size
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    image = v2.functional.resize(image, [side, side], antialias=True).to(loaded.device)
+    image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
+    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        maps = model.forward_image(image[None])["backbone_fpn"]
+    return maps[2] + model.no_mem_embed.view(1, -1, 1, 1), maps[0], maps[1]
+
+
+def predict_sam2(loaded, embedding, size, queries):
+    """The same, as the official SAM2ImagePredictor; C is 4: the single mask, then the three.
+
+    Of the three the best is taken if there is a single click, which may mean several things; of a box
+    or more clicks the one mask, as in videos.
+    """
+    for points, labels in queries:
+        points, labels = torch.tensor([points]), torch.tensor([labels])
+        one, one_scores = decode_sam2(loaded, embedding, size, points, labels, False)
+        three, three_scores = decode_sam2(loaded, embedding, size, points, labels, True)
+        scores = torch.cat([one_scores, three_scores], 1)
+        best = 1 + three_scores.argmax(1) if labels.shape[1] == 1 else torch.tensor([0])
+        yield enlarge_sam2(loaded, torch.cat([one, three], 1), size), scores, best
+
+
+def click_sam2(loaded, embedding, size, clicks):
+    """The same as click_efficient_sam."""
+    labels = torch.ones(len(clicks), 1, dtype=torch.int64)
+    logits, iou = decode_sam2(loaded, embedding, size, clicks[:, None], labels, True)
+    return logits, iou, logits.shape[-2:]
+
+
+def enlarge_sam2(loaded, logits, size):
+    """The same as enlarge_efficient_sam."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def decode_sam2(loaded, embedding, size, points, labels, multimask):
+    """Points (q, N, 2) in an image of this size -> mask logits (q, C, M, M), IoU (q, C)."""
+    model, (image, *high_res) = loaded.model, embedding
+    points = points * (model.image_size / torch.tensor([size[1], size[0]]))
+    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
+        sparse, dense = model.sam_prompt_encoder((points.to(loaded.device), labels.to(loaded.device)))
+        masks, iou, _, _ = model.sam_mask_decoder(
+            image, model.sam_prompt_encoder.get_dense_pe(), sparse, dense, multimask, True, high_res)
+    return masks.float(), iou.float()
+
+
 def content_size(size, args):
     """[height, width] that an image of this size (H, W) fills of the net's square."""
     if args.preprocess == "official":
@@ -767,6 +832,8 @@ NETS = {
     "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
                encode=encode_sam, max_points=64,  # any number; many are a mistake
                click=click_sam, enlarge=enlarge_sam),
+    "sam2": Net(build_sam2, predict_sam2, "image_size", encode=encode_sam2, max_points=64,
+                click=click_sam2, enlarge=enlarge_sam2),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import predict
 import train_unet
@@ -350,6 +351,78 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
         assert torch.equal(value, theirs.model.state_dict()[key])
     args.weights, args.base = str(folder / "base.pth"), None
     assert predict.load_model(args).name == "sam"
+
+
+SAM2_DEMO = predict.SAM2S["demo"]
+
+
+@pytest.fixture(scope="module")
+def sam2_run(tmp_path_factory):
+    """SAM 2 with random weights, as train_sam2.py saves it and as an official file; and an image."""
+    folder, arch = tmp_path_factory.mktemp("sam2_run"), {"model": "demo", "image_size": 64}
+    torch.manual_seed(0)
+    state = predict.SAM2S["demo"](64).state_dict()
+    torch.save({"model": state}, folder / "official.pt")
+    utils.save_checkpoint(folder / "best.pth", {
+        "format": 1, "net": "sam2", "arch": arch, "model": state, "classes": [], "args": {"image_size": 64}})
+    Image.fromarray(noise(40, 70)).save(folder / "image.png")
+    return folder
+
+
+def sam2_by_hand(folder, prompts, multimask):
+    """The net's mask logits (Q, C, 40, 70) and IoU (Q, C), by SAM2's own method for prompts."""
+    model = predict.SAM2S["demo"](64, dynamic_multimask_via_stability=True).eval()
+    model.load_state_dict(torch.load(folder / "official.pt", weights_only=True)["model"])
+    image = torch.from_numpy(np.array(Image.open(folder / "image.png"))).permute(2, 0, 1)
+    image = v2.functional.resize(image, [64, 64], antialias=True).float()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (predict.PIXEL_MEAN, predict.PIXEL_STD))
+    with torch.no_grad():
+        maps = model.forward_image(((image - mean) / std)[None])["backbone_fpn"]
+        features = maps[2] + model.no_mem_embed.view(1, -1, 1, 1)
+        for points, labels in prompts:
+            points = torch.tensor([points]) * torch.tensor([64 / 70, 64 / 40])
+            given = {"point_coords": points, "point_labels": torch.tensor([labels])}
+            # a score above 0: what is absent has no logits to compare
+            model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(100)
+            low_res, _, ious, *_ = model._forward_sam_heads(features, given, None, maps[:2], multimask)
+            yield torch.nn.functional.interpolate(low_res, (40, 70), mode="bilinear")[0] > 0, ious[0]
+
+
+@pytest.mark.parametrize("options, prompt, multimask", [
+    (["--point", "30,20"], ([[30.0, 20]], [1]), True),
+    (["--box", "5,6,50,30"], ([[5.0, 6], [50, 30]], [2, 3]), False),
+    (["--box", "5,6,50,30", "--point", "9,9,0"], ([[5.0, 6], [50, 30], [9, 9]], [2, 3, 0]), False)])
+def test_sam2_cuts_out_what_the_net_says(sam2_run, tmp_path, monkeypatch, options, prompt, multimask):
+    (masks, ious), = sam2_by_hand(sam2_run, [prompt], multimask)
+    run("--weights", sam2_run / "best.pth", sam2_run / "image.png", *options, "--output-dir", tmp_path / "ours")
+    mask = np.array(Image.open(tmp_path / "ours/image_mask.png"))
+    assert mask.shape == (40, 70) and np.array_equal(mask, masks[ious.argmax()].numpy())
+    score = float((tmp_path / "ours/areas.csv").read_text().splitlines()[1].split(",")[-1])
+    assert score == pytest.approx(ious.max().item(), abs=1e-4)
+
+
+def test_an_official_file_of_sam2_needs_the_nets_name(sam2_run, tmp_path, monkeypatch):
+    with pytest.raises(utils.InputError, match="give a training script's .* or --model .*tiny"):
+        load(sam2_run / "official.pt")
+    monkeypatch.setitem(predict.SAM2S, "tiny", lambda size, **options: SAM2_DEMO(64, **options))
+    ours, _ = load(sam2_run / "best.pth")
+    theirs, _ = load(sam2_run / "official.pt", "--model", "tiny")
+    assert theirs.name == "sam2" and theirs.arch == {"model": "tiny", "image_size": 1024}
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[key])
+    with pytest.raises(utils.InputError, match="image.png: .*"):
+        load(sam2_run / "image.png", "--model", "tiny")
+
+
+def test_sam2_takes_prompts_of_a_json_and_refuses_tiles(sam2_run, tmp_path):
+    prompts = {"image": [{"boxes": [[5, 6, 50, 30]]}, {"points": [[60, 9, 1], [9, 30, 0]]}]}
+    (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
+    run("--weights", sam2_run / "best.pth", sam2_run / "image.png", "--prompts", tmp_path / "prompts.json",
+        "--all-masks", "--output-dir", tmp_path / "out")
+    rows = (tmp_path / "out/areas.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 4 and (tmp_path / "out/image_2_3.png").exists()
+    with pytest.raises(utils.InputError, match="--tile: is for nets without prompts"):
+        run("--weights", sam2_run / "best.pth", sam2_run / "image.png", "--tile", "64", "--box", "1,1,9,9")
 
 
 def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):
@@ -864,17 +937,18 @@ def test_everything_that_finds_nothing_says_so(objects_run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("size", [(70, 40), (64, 64), (30, 90)])
-@pytest.mark.parametrize("net, preprocess", [("efficient_sam", "official"), ("efficient_sam", "article"), ("sam", "")])
-def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, net, preprocess, size):
-    folder, weights = (objects_run[0], "last.pth") if net == "efficient_sam" else (sam_run[0], "best.pth")
-    loaded, _ = load(folder / "run" / weights)
+@pytest.mark.parametrize("net, preprocess", [("efficient_sam", "official"), ("efficient_sam", "article"), ("sam", ""),
+                                             ("sam2", "")])
+def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_run, net, preprocess, size):
+    loaded, _ = load({"efficient_sam": objects_run[0] / "run/last.pth", "sam": sam_run[0] / "run/best.pth",
+                      "sam2": sam2_run / "best.pth"}[net])
     loaded.args.preprocess = preprocess
     record, clicks = predict.NETS[net], torch.tensor([[7.5, 9.0], [33.0, 21.5], [1.0, 29.0]])
     with torch.no_grad():
         embedding = record.encode(loaded, noise(*size))
         logits, iou, (height, width) = record.click(loaded, embedding, size, clicks)
         side = logits.shape[-1]
-        content = size if preprocess != "official" else (64, 64)
+        content = (64, 64) if preprocess == "official" or net == "sam2" else size  # a square is filled
         assert [height, width] == [math.ceil(side * length / max(content)) for length in content]
         enlarged = record.enlarge(loaded, logits, size)
         for k, point in enumerate(clicks.tolist()):
