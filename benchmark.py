@@ -4,6 +4,7 @@
     python benchmark.py --device cuda --cases UNet-256 -b 64 --steps 50 --workers 8
     python benchmark.py --start-up 100000
     python benchmark.py --fine-tune 2
+    python benchmark.py --videos 2
 
 A way is one variant of a case, such as the article's, MONAI's or ours. The ways take turns,
 step by step in one process, so that a busy machine slows all of them alike. A step is forward,
@@ -35,6 +36,7 @@ import demo_data
 import finetune_sam_decoder
 import train_deeplabv3
 import train_efficientsam
+import train_sam2
 import train_unet
 import utils
 from nets import sam
@@ -84,6 +86,8 @@ def get_args_parser():
              "of N tiny images")
     add("--fine-tune", type=utils.number(int, 1), metavar="N",
         help="instead: ten epochs of finetune_sam_decoder.py on N images (demo net with --quick)")
+    add("--videos", type=utils.number(int, 1), metavar="N",
+        help="instead: N steps of train_sam2.py on a clip of four frames (demo net with --quick)")
     return parser
 
 
@@ -189,6 +193,61 @@ def efficient_sam(batch, net, size, objects=1, plain=False, dtype=None):
     return model, optimizer, compute_loss, lambda: forward(IMAGE_SIDE)
 
 
+def sam2(net, size, together=False, again=False, checkpointing=False, frozen=False, dtype=None):
+    """A clip of four frames and one object, clicked eight times on the first frame; no prediction.
+
+    Without options as the issue on train_sam2.py calls official: the encoder sees frame by frame, the
+    losses of all masks at full size are kept for the backward pass, float32. together: all frames at
+    once; again: our criterion, which computes those losses again in the backward pass.
+    """
+    args = train_sam2.get_args_parser().parse_args([
+        "--model", net, "--weights", "none", f"--image-size={size}", "--num-frames=4",
+        f"--gradient-checkpointing={checkpointing}", "--freeze", "image_encoder" if frozen else "none"])
+    model = train_sam2.create_model(args)[0]
+    optimizer = train_sam2.create_optimizer(model, args)
+    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    masks = torch.zeros(4, 1, size, size, dtype=torch.bool)
+    for t in range(4):
+        masks[t, :, size // 4:size // 2, (t + 2) * size // 8:(t + 4) * size // 8] = True
+    click = {"point_coords": torch.full((1, 1, 2), 0.3 * size), "point_labels": torch.ones(1, 1).int()}
+    draws = torch.rand(4, args.num_correction_points, 1)
+    clip = train_sam2.Clip(images, masks, {0: click}, (0,), draws)
+    videos = torch.zeros(1, dtype=torch.long)
+    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight, args.score_weight])
+    criterion = train_sam2.criterion if again else kept_losses
+
+    def compute_loss():
+        if frozen:
+            model.image_encoder.eval()
+        if together:
+            backbone = train_sam2.encode(model, images, dtype)
+        else:
+            maps, positions, sizes = zip(*[
+                train_sam2.encode(model, image[None], dtype) for image in images])
+            backbone = [[torch.cat(level, 1) for level in zip(*part)] for part in (maps, positions)]
+            backbone.append(sizes[0])
+        losses = 0
+        for t, passes in train_sam2.track_clips(model, backbone, videos, clip, args, dtype):
+            for outputs in passes:
+                losses = losses + criterion(*outputs, masks[t], args)
+        return (weights * losses).sum()
+
+    return model, optimizer, compute_loss, None
+
+
+def kept_losses(low_res, ious, score, masks, args):
+    """As train_sam2.criterion with its defaults, with everything kept for the backward pass."""
+    losses = [train_sam2.mask_losses(logits.float(), masks, args) for logits in low_res.unbind(1)]
+    focal, dice, true_ious = (torch.stack(part, 1) for part in zip(*losses))
+    rows = torch.arange(len(masks), device=masks.device)
+    best = (args.focal_weight * focal + args.dice_weight * dice).argmin(1)
+    present = masks.flatten(1).any(1).float()
+    error = (ious.float() - true_ious).abs().mean(1)
+    wrong = F.binary_cross_entropy_with_logits(score[:, 0].float(), present, reduction="sum")
+    return torch.stack([(focal[rows, best] * present).sum(), (dice[rows, best] * present).sum(),
+                        (error * present).sum(), wrong])
+
+
 @contextlib.contextmanager
 def written_out_attention():
     """Inside, attention is as the authors wrote it: all weights, (N, N) for N tokens, in memory."""
@@ -262,6 +321,17 @@ SAM_WAYS = {
 OBJECT_WAYS = {
     "1 a pass": {"dtype": BF16, "objects": 1},
     "ours, 8 a pass": {"dtype": BF16, "objects": 8},
+}
+SAM2_WAYS = {
+    "official": {},
+    "all frames encoded together": {"together": True},
+    "losses computed again": {"again": True},
+    "--gradient-checkpointing": {"checkpointing": True},
+    "--freeze image_encoder": {"frozen": True},
+    "--amp bf16": {"dtype": BF16},
+    "ours, bf16, all trained": {"together": True, "again": True, "dtype": BF16},
+    "ours, all of these": {"together": True, "again": True, "dtype": BF16, "checkpointing": True,
+                           "frozen": True},
 }
 PARTS = ("ours, float32", "ours, contiguous", "ours 1024, float32")  # only with --parts
 CASES = {  # script, its function above, settings of all ways, ways, batch, --quick's batch, steps
@@ -440,6 +510,18 @@ def measure(name, args, device, folder, fresh_process):
         loaders.append([name, str(batch), way, *map(spread, loader_speeds[way]),
                         digits(batch / step_s[way])])
     return ratios, figures, loaders
+
+
+def measure_videos(net, size, steps, args, device, fresh_process):
+    """{way of SAM2_WAYS: (seconds of each step, peak MB)}; the ways take turns."""
+    common, functions, memory = {"net": net, "size": size}, {}, {}
+    for way, own in SAM2_WAYS.items():
+        memory[way], _ = call_fresh(fresh_process, f"--videos, {way}", peak_memory, sam2, device,
+                                    {**common, **own}, args.threads)
+    for way, own in SAM2_WAYS.items():
+        functions[way] = create_step(sam2, device, True, {**common, **own})[0]
+    seconds = time_steps(functions, 1, steps, device, "--videos")
+    return {way: (seconds[way], memory[way]) for way in SAM2_WAYS}
 
 
 def fine_tune(net, size, images, device):
@@ -699,6 +781,17 @@ def main(args):
             rows = [[script, str(count), digits(seconds), f"{mb:.0f}"]
                     for script, (seconds, mb) in found.items()]
             print(f"{machine}\n\n" + table(head, rows))
+            return found
+
+        if args.videos:
+            net, size = ("demo", 64) if args.quick else ("tiny", 512)
+            found = measure_videos(net, size, args.videos, args, device, fresh_process)
+            official_s, official_mb = median(found["official"][0]), found["official"][1]
+            rows = [[way, spread(seconds), f"{mb:.0f}", f"{official_s / median(seconds):.2f}",
+                     f"{mb / official_mb:.2f}"] for way, (seconds, mb) in found.items()]
+            print(f"{machine}\n\nSAM 2.1 {net}, {size} pixels, 4 frames, 1 object, 11 decoder passes; the "
+                  "last columns are against the first way:\n")
+            print(table(["way", "training step, s", "memory, MB", "speed", "memory"], rows))
             return found
 
         ratios, figures, loaders = {}, [], []

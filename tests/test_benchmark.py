@@ -125,3 +125,26 @@ def test_fine_tuning_from_kept_embeddings_is_timed_beside_the_articles_way(run, 
     assert list(encoder) == ["article", "ours, float32", "ours"]
     assert len(calls) == 3 * 4 + 10 * 2 + 2  # alone, warmed up; the article's epochs; ours in the first alone
     assert capsys.readouterr().out.count("| article") == 2
+
+
+def test_steps_on_videos_are_timed_beside_the_official_way(run, capsys, monkeypatch):
+    ways = ("official", "ours, all of these")
+    monkeypatch.setattr(benchmark, "SAM2_WAYS", {way: benchmark.SAM2_WAYS[way] for way in ways})
+    found = run("--videos", "1", "--quick")
+    assert tuple(found) == ways and all(len(seconds) == 1 and seconds[0] > 0 for seconds, _ in found.values())
+    assert "| official " in capsys.readouterr().out
+
+
+def test_each_way_to_train_on_videos_has_the_loss_and_gradient_of_the_official_one():
+    gradients, losses = {}, {}
+    for way, settings in benchmark.SAM2_WAYS.items():
+        if "dtype" not in settings:
+            torch.manual_seed(0)
+            model, _, compute_loss, _ = benchmark.sam2("demo", 64, **settings)
+            model.eval()  # no dropout
+            loss = compute_loss()
+            loss.backward()
+            losses[way], gradients[way] = loss.item(), model.sam_mask_decoder.conv_s0.weight.grad
+    for way, loss in losses.items():
+        assert loss == pytest.approx(losses["official"], rel=1e-4), way
+        torch.testing.assert_close(gradients[way], gradients["official"], rtol=1e-3, atol=1e-5)
