@@ -52,7 +52,8 @@ PARTS = {  # of --freeze
     "none": ()}
 DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "num_frames": 4, "stride": 2,
         "max_objects": 2, "lr": 2e-3, "vision_lr": 2e-3, "layer_decay": 1.0, "clip_grad": 1.0,
-        "epochs": 10, "batch_size": 4, "workers": 0, "multiplier": [2], "num_correction_points": 1,
+        "epochs": 5, "batch_size": 4, "workers": 0, "multiplier": [4], "prompted_frames": 1,
+        "corrected_frames": 1, "num_correction_points": 1, "prob_box": 0.0,  # few kinds of clips: faster
         "dropout": 0.0, "drop_path": 0.0, "degrees": 10.0, "shear": 5.0, "reverse_time_prob": 0.5,
         "train_set": "train", "val_set": "val", "output_dir": "runs/train_sam2_demo"}
 
@@ -984,6 +985,8 @@ def create_model(args, checkpoint=None):
             path = utils.fetch_weights(**WEIGHTS[path])
         state = utils.read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
         utils.load_weights(model, state, path)
+    else:  # a mask gets no gradient while its object is believed absent: start with all there
+        nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     for part in frozen_parts(model, args):
         part.requires_grad_(False)
     model.image_encoder.trunk.gradient_checkpointing = args.gradient_checkpointing
