@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from PIL import Image
 import demo_data
 import train_sam2 as script_
 import utils
-from conftest import save_grey
+from conftest import ROOT, save_grey
 from parity_fill import fill
 from parity_inputs import discs
 from test_nets_sam2 import FIXTURES, build, check, clip, disc_masks, load_reference
@@ -1049,3 +1050,18 @@ def test_options_that_do_not_fit_the_data_sets(clips, instances):
     for text in ("0:1", "2:", "a"):
         with pytest.raises(SystemExit):
             options("--mix", text)
+
+
+def test_the_table_of_official_settings_names_every_option_and_its_default():
+    text = (ROOT / "docs/sam2_options.md").read_text()
+    parser = script_.get_args_parser()
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"`(--[\w-]+)", text)) <= set(actions)
+    rows = re.findall(r"^\| `.*\| `(--[\w-]+).*\| ([^|]+) \|$", text, re.M)
+    assert len(rows) > 40
+    for option, default in rows:
+        value = actions[option].default
+        assert default == (" ".join(map(str, value)) if isinstance(value, list) else str(value)), option
+    for name in re.findall(r"`(?:model|scratch|loss)\.(\w+)`", text):  # the official spelling is taken too
+        option = f"--{name.replace('_', '-')}"
+        assert option in actions or name in ("phases_per_epoch", "use_act_ckpt_iterative_pt_sampling"), option
