@@ -1065,3 +1065,13 @@ def test_the_table_of_official_settings_names_every_option_and_its_default():
     for name in re.findall(r"`(?:model|scratch|loss)\.(\w+)`", text):  # the official spelling is taken too
         option = f"--{name.replace('_', '-')}"
         assert option in actions or name in ("phases_per_epoch", "use_act_ckpt_iterative_pt_sampling"), option
+
+
+def test_from_scratch_objects_are_believed_present_and_loaded_weights_stay_as_they_are(tmp_path):
+    model, _ = script_.create_model(options(*SMALL))
+    assert model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.item() == 2
+    official = script_.NETS["demo"](64).state_dict()
+    torch.save({"model": official}, tmp_path / "official.pt")
+    model, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pt"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, official[name]), name
