@@ -92,7 +92,8 @@ def get_args_parser():
         help="clips of each video and epoch, or 2:1 for each --data-path; of an image 1 (2)")
     add("--max-replaced", type=count, default=100,
         help="clips in a row that may fail to load and are replaced (%(default)s)")
-    add("--reverse-time-prob", type=share, default=0.0, help="share of clips run backwards (%(default)s)")
+    add("--reverse-time-prob", type=share, default=0.0,
+        help="share of clips run backwards (%(default)s)")
     add("--hflip-prob", type=share, default=0.5, help="share of mirrored clips (%(default)s)")
     add("--degrees", type=utils.number(float, 0, 180), default=25.0,
         help="clips are turned by up to this (%(default)s)")
@@ -124,7 +125,8 @@ def get_args_parser():
         help="share of them anywhere on the object, not where the mask is wrong (%(default)s)")
 
     add("--model", choices=list(NETS), default="base_plus", help="(%(default)s)")
-    add("--weights", help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
+    add("--weights",
+        help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
     add("--freeze", choices=list(PARTS), nargs="+", default=["none"],
         help="parts that are not trained: less memory (%(default)s)")
     add_switch("--gradient-checkpointing", help="less memory, a third more time")
@@ -136,13 +138,16 @@ def get_args_parser():
     add("--dice-weight", "--loss-dice", type=non_negative, default=1.0, help="(%(default)s)")
     add("--iou-weight", "--loss-iou", type=non_negative, default=1.0, help="(%(default)s)")
     add("--score-weight", "--loss-class", type=non_negative, default=1.0, help="(%(default)s)")
-    add_switch("--supervise-all-iou", default=True, help="IoU of all masks, not the best (%(default)s)")
+    add_switch("--supervise-all-iou", default=True,
+               help="IoU of all masks, not the best (%(default)s)")
     add_switch("--iou-use-l1-loss", default=True, help="absolute, not squared error (%(default)s)")
-    add_switch("--pred-obj-scores", default=True, help="learn whether an object is there (%(default)s)")
+    add_switch("--pred-obj-scores", default=True,
+               help="learn whether an object is there (%(default)s)")
     add("--focal-alpha", type=share, default=0.25, help="weight of object pixels (%(default)s)")
     add("--focal-gamma", type=non_negative, default=2.0, help="of the focal loss (%(default)s)")
     add("--focal-alpha-obj-score", type=float, default=-1.0, help="below 0: none (%(default)s)")
-    add("--focal-gamma-obj-score", type=non_negative, default=0.0, help="0: cross entropy (%(default)s)")
+    add("--focal-gamma-obj-score", type=non_negative, default=0.0,
+        help="0: cross entropy (%(default)s)")
 
     add("--epochs", "--num-epochs", type=positive, default=40,
         help="passes over the training data (%(default)s)")
@@ -152,7 +157,8 @@ def get_args_parser():
         help="those of data sets of single images (--batch-size, which then is of videos)")
     add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
     add("--lr", "--base-lr", type=non_negative, default=5e-6, help="initial learning rate (%(default)s)")
-    add("--vision-lr", type=non_negative, default=3e-6, help="that of the image encoder (%(default)s)")
+    add("--vision-lr", type=non_negative, default=3e-6,
+        help="that of the image encoder (%(default)s)")
     add("--layer-decay", type=share, default=0.9,
         help="each block of the image encoder learns so much slower than the next (%(default)s)")
     add("--final-lr", type=share, default=0.1, help="share of it left at the end (%(default)s)")
@@ -160,7 +166,8 @@ def get_args_parser():
     add("--clip-grad", "--max-norm", type=non_negative, default=0.1,
         help="largest gradient norm, 0 for any (%(default)s)")
 
-    add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"), help="write a video's frames; no training")
+    add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"),
+        help="write a video's frames; no training")
     add("--rate", type=positive, default=4, help="with it: every how manieth frame (%(default)s)")
     return parser
 
@@ -289,11 +296,11 @@ class VideoDataset(torch.utils.data.Dataset):
 
 
 class MixSampler(torch.utils.data.Sampler):
-    """Yields batches of keys (epoch, number), each of one --data-path, in an order by (seed, epoch) alone.
+    """Yields batches of keys (epoch, number), each of one --data-path; order by (seed, epoch) alone.
 
-    An epoch is every clip once, in turn 1 / --phases of them; with --mix as many batches of the first
-    --data-path, and of the others in proportion: small ones come around again, large ones take several
-    epochs. Rank r of n takes every n-th of a batch n times as large; -1 fills up.
+    An epoch is every clip once, in turn 1 / --phases of them; with --mix as many batches of the
+    first --data-path, and of the others in proportion: small ones come around again, large ones take
+    several epochs. Rank r of n takes every n-th of a batch n times as large; -1 fills up.
     """
 
     def __init__(self, items, args):
@@ -508,8 +515,8 @@ def read_json(path):
             data = {"masklet": [[one["segmentation"] for one in data["annotations"]]], **data}
         return data
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise utils.InputError(f"{path}: neither SA-V's nor SA-1B's json ({type(error).__name__}: {error}); "
-                               "remove or replace it") from None
+        raise utils.InputError(f"{path}: neither SA-V's nor SA-1B's json ({type(error).__name__}: "
+                               f"{error}); remove or replace it") from None
 
 
 def read_codes(source):
@@ -526,7 +533,8 @@ def decode_rle(code, source):
         if counts.min() < 0 or counts.sum() != height * width:
             raise ValueError(f"run lengths of {counts.sum()} pixels for {width}x{height}")
     except (ValueError, TypeError, KeyError) as error:
-        raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace it") from None
+        raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace "
+                               "it") from None
     runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns
     return runs.reshape(width, height).T
 
@@ -588,7 +596,8 @@ class VideoFile:
     def __init__(self, path):
         self.path, self.video, self.number = path, cv2.VideoCapture(str(path)), -1
         if not self.video.isOpened():
-            raise utils.InputError(f"{path}: OpenCV cannot open it as a video; convert it to mp4 (H.264)")
+            raise utils.InputError(f"{path}: OpenCV cannot open it as a video; convert it to mp4 "
+                                   "(H.264)")
         self.size = tuple(int(self.video.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT,
                                                                  cv2.CAP_PROP_FRAME_WIDTH))
 
@@ -673,9 +682,12 @@ def find_items(data_path, args, list_name=None, source=0):
         find = find_sa1b
     elif find_jsons(args.gt_folder or root):
         find = find_sav
-    elif voc := next((folder for folder in (root, *sorted(root.glob("VOC*")), *sorted(root.glob("*/VOC*")))
-                      if (folder / "SegmentationObject").is_dir()), None):
-        root, find = voc, find_voc
+    elif years := [folder for folder in (root, *root.glob("VOC*"), *root.glob("VOCdevkit/VOC*"))
+                   if (folder / "SegmentationObject").is_dir()]:
+        root, find = years[0], find_voc
+        if len(years) > 1:
+            raise utils.InputError(f"{data_path}: holds {len(years)} folders of VOC; give --data-path one "
+                                   f"of them, such as {root}")
     names = read_names(list_name, root)
     items = [Item(name, images, masks, find in (find_sa1b, find_voc), source)
              for name, images, masks in find(root, args, names)]
@@ -686,21 +698,25 @@ def find_items(data_path, args, list_name=None, source=0):
 
 def find_voc(root, args, names):
     """JPEGImages/ID.jpg with SegmentationObject/ID.png: 0 background, 255 void."""
-    images, masks = (utils.list_images(root / folder) for folder in ("JPEGImages", "SegmentationObject"))
+    images, masks = utils.list_images(root / "JPEGImages"), utils.list_images(root / "SegmentationObject")
     for name in sorted(masks) if names is None else names:
         for folder, found in (("JPEGImages", images), ("SegmentationObject", masks)):
             if name not in found:
-                raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it out")
+                raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it "
+                                       "out")
         yield name, (images[name],), (((-1, masks[name]),),)
 
 
 def find_sa1b(root, args, names):
     """sa_N.jpg with sa_N.json, which holds the run-length codes of its masks."""
     images = utils.list_images(root)
-    for name in sorted((path.stem for path in root.glob("sa_*.json")), key=by_number) if names is None else names:
+    if names is None:
+        names = sorted((path.stem for path in root.glob("sa_*.json")), key=by_number)
+    for name in names:
         path = root / f"{name}.json"
         if name not in images or not path.is_file():
-            raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is missing")
+            raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is "
+                                   "missing")
         yield name, (images[name],), (((0, JsonFrame(path, 0)),),)
 
 
@@ -739,7 +755,8 @@ def find_sav(root, args, names):
         yield name, tuple(frames.values()), tuple(
             ((0, JsonFrame(path, number // args.ann_every)),) for number in frames)
     if left_out:
-        print(f"note: {left_out} frames have no image, or an object that was not annotated, and are left out")
+        print(f"note: {left_out} frames have no image, or an object that was not annotated, and are "
+              "left out")
 
 
 def find_jsons(folder):
@@ -753,19 +770,21 @@ def find_videos(root, args, names):
     images_root = Path(args.img_folder or find_folder(root, "JPEGImages", "--img-folder"))
     masks_root = Path(args.gt_folder or find_folder(root, "Annotations", "--gt-folder"))
     if names is None:
-        names = sorted(path.name for path in images_root.iterdir() if path.is_dir() and path.name[0] != ".")
+        names = sorted(path.name for path in images_root.iterdir()
+                       if path.is_dir() and path.name[0] != ".")
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled = Counter()
     for name in names:
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         for stem in sorted(masks.keys() - images.keys()):
-            raise utils.InputError(f"{masks[stem][0][1]}: {images_root / name} has no frame {stem}; add it or "
-                                   "remove this mask")
+            raise utils.InputError(f"{masks[stem][0][1]}: {images_root / name} has no frame {stem}; add "
+                                   "it or remove this mask")
         frames = sorted(masks, key=by_number)
         unlabelled[name] = len(images) - len(frames)
         if not frames:
-            raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
+            raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of "
+                                   "the list")
         yield name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)
     if unlabelled.total():
         print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
@@ -774,18 +793,19 @@ def find_videos(root, args, names):
 
 def find_folder(data_path, name, option):
     """DATA_PATH/NAME, or DAVIS' folder of one resolution in it."""
-    for folder in (Path(data_path, name, "480p"), Path(data_path, name, "Full-Resolution"), Path(data_path, name)):
-        if folder.is_dir():
-            return folder
-    raise utils.InputError(f"{Path(data_path, name)}: no such folder; give --data-path the folder that has it, "
-                           f"or {option}")
+    for sub in ("480p", "Full-Resolution", ""):
+        if Path(data_path, name, sub).is_dir():
+            return Path(data_path, name, sub)
+    raise utils.InputError(f"{Path(data_path, name)}: no such folder; give --data-path one that has it or "
+                           f"another layout (see --help), or {option}")
 
 
 def find_masks(folder):
-    """{frame: ((0, path),)} of a folder of ids, or {frame: ((1, path), (2, path) ...)} of one per object."""
+    """{frame: ((0, path),)} of a folder of ids, {frame: ((1, path), ...)} of one per object."""
     masks = {stem: ((0, path),) for stem, path in utils.list_images(folder).items()}
     if not masks:
-        objects = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: by_number(path.name))
+        objects = sorted((path for path in folder.iterdir() if path.is_dir()),
+                         key=lambda path: by_number(path.name))
         for number, path in enumerate(objects, 1):
             for stem, file in utils.list_images(path).items():
                 masks[stem] = (*masks.get(stem, ()), (number, file))
@@ -828,17 +848,19 @@ def keep_usable(items, part, num_frames, args):
     """Items long enough and with an object, as far as the start has read them; others are reported."""
     enough = [item for item in items if item.still or len(item.images) >= num_frames]
     if len(enough) < len(items):
-        print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than {num_frames} "
-              "frames and are left out")
-    frames = [(image, mask, item.images[0]) for item in enough for image, mask in zip(item.images, item.masks)]
+        print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than "
+              f"{num_frames} frames and are left out")
+    frames = [(image, mask, item.images[0]) for item in enough
+              for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))
     kept = [item for item in enough if any([next(found) for _ in item.images])]
     if len(kept) < len(enough):
-        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos and images have no object and are "
-              "left out")
+        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos and images have no object "
+              "and are left out")
     if not kept:
-        raise utils.InputError(f"{' '.join(args.data_path)}: none of {len(items)} {part} videos has {num_frames} "
-                               "frames and an object; look at them, or give fewer --num-frames or a smaller --stride")
+        raise utils.InputError(f"{' '.join(args.data_path)}: none of {len(items)} {part} videos has "
+                               f"{num_frames} frames and an object; look at them, or give fewer "
+                               "--num-frames or a smaller --stride")
     return kept
 
 
@@ -847,7 +869,8 @@ def create_loaders(args):
     if args.demo and not args.data_path:
         args.data_path = [utils.draw_demo("clips", Path(args.output_dir, "data"), 60)]
     if not args.data_path and not (args.img_folder and args.gt_folder):
-        raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, or --demo")
+        raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, "
+                               "or --demo")
     args.data_path = args.data_path or [str(Path(args.img_folder).parent)]
     check_mix(args)
     val_items, train_items, groups = [], [], []
@@ -877,18 +900,22 @@ def create_loaders(args):
     val_items = keep_usable(val_items, "validation", 3, args)  # the first and last frame do not count
     train_set = VideoDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = VideoDataset(val_items, args, train=False, augment=False)
-    train_loader = utils.create_loader(train_set, args, shuffle=True, batches=MixSampler(train_items, args))
+    mix = MixSampler(train_items, args)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, batches=mix)
     return train_loader, utils.create_loader(val_set, args, shuffle=False, batch_size=1)
 
 
 def check_mix(args):
     """InputError if options of several data sets do not fit --data-path."""
     paths = len(args.data_path)
-    for option, count in (("--mix", len(args.mix or args.data_path)), ("--multiplier", len(args.multiplier))):
-        if count not in (paths, 1 if option == "--multiplier" else paths):
-            raise utils.InputError(f"{option}: {count} numbers for {paths} --data-path; give one for each")
+    for option, numbers, fitting in (("--mix", args.mix or args.data_path, [paths]),
+                                     ("--multiplier", args.multiplier, [1, paths])):
+        if len(numbers) not in fitting:
+            raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one "
+                                   "for each")
     if paths > 1 and (args.img_folder or args.gt_folder):
-        raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them out")
+        raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them "
+                               "out")
 
 
 def sanity_check(train_set, val_set, args):
@@ -908,7 +935,8 @@ def sanity_check(train_set, val_set, args):
             shares += [share for share in found if share]
             absent += [not share for share in found]
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
-        print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to {max(lengths)} frames")
+        print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to "
+              f"{max(lengths)} frames")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
               f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
@@ -925,7 +953,7 @@ def sanity_check(train_set, val_set, args):
 
 
 def draw_clip(clip):
-    """The frames of a training clip with masks and prompts drawn into them; prompted ones are framed."""
+    """The frames of a training clip with masks and prompts drawn in; prompted ones are framed."""
     drawn = []
     numbers = torch.arange(1, clip.masks.shape[1] + 1)[:, None, None]
     for t, (image, masks) in enumerate(zip(clip.images, clip.masks)):
@@ -935,12 +963,14 @@ def draw_clip(clip):
         if t in clip.prompts:
             cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 255, 0), size)
             points = clip.prompts[t]
-            for coords, labels in zip(points.get("point_coords", ()), points.get("point_labels", ())):
+            for coords, labels in zip(points.get("point_coords", ()),
+                                      points.get("point_labels", ())):
                 coords, labels = coords.int().tolist(), labels.tolist()
                 if labels == [2, 3]:
                     cv2.rectangle(image, *coords, (255, 255, 0), max(1, size // 2))
                 elif labels[0] >= 0:
-                    cv2.circle(image, coords[0], 2 * size, (0, 255, 0) if labels[0] else (255, 0, 0), -1)
+                    colour = (0, 255, 0) if labels[0] else (255, 0, 0)
+                    cv2.circle(image, coords[0], 2 * size, colour, -1)
         elif t in clip.corrected:
             cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 0, 0), size)
         drawn.append(image)
@@ -948,10 +978,11 @@ def draw_clip(clip):
 
 
 def extract_frames(path, folder, args):
-    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: the number in the video."""
+    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: its number in the video."""
     folder, video = Path(folder), cv2.VideoCapture(str(path))
     if not Path(path).is_file() or not video.isOpened():
-        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, then a folder")
+        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, "
+                               "then a folder")
     if folder.exists() and any(folder.iterdir()) and not args.overwrite:
         raise utils.InputError(f"{folder}: is not empty; give another folder, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1028,9 +1059,10 @@ def track_clips(model, backbone, videos, clip, args, dtype):
         feats, codes = [x[:, images] for x in maps], [positions[-1][:, images]]
         prompt = clip.prompts.get(t)
         points, mask = prompt or None, clip.masks[t][:, None] if prompt == {} else None
-        memory = {key: dict(outputs) for key, outputs in bank.items()}  # as it is now, for the checkpoint
+        memory = {key: dict(outputs) for key, outputs in bank.items()}  # as now, for the checkpoint
         out, outputs, high_res, seen = run(
-            model._track_step, t, prompt is not None, feats, codes, sizes, points, mask, memory, num_frames)
+            model._track_step, t, prompt is not None, feats, codes, sizes, points, mask, memory,
+            num_frames)
         passes = [outputs]
         for draws in clip.draws[t] if t in clip.corrected else ():
             pred = outputs[4][:, 0].detach() > 0
@@ -1054,15 +1086,17 @@ def track_clips(model, backbone, videos, clip, args, dtype):
 
 
 def group_clips(clips, device):
-    """[(videos, clip)]: clips of the same prompts on the same frames become one, videos as of track_clips."""
+    """[(videos, clip)]: clips prompted alike on the same frames become one; videos as of track_clips."""
     groups = {}
     for i, clip in enumerate(clips):
-        kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ()) for t, points in clip.prompts.items()]
+        kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ())
+                 for t, points in clip.prompts.items()]
         groups.setdefault((*kinds, clip.corrected), []).append(i)
     for members in groups.values():
         chosen = [clips[i] for i in members]
         videos = torch.cat([torch.full((clip.masks.shape[1],), i) for i, clip in zip(members, chosen)])
-        prompts = {t: {key: torch.cat([clip.prompts[t][key] for clip in chosen]).to(device) for key in points}
+        prompts = {t: {key: torch.cat([clip.prompts[t][key] for clip in chosen]).to(device)
+                       for key in points}
                    for t, points in chosen[0].prompts.items()}
         yield videos.to(device), Clip(
             None, torch.cat([clip.masks for clip in chosen], 1).to(device, non_blocking=True), prompts,
@@ -1075,8 +1109,8 @@ def criterion(low_res, ious, score, masks, args):
     """One pass over N objects -> focal, Dice, IoU and score loss, each summed over objects: (4,).
 
     Logits (N, M, S/4, S/4) or of full size, the predicted ious (N, M), score (N, 1), masks (N, S, S)
-    bool. Masks are compared at full size. Of M masks the one of least loss is trained; where the object is absent,
-    only the score. The large tensors are computed again in the backward pass, not kept.
+    bool. Masks are compared at full size. Of M masks the one of least loss is trained; where the
+    object is absent, only the score. The large tensors are computed again in the backward pass.
     """
     low_res, ious, score = low_res.float(), ious.float(), score[:, 0].float()
     present = masks.flatten(1).any(1)
@@ -1092,13 +1126,16 @@ def criterion(low_res, ious, score, masks, args):
     error = error.mean(1) if args.supervise_all_iou else error[rows, best]
     wrong = torch.zeros_like(score)
     if args.pred_obj_scores:
-        wrong = focal_loss(score, present.float(), args.focal_alpha_obj_score, args.focal_gamma_obj_score)
-    return torch.stack([(focal * counts).sum(), (dice * counts).sum(), (error * counts).sum(), wrong.sum()])
+        wrong = focal_loss(score, present.float(), args.focal_alpha_obj_score,
+                           args.focal_gamma_obj_score)
+    return torch.stack([(focal * counts).sum(), (dice * counts).sum(), (error * counts).sum(),
+                        wrong.sum()])
 
 
 def mask_losses(low_res, masks, args):
     """Logits (N, H, W), masks (N, S, S) bool -> focal loss (mean over pixels), Dice loss, IoU: (N,)."""
-    logits = F.interpolate(low_res[:, None], masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    logits = F.interpolate(low_res[:, None], masks.shape[1:], mode="bilinear",
+                           align_corners=False)[:, 0]
     target, pred = masks.float(), logits.detach() > 0
     focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
     prob = logits.sigmoid()
@@ -1126,7 +1163,7 @@ def evaluate(model, loader, run, args):
     Videos: J, F and their mean as DAVIS defines them (davis_scores). val_jf, val_j, val_f: each object's
     mask on its first frame is given; val_click_...: one click in its middle instead; copied_...: that
     mask, copied to all frames, the baseline. Images: IoU by an object's box and by that click.
-    per_video: the same of each video or image, and its objects: {name: {"objects": 2, "val_jf": ...}}.
+    per_video: the same of each video or image: {name: {"objects": 2, "val_jf": ...}}.
     """
     model.eval()
     items = loader.dataset.items
@@ -1148,7 +1185,8 @@ def evaluate(model, loader, run, args):
         sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
     figures, per_video = {}, {}
     for names, first, still in ((FIGURES, 1, False), (IMAGE_FIGURES, 1 + len(FIGURES), True)):
-        rows = torch.tensor([i for i, item in enumerate(items) if item.still == still], dtype=torch.int64)
+        rows = torch.tensor([i for i, item in enumerate(items) if item.still == still],
+                            dtype=torch.int64)
         if len(rows):
             total = sums[rows, first:first + len(names)].sum(0) / sums[rows, 0].sum()
             figures |= dict(zip(names, total.tolist()))
@@ -1165,7 +1203,8 @@ def video_scores(model, images, ids, run):
     for k, first in enumerate(firsts, 1):
         frames, figures = range(first + 1, len(ids) - 1), []
         for labels in results if frames else []:
-            pairs = [(ids[first] == k if labels is None else labels[t] == k, ids[t] == k) for t in frames]
+            pairs = [(ids[first] == k if labels is None else labels[t] == k, ids[t] == k)
+                     for t in frames]
             figures += davis_scores(pairs)
         rows += [figures] if frames else []
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
@@ -1182,23 +1221,26 @@ def image_scores(model, images, masks, run):
 
 
 def predict_image(model, images, masks, prompt, run):
-    """Image (1, 3, S, S) uint8, masks (N, H, W) bool, box_prompt or click_prompt -> masks (N, H, W) bool."""
+    """Image (1, 3, S, S) uint8, masks (N, H, W) bool -> those found by box_prompt or click_prompt."""
     size = masks.shape[1:]
     scale = model.image_size / torch.tensor(size[::-1])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        ((_, out),) = model.propagate(Frames(images, run.device), [{0: prompt(mask, scale)} for mask in masks])
-    return F.interpolate(out["pred_masks"].float(), size, mode="bilinear", align_corners=False)[:, 0].cpu() > 0
+        prompts = [{0: prompt(mask, scale)} for mask in masks]
+        ((_, out),) = model.propagate(Frames(images, run.device), prompts)
+    logits = F.interpolate(out["pred_masks"].float(), size, mode="bilinear", align_corners=False)
+    return logits[:, 0].cpu() > 0
 
 
 def box_prompt(mask, scale):
     """The box of a mask (H, W) bool as a prompt, in pixels of the net's square."""
-    corners = box_of(mask).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # its edges, not middles of pixels
+    corners = box_of(mask).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # edges of pixels
     return {"point_coords": corners * scale - 0.5, "point_labels": torch.tensor([2, 3])}
 
 
 def click_prompt(mask, scale):
     """A click in the middle of a mask (H, W) bool."""
-    return {"point_coords": (middle(mask)[None] + 0.5) * scale - 0.5, "point_labels": torch.tensor([1])}
+    return {"point_coords": (middle(mask)[None] + 0.5) * scale - 0.5,
+            "point_labels": torch.tensor([1])}
 
 
 def first_frames(ids):
@@ -1208,7 +1250,7 @@ def first_frames(ids):
 
 
 def track_video(model, images, ids, firsts, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels by mask and by click, (T, H, W)."""
+    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels (T, H, W) by mask, by click."""
     by_mask, by_click = [], []
     for k, first in enumerate(firsts, 1):
         mask = ids[first] == k
@@ -1217,7 +1259,8 @@ def track_video(model, images, ids, firsts, run):
     labels = torch.zeros(2, *ids.shape, dtype=torch.uint8)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
-            masks = F.interpolate(out["pred_masks"].float(), ids.shape[1:], mode="bilinear", align_corners=False)
+            masks = F.interpolate(out["pred_masks"].float(), ids.shape[1:], mode="bilinear",
+                                  align_corners=False)
             for result, logits in zip(labels, masks[:, 0].split(len(firsts))):
                 highest, number = logits.max(0)
                 result[t] = torch.where(highest > 0, number + 1, 0).byte().cpu()
@@ -1301,7 +1344,8 @@ def print_table(columns):
     print(" " * 22 + "".join(f"{title:>16}" for title in columns))
     for name in FIGURES + IMAGE_FIGURES:
         if all(name in figures for figures in columns.values()):
-            print(f"  {name:20}" + "".join(f"{100 * figures[name]:16.2f}" for figures in columns.values()))
+            values = [f"{100 * figures[name]:16.2f}" for figures in columns.values()]
+            print(f"  {name:20}" + "".join(values))
 
 
 def write_videos(run, figures):
@@ -1330,16 +1374,17 @@ def draw_samples(model, dataset, run):
         shown = [read_pixels(item.images[t]) for t in frames]
         rows[f"of {item.name}"] = shown
         for title, labels in (("truth", ids), ("prediction", pred)):
-            rows[f"{title} {item.name}"] = [utils.overlay(image, labels[t].numpy()) for image, t in zip(shown, frames)]
+            rows[f"{title} {item.name}"] = [utils.overlay(image, labels[t].numpy())
+                                            for image, t in zip(shown, frames)]
     titles = ["first", "1/5", "2/5", "3/5", "4/5", "last"]
     if not rows:
         titles = ["image", "truth", "prediction by boxes"]
         for index in range(min(4, len(dataset))):
-            image, (inputs, masks, _) = read_pixels(dataset.items[index].images[0]), dataset[0, index]
-            pred = predict_image(model, inputs, masks, box_prompt, run)
+            item, (inputs, masks, _) = dataset.items[index], dataset[0, index]
+            image, pred = read_pixels(item.images[0]), predict_image(model, inputs, masks, box_prompt, run)
             numbers = torch.arange(1, len(masks) + 1)[:, None, None] % 255
-            rows[dataset.items[index].name] = [
-                image, *(utils.overlay(image, (part * numbers).amax(0).numpy()) for part in (masks, pred))]
+            rows[item.name] = [image, *(utils.overlay(image, (part * numbers).amax(0).numpy())
+                                        for part in (masks, pred))]
     utils.save_panel(run.folder / "val_samples.png", rows, titles)
 
 
@@ -1363,8 +1408,8 @@ def create_optimizer(model, args):
         if p.requires_grad:
             groups.setdefault((lr, decay), []).append(p)
     return torch.optim.AdamW(
-        [{"params": params, "lr": lr, "initial": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
-        args.lr, fused=True)
+        [{"params": params, "lr": lr, "initial": lr, "weight_decay": decay}
+         for (lr, decay), params in groups.items()], args.lr, fused=True)
 
 
 def learning_rate(args, done):
@@ -1424,10 +1469,12 @@ def average_gradients(model, device, world_size):
     as in a single process, and a process that has nothing to train on adds zeros.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    used = utils.sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters], device=device))
+    used = [float(p.grad is not None) for p in parameters]
+    used = utils.sum_over_ranks(torch.tensor(used, device=device))
     parameters = [p for p, processes in zip(parameters, used.tolist()) if processes]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = utils.sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients])) / world_size
+    flat = utils.sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat /= world_size
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = part.view_as(p)
 
@@ -1492,11 +1539,13 @@ def main(args):
                 run.save_best()
             run.save_last()
             shown = ["val_jf", "val_click_jf", "copied_jf", *IMAGE_FIGURES]
-            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES], [name for name in shown if name in figures])
+            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES],
+                            [name for name in shown if name in figures])
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
-    print_table({"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]})
+    print_table({"before": progress["before"],
+                 f"best, epoch {progress['best_epoch']}": progress["after"]})
     run.finish(best)
     if "copied_jf" in figures:
         print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")

@@ -879,6 +879,10 @@ def test_instances_of_voc_need_no_conversion_and_void_is_no_object(instances):
     found = script_.find_objects(items[0].masks[0])
     assert 255 in ids and [*found] == sorted({*np.unique(ids).tolist()} - {0, 255})
     assert all(np.array_equal(read(), ids == k) for k, read in found.items())
+    shutil.copytree(instances / "VOCdevkit/VOC2012", instances / "VOCdevkit/VOC2007")
+    with pytest.raises(utils.InputError, match="holds 2 folders of VOC; give --data-path one of them"):
+        script_.find_items(str(instances), args)
+    shutil.rmtree(instances / "VOCdevkit/VOC2007")
     listed = script_.find_items(str(instances), args, "train")
     assert [item.name for item in listed] == (
         instances / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").read_text().split()
