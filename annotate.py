@@ -1,4 +1,4 @@
-"""A local web page to cut out objects by clicks and boxes, with EfficientSAM or SAM.
+"""A local web page to cut out objects by clicks and boxes, with EfficientSAM, SAM or SAM 2.
 
     python annotate.py --weights runs/train_efficientsam/best.pth images/ --output-dir labels
     python annotate.py --weights vit_b images/ --compare runs/finetune_sam_decoder/best.pth
@@ -65,7 +65,7 @@ def get_args_parser():
         help="also show the masks of this one; those of --weights are saved")
     add("--compare-model", choices=NAMES, help="the net of an official file --compare")
     add("--output-dir", default="annotations", help="folder for prompts and masks (%(default)s)")
-    add("--to", choices=list(LAYOUTS), help="layout to write (npy with EfficientSAM, voc with SAM)")
+    add("--to", choices=list(LAYOUTS), help="layout to write (npy with EfficientSAM, else voc)")
     add("--port", type=utils.number(int, 0, 65535), default=0, help="of 127.0.0.1 (a free one)")
     parser.add_device_options()
     return parser
@@ -82,7 +82,7 @@ def load_nets(args):
             nets.append(predict.load_model(Namespace(**options)))
             if not nets[-1].net.encode:
                 raise utils.InputError(f"{path}: is {nets[-1].name}, which takes no clicks; give a "
-                                       "checkpoint of EfficientSAM or SAM")
+                                       "checkpoint of EfficientSAM, SAM or SAM 2")
     if args.compare_model and not args.compare:
         raise utils.InputError("--compare-model: is of --compare; give that too")
     if args.base and not any(loaded.name == "sam" for loaded in nets):
@@ -134,7 +134,7 @@ class Session:
         self.args, self.nets, self.lock = args, load_nets(args), threading.Lock()
         self.max_points = min(loaded.net.max_points for loaded in self.nets)
         self.folder = Path(args.output_dir)
-        layout = args.to or {"efficient_sam": "npy", "sam": "voc"}[self.nets[0].name]
+        layout = args.to or {"efficient_sam": "npy"}.get(self.nets[0].name, "voc")
         self.images_dir, self.masks_dir = [self.folder / name for name in LAYOUTS[layout]]
         self.folder_lock = utils.lock_folder(self.folder)  # until the process ends
         self.earlier, self.unsaved = self.read_earlier()

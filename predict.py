@@ -5,7 +5,6 @@
     python predict.py --weights coco --model deeplabv3_resnet50 image.jpg
     python predict.py --weights runs/train_efficientsam/best.pth image.jpg --box 75,275,340,450
     python predict.py --weights vit_b image.jpg --everything
-    python predict.py --weights tiny image.jpg --point 210,350
 
 Inputs: image files, .npy arrays (as train_efficientsam.py reads them), folders of both, globs, and
 .txt lists of them: one path per line, relative to the list's folder or to the working directory.
@@ -55,8 +54,8 @@ from nets.sam2 import WEIGHTS as SAM2_WEIGHTS
 from nets.unet import NETS as UNETS
 from nets.unet import STRIDE
 
-OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS], *EFFICIENT_WEIGHTS, *WEIGHTS,
-            *SAM2_WEIGHTS]
+OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS],
+            *EFFICIENT_WEIGHTS, *WEIGHTS, *SAM2_WEIGHTS]  # the last are SAM 2.1's
 
 
 # --- Options ---
@@ -69,8 +68,8 @@ def get_args_parser():
         help="image, .npy array, folder of them, glob, or .txt list of paths")
     add("--weights", required=True,
         help="best.pth or last.pth of a training script; with --model an official file, or its name: "
-             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS, *SAM2_WEIGHTS])}, "
-             "fetched once")
+             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS])}, or "
+             f"{', '.join(SAM2_WEIGHTS)} (SAM 2.1's), fetched once")
     add("--model", choices=OFFICIAL, help="net of an official file; our checkpoints name theirs")
     add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
@@ -96,7 +95,8 @@ def get_args_parser():
     add("--everything", nargs="?", type=utils.number(int, 1, 256), const=32, metavar="N",
         help="instead of prompts: every object that one of N x N clicks shows (32)")
     add("--min-iou", type=utils.number(float, 0, 1),
-        help="of --everything: leave out masks that the net itself rates lower (0.88)")
+        help="of --everything: leave out masks that the net itself rates lower "
+             "(0.88; SAM 2: 0.8)")
     add("--min-stability", type=utils.number(float, 0, 1),
         help="and those whose area changes more between the thresholds 1 and -1 (0.95)")
     add("--min-pixels", type=utils.number(int, 0), help="and regions and holes that are smaller (25)")
@@ -222,6 +222,7 @@ class Net(NamedTuple):
     max_points: int = 0        # of one object, corners of its box included
     click: Callable = None     # of these too: see click_efficient_sam
     enlarge: Callable = None   # and see enlarge_efficient_sam
+    min_iou: float = 0.88      # what --min-iou is if not given, as the authors set it
 
 
 class Loaded(NamedTuple):
@@ -665,39 +666,34 @@ def decode_sam(model, embedding, clicks, box, low_logits, multimask):
     return masks.float(), iou.float()
 
 
-def build_sam2(model, image_size):
-    """The net as the official predictors set it."""
-    return SAM2S[model](image_size, dynamic_multimask_via_stability=True)
-
-
 def encode_sam2(loaded, image):
-    """RGB (H, W, 3) uint8 -> maps (1, D, E, E), (1, D/8, 4E, 4E), (1, D/4, 2E, 2E)."""
+    """RGB (H, W, 3) uint8 -> its features (1, D, E, E) and the two finer maps, for predict_sam2."""
     model, side = loaded.model, loaded.model.image_size
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
     image = v2.functional.resize(image, [side, side], antialias=True).to(loaded.device)
     image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
     with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        maps = model.forward_image(image[None])["backbone_fpn"]
-    return maps[2] + model.no_mem_embed.view(1, -1, 1, 1), maps[0], maps[1]
+        *finer, features = model.forward_image(image[None])["backbone_fpn"]
+        return features + model.no_mem_embed[..., None].transpose(1, 2), finer  # not of a video
 
 
 def predict_sam2(loaded, embedding, size, queries):
-    """The same, as the official SAM2ImagePredictor; C is 4: the single mask, then the three.
+    """As the official image predictor; C is 4: the mask of clear prompts, the three of one click.
 
-    Of the three the best is taken if there is a single click, which may mean several things; of a box
-    or more clicks the one mask, as in videos.
+    The best is the first, as train_sam2.py validates, but after a single click that of the three
+    which the net rates highest.
     """
     for points, labels in queries:
-        points, labels = torch.tensor([points]), torch.tensor([labels])
-        one, one_scores = decode_sam2(loaded, embedding, size, points, labels, False)
-        three, three_scores = decode_sam2(loaded, embedding, size, points, labels, True)
-        scores = torch.cat([one_scores, three_scores], 1)
-        best = 1 + three_scores.argmax(1) if labels.shape[1] == 1 else torch.tensor([0])
-        yield enlarge_sam2(loaded, torch.cat([one, three], 1), size), scores, best
+        prompt = torch.tensor([points]), torch.tensor([labels])
+        single, single_score = decode_sam2(loaded, embedding, size, *prompt, False)
+        three, scores = decode_sam2(loaded, embedding, size, *prompt, True)
+        best = 1 + scores.argmax(1) if len(labels) == 1 else torch.tensor([0])
+        logits = enlarge_sam2(loaded, torch.cat([single, three], 1), size)
+        yield logits, torch.cat([single_score, scores], 1), best
 
 
 def click_sam2(loaded, embedding, size, clicks):
-    """The same as click_efficient_sam."""
+    """The same as click_efficient_sam; one pass, as the official SAM2AutomaticMaskGenerator."""
     labels = torch.ones(len(clicks), 1, dtype=torch.int64)
     logits, iou = decode_sam2(loaded, embedding, size, clicks[:, None], labels, True)
     return logits, iou, logits.shape[-2:]
@@ -709,13 +705,14 @@ def enlarge_sam2(loaded, logits, size):
 
 
 def decode_sam2(loaded, embedding, size, points, labels, multimask):
-    """Points (q, N, 2) in an image of this size -> mask logits (q, C, M, M), IoU (q, C)."""
-    model, (image, *high_res) = loaded.model, embedding
+    """Points (q, N, 2) in pixels of an image of this size (H, W), labels (q, N) -> as decode_sam."""
+    model, (features, finer) = loaded.model, embedding
     points = points * (model.image_size / torch.tensor([size[1], size[0]]))
+    prompt = points.to(loaded.device), labels.to(loaded.device)
     with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        sparse, dense = model.sam_prompt_encoder((points.to(loaded.device), labels.to(loaded.device)))
+        sparse, dense = model.sam_prompt_encoder(prompt)
         masks, iou, _, _ = model.sam_mask_decoder(
-            image, model.sam_prompt_encoder.get_dense_pe(), sparse, dense, multimask, True, high_res)
+            features, model.sam_prompt_encoder.get_dense_pe(), sparse, dense, multimask, True, finer)
     return masks.float(), iou.float()
 
 
@@ -832,8 +829,10 @@ NETS = {
     "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
                encode=encode_sam, max_points=64,  # any number; many are a mistake
                click=click_sam, enlarge=enlarge_sam),
-    "sam2": Net(build_sam2, predict_sam2, "image_size", encode=encode_sam2, max_points=64,
-                click=click_sam2, enlarge=enlarge_sam2),
+    "sam2": Net(lambda model, image_size: SAM2S[model](image_size,
+                                                       dynamic_multimask_via_stability=True),
+                predict_sam2, "image_size", encode=encode_sam2, max_points=64, click=click_sam2,
+                enlarge=enlarge_sam2, min_iou=0.8),
 }
 
 
@@ -861,7 +860,7 @@ def check_options(args, loaded):
         others = [option for option, given in prompts.items() if given and option != "--everything"]
         if others:
             raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} out")
-    for option, value in (("min_iou", 0.88), ("min_stability", 0.95), ("min_pixels", 25)):
+    for option, value in (("min_iou", loaded.net.min_iou), ("min_stability", 0.95), ("min_pixels", 25)):
         if getattr(args, option) is None:
             setattr(args, option, value)
         elif not args.everything:

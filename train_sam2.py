@@ -579,7 +579,7 @@ def draw_objects(sources, most):
 def frame_size(source):
     """(H, W) of a frame's image."""
     if isinstance(source, VideoFrame):
-        return VideoFile.of(source.path).size
+        return VideoReader.of(source.path).size
     return utils.image_size(source)[::-1]
 
 
@@ -587,10 +587,10 @@ def read_pixels(source):
     """Image (H, W, 3) uint8 RGB of a file or VideoFrame; InputError if it cannot be read."""
     if not isinstance(source, VideoFrame):
         return utils.read_image(source)
-    return VideoFile.of(source.path).read(source.number)
+    return VideoReader.of(source.path).read(source.number)
 
 
-class VideoFile:
+class VideoReader:
     """Frames of a video of this size (H, W); for one before the last that was read it is read anew."""
 
     def __init__(self, path):
@@ -604,7 +604,7 @@ class VideoFile:
     @staticmethod
     @functools.lru_cache(maxsize=1)
     def of(path):
-        return VideoFile(path)
+        return VideoReader(path)
 
     def read(self, number):
         if number <= self.number:

@@ -894,7 +894,7 @@ class SAM2(nn.Module):
         return current_out
 
     @torch.no_grad()
-    def propagate(self, frames, prompts, videos=None, track_in_reverse=False):
+    def propagate(self, frames, prompts, videos=None, track_in_reverse=False, state=None):
         """Tracks objects through videos of T frames: yields (frame, out) in order of tracking.
 
         frames: T normalised frames, (3, S, S) of one video or (V, 3, S, S) of several: a tensor, or
@@ -907,6 +907,9 @@ class SAM2(nn.Module):
         prompts. Prompted frames go first, as conditioning frames. An object is tracked from its
         first prompt on (backwards from its last); until then it is absent: both are -1024.
         An object's masks do not depend on the others. Memory does not grow with T.
+        state: {} is filled with what the rest of the frames needs, tensors and plain types. Saved
+        after any frame and given again, on the model's device, with the same other arguments,
+        tracking goes on with the next frame.
         """
         groups = group_prompts(prompts, len(frames), self.device)
         videos = [0] * len(prompts) if videos is None else videos
@@ -929,13 +932,21 @@ class SAM2(nn.Module):
             del out["pred_masks_high_res"]
             outputs[t] = out
 
-        for t in sorted({t for group in groups for t in group["prompts"]}):
-            backbone = encode(t)
-            for group in groups:
-                if t in group["prompts"]:
-                    track(t, backbone, group, group["cond_frame_outputs"])
+        state = {} if state is None else state
+        if state:
+            for group, outputs in zip(groups, state["outputs"]):
+                group.update(outputs)
+        else:
+            for t in sorted({t for group in groups for t in group["prompts"]}):
+                backbone = encode(t)
+                for group in groups:
+                    if t in group["prompts"]:
+                        track(t, backbone, group, group["cond_frame_outputs"])
+            names = "cond_frame_outputs", "non_cond_frame_outputs"
+            state["outputs"] = [{name: group[name] for name in names} for group in groups]
+            state["done"] = 0
 
-        for t in range(len(frames))[::step]:
+        for t in range(len(frames))[::step][state["done"]:]:
             masks = torch.full((len(prompts), 1, side, side), NO_OBJ_SCORE, device=self.device)
             scores, backbone = masks[:, :, 0, 0].clone(), None
             for group in groups:
@@ -948,6 +959,7 @@ class SAM2(nn.Module):
                     outputs.pop(t - step * kept, None)
                 masks[group["objects"]] = outputs[t]["pred_masks"]
                 scores[group["objects"]] = outputs[t]["object_score_logits"].float()
+            state["done"] += 1
             yield t, {"pred_masks": masks, "object_score_logits": scores}
 
 

@@ -30,7 +30,7 @@ CLICK, BACKGROUND, BOX = [30, 20, 1], [70, 40, 0], [10, 5, 50, 45]
 
 def save_net(path, net, seed):
     """A checkpoint of a small net that was not trained; its masks have both values."""
-    nets = {"efficient_sam": predict.EFFICIENT_SAMS, "sam": predict.SAMS}[net]
+    nets = {"efficient_sam": predict.EFFICIENT_SAMS, "sam": predict.SAMS, "sam2": predict.SAM2S}[net]
     arch = {"model": "demo", "image_size": 64}
     torch.manual_seed(seed)
     model = nets["demo"](64)
@@ -42,8 +42,8 @@ def save_net(path, net, seed):
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nets")
-    return {name: save_net(folder / f"{name}.pth", name.rstrip("2"), len(name)) for name in (
-        "efficient_sam", "efficient_sam2", "sam")}
+    kinds = {"efficient_sam": "efficient_sam", "efficient_sam2": "efficient_sam", "sam": "sam", "sam2": "sam2"}
+    return {name: save_net(folder / f"{name}.pth", kind, len(name)) for name, kind in kinds.items()}
 
 
 @pytest.fixture
@@ -155,11 +155,11 @@ def annotate_some(page):
 
 # --- Clicks and masks ---
 
-@pytest.mark.parametrize("weights", ["efficient_sam", "sam"])
+@pytest.mark.parametrize("weights", ["efficient_sam", "sam", "sam2"])
 def test_saved_masks_equal_those_of_predict_to_the_bit(start, nets, tmp_path, weights):
     page = start(weights=weights)
     annotate_some(page)
-    clicks = [[x, 60, 1] for x in range(5, 35, 5)] if weights == "sam" else []  # EfficientSAM takes six points
+    clicks = [[x, 60, 1] for x in range(5, 35, 5)] if weights != "efficient_sam" else []  # which takes six points
     for click in clicks:
         page.do(1, "add", click)
     assert not list((tmp_path / "out").rglob("*.png"))  # nothing before s

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 import predict
 import train_unet
@@ -353,78 +352,6 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
     assert predict.load_model(args).name == "sam"
 
 
-SAM2_DEMO = predict.SAM2S["demo"]
-
-
-@pytest.fixture(scope="module")
-def sam2_run(tmp_path_factory):
-    """SAM 2 with random weights, as train_sam2.py saves it and as an official file; and an image."""
-    folder, arch = tmp_path_factory.mktemp("sam2_run"), {"model": "demo", "image_size": 64}
-    torch.manual_seed(0)
-    state = predict.SAM2S["demo"](64).state_dict()
-    torch.save({"model": state}, folder / "official.pt")
-    utils.save_checkpoint(folder / "best.pth", {
-        "format": 1, "net": "sam2", "arch": arch, "model": state, "classes": [], "args": {"image_size": 64}})
-    Image.fromarray(noise(40, 70)).save(folder / "image.png")
-    return folder
-
-
-def sam2_by_hand(folder, prompts, multimask):
-    """The net's mask logits (Q, C, 40, 70) and IoU (Q, C), by SAM2's own method for prompts."""
-    model = predict.SAM2S["demo"](64, dynamic_multimask_via_stability=True).eval()
-    model.load_state_dict(torch.load(folder / "official.pt", weights_only=True)["model"])
-    image = torch.from_numpy(np.array(Image.open(folder / "image.png"))).permute(2, 0, 1)
-    image = v2.functional.resize(image, [64, 64], antialias=True).float()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (predict.PIXEL_MEAN, predict.PIXEL_STD))
-    with torch.no_grad():
-        maps = model.forward_image(((image - mean) / std)[None])["backbone_fpn"]
-        features = maps[2] + model.no_mem_embed.view(1, -1, 1, 1)
-        for points, labels in prompts:
-            points = torch.tensor([points]) * torch.tensor([64 / 70, 64 / 40])
-            given = {"point_coords": points, "point_labels": torch.tensor([labels])}
-            # a score above 0: what is absent has no logits to compare
-            model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(100)
-            low_res, _, ious, *_ = model._forward_sam_heads(features, given, None, maps[:2], multimask)
-            yield torch.nn.functional.interpolate(low_res, (40, 70), mode="bilinear")[0] > 0, ious[0]
-
-
-@pytest.mark.parametrize("options, prompt, multimask", [
-    (["--point", "30,20"], ([[30.0, 20]], [1]), True),
-    (["--box", "5,6,50,30"], ([[5.0, 6], [50, 30]], [2, 3]), False),
-    (["--box", "5,6,50,30", "--point", "9,9,0"], ([[5.0, 6], [50, 30], [9, 9]], [2, 3, 0]), False)])
-def test_sam2_cuts_out_what_the_net_says(sam2_run, tmp_path, monkeypatch, options, prompt, multimask):
-    (masks, ious), = sam2_by_hand(sam2_run, [prompt], multimask)
-    run("--weights", sam2_run / "best.pth", sam2_run / "image.png", *options, "--output-dir", tmp_path / "ours")
-    mask = np.array(Image.open(tmp_path / "ours/image_mask.png"))
-    assert mask.shape == (40, 70) and np.array_equal(mask, masks[ious.argmax()].numpy())
-    score = float((tmp_path / "ours/areas.csv").read_text().splitlines()[1].split(",")[-1])
-    assert score == pytest.approx(ious.max().item(), abs=1e-4)
-
-
-def test_an_official_file_of_sam2_needs_the_nets_name(sam2_run, tmp_path, monkeypatch):
-    with pytest.raises(utils.InputError, match="give a training script's .* or --model .*tiny"):
-        load(sam2_run / "official.pt")
-    monkeypatch.setitem(predict.SAM2S, "tiny", lambda size, **options: SAM2_DEMO(64, **options))
-    ours, _ = load(sam2_run / "best.pth")
-    theirs, _ = load(sam2_run / "official.pt", "--model", "tiny")
-    assert theirs.name == "sam2" and theirs.arch == {"model": "tiny", "image_size": 1024}
-    for key, value in ours.model.state_dict().items():
-        assert torch.equal(value, theirs.model.state_dict()[key])
-    with pytest.raises(utils.InputError, match="image.png: .*"):
-        load(sam2_run / "image.png", "--model", "tiny")
-
-
-def test_sam2_takes_prompts_of_a_json_and_refuses_tiles(sam2_run, tmp_path):
-    prompts = {"image": [{"boxes": [[5, 6, 50, 30]]}, {"points": [[60, 9, 1], [9, 30, 0]]}]}
-    (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
-    run("--weights", sam2_run / "best.pth", sam2_run / "image.png", "--prompts", tmp_path / "prompts.json",
-        "--all-masks", "--output-dir", tmp_path / "out")
-    rows = (tmp_path / "out/areas.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 4 and (tmp_path / "out/image_2_3.png").exists()
-    with pytest.raises(utils.InputError, match="--tile: is for nets without prompts"):
-        run("--weights", sam2_run / "best.pth", sam2_run / "image.png", "--tile", "64", "--box", "1,1,9,9")
-
-
 def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):
     folder, _ = sam_run
     for weights, more, words in ((folder / "run/best.pth", ["--box", "1,1,9,9", "--tile", "64"],
@@ -432,6 +359,90 @@ def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):
                                  (tiny, ["--base", "x.pth"], "--base: is for SAM")):
         with pytest.raises(utils.InputError, match=words):
             run("--weights", weights, voc(folder, "JPEGImages/blob_0000.jpg"), *more, "--output-dir", tmp_path / "out")
+
+
+# --- SAM 2 ---
+
+@pytest.fixture(scope="module")
+def sam2_file(tmp_path_factory):
+    """A checkpoint of train_sam2.py's kind, not trained."""
+    path = tmp_path_factory.mktemp("sam2") / "best.pth"
+    torch.manual_seed(0)
+    model = predict.SAM2S["demo"](64)
+    torch.nn.init.ones_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias)  # objects are there
+    torch.save({"format": 2, "net": "sam2", "arch": {"model": "demo", "image_size": 64}, "classes": [],
+                "args": {"image_size": 64}, "model": model.state_dict()}, path)
+    return path
+
+
+def sam2_by_hand(path, image, points, labels):
+    """Masks (3, H, W) bool, IoU (3,) as the tracker gives them on a first frame: one, or three after one click."""
+    model = predict.SAM2S["demo"](64, dynamic_multimask_via_stability=True).eval()
+    model.load_state_dict(torch.load(path)["model"])
+    x = torch.nn.functional.interpolate(torch.tensor(image.transpose(2, 0, 1))[None].float(), (64, 64),
+                                        mode="bilinear", antialias=True).round()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (predict.PIXEL_MEAN, predict.PIXEL_STD))
+    _, feats, positions, sizes = model._prepare_backbone_features(model.forward_image((x - mean) / std))
+    scale = torch.tensor([64 / image.shape[1], 64 / image.shape[0]])
+    prompt = {"point_coords": torch.tensor([points]) * scale, "point_labels": torch.tensor([labels])}
+    _, outputs, _, _ = model._track_step(0, True, feats, positions, sizes, prompt, None, {}, 1)
+    assert outputs[6] > 0  # the object is there, or the tracker would give no mask
+    logits = torch.nn.functional.interpolate(outputs[0], image.shape[:2], mode="bilinear")[0]
+    return (logits > 0).numpy(), outputs[2][0].numpy()
+
+
+@pytest.mark.parametrize("prompts, points, labels", [
+    (["--point", "30,20"], [[30.0, 20.0]], [1]), (["--box", "5,6,60,40"], [[5.0, 6.0], [60.0, 40.0]], [2, 3]),
+    (["--box", "5,6,60,40", "--point", "9,9,0"], [[5.0, 6.0], [60.0, 40.0], [9.0, 9.0]], [2, 3, 0]),
+    (["--point", "30,20", "--point", "9,9,0"], [[30.0, 20.0], [9.0, 9.0]], [1, 0])])
+@torch.no_grad()
+def test_sam2_gives_what_its_net_gives(sam2_file, tmp_path, prompts, points, labels):
+    image = noise(50, 80)
+    Image.fromarray(image).save(tmp_path / "x.png")
+    run("--weights", sam2_file, tmp_path / "x.png", *prompts, "--all-masks", "--output-dir", tmp_path / "out")
+    masks, ious = sam2_by_hand(sam2_file, image, points, labels)
+    assert len(masks) == (3 if len(labels) == 1 else 1)
+    best = ious.argmax()
+    found = utils.read_mask(tmp_path / "out/x_mask.png") == 1
+    assert (found != masks[best]).mean() < 0.01 and 0 < found.sum() < found.size
+    rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
+    assert float(rows[0][4]) == pytest.approx(ious[best], abs=2e-3) and len(rows) == 4
+    if len(masks) == 3:
+        for k in range(3):
+            assert ((utils.read_mask(tmp_path / f"out/x_1_{k + 1}.png") > 0) != masks[k]).mean() < 0.01
+
+
+def test_names_of_sam2_are_official_files(sam2_file, tmp_path, monkeypatch):
+    assert [*predict.SAM2_WEIGHTS] == ["tiny", "small", "base_plus", "large"]
+    assert predict.OFFICIAL[-4:] == [*predict.SAM2_WEIGHTS]
+    state, fetched = torch.load(sam2_file)["model"], []
+    torch.save({"model": state}, tmp_path / "official.pt")
+    monkeypatch.setattr(utils, "fetch_weights", lambda **entry: fetched.append(entry) or tmp_path / "official.pt")
+    monkeypatch.setitem(predict.SAM2S, "tiny", lambda size, **more: predict.SAM2S["demo"](size, **more))
+    for options in (["--weights", "tiny"], ["--weights", str(tmp_path / "official.pt"), "--model", "tiny"]):
+        loaded = predict.load_model(predict.get_args_parser().parse_args(["x", "--device", "cpu", *options]))
+        assert (loaded.name, loaded.model.image_size) == ("sam2", 1024)
+        assert all(torch.equal(value, state[key]) for key, value in loaded.model.state_dict().items())
+    assert fetched == [predict.SAM2_WEIGHTS["tiny"]]
+    with pytest.raises(utils.InputError, match="best.pth: names its own net; leave --model out"):
+        run("--weights", sam2_file, "--model", "tiny", tmp_path / "x.png")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "official.pt")
+    with pytest.raises(utils.InputError, match="not a whole checkpoint"):
+        run("--weights", tmp_path / "official.pt", "--model", "tiny", tmp_path / "x.png")
+
+
+def test_sam2_finds_everything_and_refuses_what_is_not_for_it(sam2_file, tmp_path):
+    Image.fromarray(noise(50, 80)).save(tmp_path / "x.png")
+    run("--weights", sam2_file, tmp_path / "x.png", "--everything", 3, "--min-iou", 0, "--min-stability", 0,
+        "--output-dir", tmp_path / "out")
+    assert utils.read_mask(tmp_path / "out/x_mask.png").any()
+    args = predict.get_args_parser().parse_args(["x", "--weights", str(sam2_file), "--everything"])
+    predict.check_options(args, predict.load_model(args))
+    assert (args.min_iou, args.min_stability) == (0.8, 0.95)
+    for more, words in ((["--tile", "64"], "--tile: is for nets without"), (["--base", "x"], "--base: is for SAM;"),
+                        ([], "no prompts for x")):
+        with pytest.raises(utils.InputError, match=words):
+            run("--weights", sam2_file, tmp_path / "x.png", *more, "--output-dir", tmp_path / "refused")
 
 
 # --- Tiles, depth, batches ---
@@ -937,18 +948,18 @@ def test_everything_that_finds_nothing_says_so(objects_run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("size", [(70, 40), (64, 64), (30, 90)])
-@pytest.mark.parametrize("net, preprocess", [("efficient_sam", "official"), ("efficient_sam", "article"), ("sam", ""),
-                                             ("sam2", "")])
-def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_run, net, preprocess, size):
+@pytest.mark.parametrize("net, preprocess", [
+    ("efficient_sam", "official"), ("efficient_sam", "article"), ("sam", ""), ("sam2", "official")])
+def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_file, net, preprocess, size):
     loaded, _ = load({"efficient_sam": objects_run[0] / "run/last.pth", "sam": sam_run[0] / "run/best.pth",
-                      "sam2": sam2_run / "best.pth"}[net])
+                      "sam2": sam2_file}[net])
     loaded.args.preprocess = preprocess
     record, clicks = predict.NETS[net], torch.tensor([[7.5, 9.0], [33.0, 21.5], [1.0, 29.0]])
     with torch.no_grad():
         embedding = record.encode(loaded, noise(*size))
         logits, iou, (height, width) = record.click(loaded, embedding, size, clicks)
         side = logits.shape[-1]
-        content = (64, 64) if preprocess == "official" or net == "sam2" else size  # a square is filled
+        content = size if preprocess != "official" else (64, 64)
         assert [height, width] == [math.ceil(side * length / max(content)) for length in content]
         enlarged = record.enlarge(loaded, logits, size)
         for k, point in enumerate(clicks.tolist()):

@@ -15,7 +15,7 @@ from conftest import QUIET, ROOT
 
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
 SCRIPTS = [*TRAINING, "predict"]
-TOOLS = ["annotate", "convert_labels"]
+TOOLS = ["annotate", "convert_labels", "predict_video"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
         "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
 DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects",
@@ -64,6 +64,7 @@ def test_sections_stand_in_order(name):
 
 @pytest.mark.parametrize("name, sections", [
     ("predict", ["Options", "Data", "Model", "Prediction", "Main"]),
+    ("predict_video", ["Options", "Frames", "Prompts", "Model", "Tracking", "Evaluation", "Main"]),
     ("annotate", ["Options", "Model", "Objects", "Server", "Page", "Main"])])
 def test_predict_and_annotate_have_their_own_sections(name, sections):
     assert re.findall(r"^# --- (.*) ---$", (ROOT / f"{name}.py").read_text(), re.M) == sections
@@ -78,7 +79,7 @@ def test_annotate_takes_the_nets_and_the_devices_as_predict_does():
 
 def test_functions_of_one_name_have_one_body():
     seen = {}
-    for name in [*SCRIPTS, "annotate"]:
+    for name in [*SCRIPTS, "predict_video", "annotate"]:
         for function, code in definitions(name).items():
             if function not in DIFFERING:
                 other, first = seen.setdefault(function, (name, code))

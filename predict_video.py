@@ -1,0 +1,700 @@
+"""Tracks objects through a video with SAM 2: points, boxes or masks on some frames, masks on all.
+
+    python predict_video.py --weights base_plus video.mp4 --box 210,300,420,460
+    python predict_video.py --weights runs/train_sam2/best.pth frames/ --point 210,350@30 --coco
+    python predict_video.py --weights tiny video.mp4 --box 10,20,90,80@0:1 --box 200,20,300,90@0:2
+    python predict_video.py --weights tiny JPEGImages/bear --mask Annotations/bear/00000.png@00000 \\
+        --eval Annotations
+
+INPUT:   a video that OpenCV opens, or a folder of frames, sorted by the numbers in their names.
+Prompts: VALUE@FRAME:OBJECT, in pixels. FRAME is a number in the video, from 0, or a file's name in the
+         folder without its ending; left out, the first. OBJECT, 1 to 254, tells objects apart: prompts
+         of one number show one object, on any frames, at most one box on each; left out, it is 1. In
+         --mask each id is the object of that number (255 none; in a mask of 0 and 255 object 1); with
+         :OBJECT all of it is that object. --prompts is a json of all: {"FRAME": [{"boxes": [[x0, y0,
+         x1, y1]], "points": [[x, y, label]], "mask": "FILE.png"}, ...]}: on each frame the first entry
+         shows object 1, the next 2 ..., or the one of its "object": N; {} skips one. What annotate.py
+         writes is such a file.
+Writes:  OUTPUT_DIR/masks/FRAME.png (palette PNG of object numbers; where objects overlap, the higher
+         logit wins, as in the official predictor), overlay.mp4, areas.csv (pixels of each object in
+         masks/; score: probability that the frame shows it) and, with --coco, annotations.json.
+An object is tracked from its first prompt to the end and, unless --direction says otherwise, back to
+the start. Stopped (Ctrl-C, SIGTERM) and started again on the same folder, it continues. A frame that
+cannot be read is left out and named at the end, with exit status 2.
+"""
+import argparse
+import csv
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import utils
+from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
+
+SAVE_EVERY = 100     # frames after which the state is saved, should the process be killed
+CHUNK_BYTES = 2**27  # of frames kept when a video is read backwards
+
+
+# --- Options ---
+
+def get_args_parser():
+    parser = utils.ArgumentParser(__doc__.splitlines()[0],
+                                  "%(prog)s --weights CHECKPOINT INPUT --box X0,Y0,X1,Y1 [options]")
+    add, add_switch = parser.add_argument, parser.add_switch
+    add("input", metavar="INPUT", help="video file, or folder of frames")
+    add("--weights", required=True,
+        help="best.pth or last.pth of train_sam2.py; with --model an official file; or its name: "
+             f"{', '.join(WEIGHTS)}, fetched once")
+    add("--model", choices=list(NETS), help="net of an official file; our checkpoints name theirs")
+    add("--image-size", type=utils.number(int, 32), metavar="N",
+        help="side of the square that frames are resized to (that of training, official: 1024)")
+    add("--output-dir", default="out", help="folder for masks and overlay (%(default)s)")
+    add_switch("--overwrite", help="replace files in --output-dir")
+    add("--box", type=prompt(numbers(4, 4)), action="append", default=[],
+        metavar="X0,Y0,X1,Y1[@FRAME[:OBJECT]]", help="may be repeated, as all prompts")
+    add("--point", type=prompt(numbers(2, 3)), action="append", default=[],
+        metavar="X,Y[,LABEL][@FRAME[:OBJECT]]",
+        help="a click: label 1 object (default), 0 background; it refines the box of its object")
+    add("--mask", type=prompt(str), action="append", default=[],
+        metavar="FILE.png[@FRAME[:OBJECT]]", help="mask of one or several objects")
+    add("--prompts", help="json file of prompts on any frames")
+    add("--direction", choices=["both", "forward", "backward"], default="both",
+        help="forward from an object's first prompt, backward from its last, or forward and then "
+             "from the first back to the start (%(default)s)")
+    add("--every", type=utils.number(int, 1), default=1, metavar="N",
+        help="use every N-th frame (%(default)s)")
+    add_switch("--overlay", default=True, help="write overlay.mp4")
+    add("--fps", type=utils.number(float, 0.1, 1000),
+        help="frames per second of overlay.mp4 (the video's divided by --every; of a folder 24)")
+    add("--coco", nargs="?", const="polygon", choices=["polygon", "rle"], metavar="[polygon|rle]",
+        help="also write annotations.json; polygons cannot represent holes")
+    add("--eval", metavar="DIR",
+        help="print J and F against true masks: DIR/FRAME.png of ids or DIR/OBJECT/FRAME.png; or "
+             "DIR/VIDEO that holds them")
+    parser.add_device_options()
+    return parser
+
+
+def numbers(least, most):
+    """Type of an option of so many numbers with commas between."""
+    def parse(text):
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = []
+        if not least <= len(values) <= most or not np.isfinite(values).all():
+            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with "
+                                             "commas between")
+        return values
+    return parse
+
+
+def prompt(parse):
+    """Type of a prompt, VALUE[@FRAME[:OBJECT]] -> (value, frame or None, object or None)."""
+    def parse_prompt(text):
+        value, _, place = text.rpartition("@") if "@" in text else (text, "", "")
+        frame, _, number = place.partition(":")
+        if number and not (number.isdecimal() and 1 <= int(number) <= 254):
+            raise argparse.ArgumentTypeError(f"{text}: an object is a number from 1 to 254")
+        return parse(value), frame or None, int(number) if number else None
+    return parse_prompt
+
+
+# --- Frames ---
+
+class Folder:
+    """Frames of a folder: names, size (H, W), read(t) -> RGB uint8 (H, W, 3).
+
+    bad: a line for each file that cannot be used. digest: of all frames that can.
+    """
+
+    fps = 24.0
+
+    def __init__(self, path, every):
+        found, digest = utils.list_images(path), hashlib.sha256()
+        self.name, self.size = path.absolute().name, None
+        self.names, self.paths, self.bad = [], [], []
+        chosen = sorted(found, key=by_number)[::every]
+        for name in tqdm(chosen, "reading", leave=False, disable=None):
+            utils.raise_if_stopped()
+            try:
+                image = utils.read_image(found[name])
+            except utils.InputError as error:
+                self.bad.append(str(error))
+                continue
+            self.size = self.size or image.shape[:2]
+            if image.shape[:2] != self.size:
+                self.bad.append(f"{found[name]}: {size_text(image.shape)} pixels, but the first "
+                                f"frame has {size_text(self.size)}")
+                continue
+            digest.update(f"{name} {zlib.crc32(image)} ".encode("utf-8", "surrogateescape"))
+            self.names.append(name)
+            self.paths.append(found[name])
+        self.digest = digest.hexdigest()
+        if not self.names:
+            reason = f"{path}: a folder without images; give one that holds frames"
+            raise utils.InputError([*self.bad, reason][0])
+
+    def read(self, t):
+        return utils.read_image(self.paths[t])
+
+
+class VideoFile:
+    """Frames of a video file, as Folder; a name is the frame's number in the file.
+
+    All are decoded once at first: the number that a file states may be wrong, and their checksums
+    prove later that jumping to a frame has found it, which OpenCV does not promise.
+    """
+
+    def __init__(self, path, every):
+        self.path, self.every, self.paths, self.bad = path, every, [path], []
+        self.name, self.checks, self.size, self.kept = path.stem, [], None, {}
+        self.open()
+        stated = int(self.video.get(cv2.CAP_PROP_FRAME_COUNT))
+        rate = self.video.get(cv2.CAP_PROP_FPS)
+        self.fps = rate / every if 0.1 <= rate <= 1000 else 24.0
+        for self.place in tqdm(range(10**9), "reading", max(stated, 0), leave=False, disable=None):
+            utils.raise_if_stopped()
+            if not self.video.grab():
+                break
+            if self.place % every == 0:
+                image = self.video.retrieve()[1]
+                self.size = self.size or image.shape[:2]
+                if image.shape[:2] != self.size:
+                    break
+                self.checks.append(zlib.crc32(image))
+        if not self.checks:
+            raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
+        if stated - self.place > 2:  # some containers only estimate it
+            self.bad.append(f"{path}: truncated or damaged: {self.place} of {stated} frames can be "
+                            f"read; frames {self.place} to {stated - 1} are missing")
+        self.names = [f"{every * t:05d}" for t in range(len(self.checks))]
+        self.digest = hashlib.sha256(repr(self.checks).encode()).hexdigest()
+
+    def open(self, number=0):
+        """Decoding goes on with this frame, or one nearby."""
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        self.video, self.place = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG), number
+        if not self.video.isOpened():
+            raise utils.InputError(f"{self.path}: OpenCV cannot open it as a video; convert it to "
+                                   "mp4 (H.264), or give a folder of frames")
+        if number:
+            self.video.set(cv2.CAP_PROP_POS_FRAMES, number)
+
+    def read(self, t):
+        """As decoding goes forwards only, a frame before those kept comes with many before it."""
+        if t in self.kept:
+            return self.kept[t]
+        first = t
+        if self.kept and t < min(self.kept):
+            first = max(0, t + 1 - max(1, CHUNK_BYTES // (3 * math.prod(self.size))))
+        if not self.place <= first * self.every <= self.place + 100:
+            self.open(first * self.every)
+        self.kept = self.decode(first, t)
+        if t not in self.kept:  # the jump has missed
+            self.open()
+            self.kept = self.decode(first, t)
+        if t not in self.kept:
+            raise utils.InputError(f"{self.path}: has changed while it was read; start again")
+        return self.kept[t]
+
+    def decode(self, first, last):
+        """{t: RGB uint8 (H, W, 3)} of frames first to last, as far as the checksums agree."""
+        frames = {}
+        while self.place <= last * self.every and self.video.grab():
+            t, skipped = divmod(self.place, self.every)
+            self.place += 1
+            if t >= first and not skipped:
+                image = self.video.retrieve()[1]
+                if zlib.crc32(image) != self.checks[t]:
+                    break
+                frames[t] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return frames
+
+
+class NetFrames:
+    """Frames as the net takes them, (3, S, S) normalised, read when asked for."""
+
+    def __init__(self, video, side, device):
+        self.video, self.side, self.device = video, side, device
+
+    def __len__(self):
+        return len(self.video.names)
+
+    def __getitem__(self, t):
+        image = torch.from_numpy(self.video.read(t)).permute(2, 0, 1)  # as train_sam2.py resizes
+        image = v2.functional.resize(image, [self.side, self.side], antialias=True).to(self.device)
+        return v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
+
+
+def open_video(args):
+    """The frames of INPUT."""
+    path = Path(args.input)
+    if path.is_dir():
+        return Folder(path, args.every)
+    if not path.exists():
+        raise utils.InputError(f"{path}: no such video or folder")
+    if path.suffix.lower() in utils.IMAGES - {".gif"}:
+        raise utils.InputError(f"{path}: is an image; give the folder that holds the frames")
+    return VideoFile(path, args.every)
+
+
+def by_number(name):
+    """Sort key by which frame 10 comes after frame 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def size_text(size):
+    """(H, W ...) as users say it."""
+    return f"{size[1]}x{size[0]}"
+
+
+def plain(name):
+    """A frame's name, without leading zeros if it is a number."""
+    return str(int(name)) if name.isdecimal() else name
+
+
+# --- Prompts ---
+
+def read_entries(args):
+    """Yields (source, frame, object, kind, value) of all prompts; kind None names an object."""
+    for kind in ("box", "point", "mask"):
+        for value, frame, number in getattr(args, kind):
+            yield f"--{kind}", frame, number, kind, value
+    if not args.prompts:
+        return
+    path = Path(args.prompts)
+    try:
+        for frame, entries in dict(json.loads(path.read_text(encoding="utf-8"))).items():
+            for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+                number = entry.get("object", place)
+                if entry.keys() - {"object", "boxes", "points", "mask"}:
+                    raise ValueError(f"frame {frame} has {', '.join(entry)}")
+                if number not in range(1, 255):
+                    raise ValueError(f"object {number} is not from 1 to 254")
+                if "mask" in entry:
+                    yield (args.prompts, frame, entry.get("object"), "mask",
+                           str(path.parent / entry["mask"]))
+                else:
+                    yield args.prompts, frame, number, None, None
+                for x0, y0, x1, y1 in entry.get("boxes", []):
+                    yield args.prompts, frame, number, "box", [*map(float, (x0, y0, x1, y1))]
+                for x, y, *label in entry.get("points", []):
+                    yield args.prompts, frame, number, "point", [*map(float, (x, y, *label[:1]))]
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        form = '{"FRAME": [{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}]}'
+        raise utils.InputError(f"{args.prompts}: no json of prompts like {form} ({error})") from None
+
+
+def collect_prompts(args, video):
+    """{object: {t: {"box": [...], "point": [[...]], "mask": (H, W) bool}}}, sorted."""
+    prompts, names = {}, video.names
+    places = {plain(name): t for t, name in enumerate(names)}
+    for source, frame, number, kind, value in read_entries(args):
+        t = 0 if frame is None else places.get(plain(frame))
+        if t is None:
+            raise utils.InputError(f"{source}: frame {frame} is not there; the frames are "
+                                   f"{names[0]}, {', '.join(names[1:3])} ... {names[-1]}")
+        found = split_mask(value, number, video.size) if kind == "mask" else {number or 1: value}
+        for number, value in found.items():
+            own = prompts.setdefault(number, {})
+            if not kind:
+                continue
+            given, where = own.setdefault(t, {}), f"{source}: object {number} on frame {names[t]}"
+            if kind != "mask":
+                check_place(where, value, video.size)
+            if kind == "point":
+                given.setdefault("point", []).append([*value, 1.0][:3])
+            elif kind in given:
+                raise utils.InputError(f"{where}: has a second {kind}; number other objects "
+                                       f"otherwise, as @{names[t]}:{number + 1}")
+            else:
+                given[kind] = value
+            if "mask" in given and len(given) > 1:
+                raise utils.InputError(f"{where}: has a mask and a box or points; give one or the other")
+    for number in (number for number, own in prompts.items() if not own):
+        raise utils.InputError(f"{args.prompts}: object {number} has no prompt; give it a box, "
+                               "points or a mask on some frame")
+    if not prompts:
+        raise utils.InputError("--box: no prompts; give --box, --point, --mask or --prompts")
+    return dict(sorted(prompts.items()))
+
+
+def check_place(where, value, size):
+    """InputError unless a box, or a point with or without label, lies in the frame (H, W)."""
+    points = np.array([value[:2], value[-2:]] if len(value) == 4 else [value[:2]])
+    inside = ((points >= 0) & (points <= size[::-1])).all()
+    empty = len(value) == 4 and not (points[0] < points[1]).all()
+    if not inside or empty or (len(value) == 3 and value[2] not in (0, 1)):
+        text = ",".join(f"{number:g}" for number in value)
+        raise utils.InputError(f"{where}: {text} is not in the frame's {size_text(size)} pixels, or no box "
+                               "x0,y0,x1,y1 from upper left to lower right, or no label 1 or 0")
+
+
+def split_mask(path, number, size):
+    """{object: (H, W) bool} of a mask file: each id's, or all of it if number is given."""
+    mask = utils.read_mask(path)
+    if mask.shape != size:
+        raise utils.InputError(f"{path}: {size_text(mask.shape)} pixels, but the video has "
+                               f"{size_text(size)}; save it at that size")
+    ids = (mask > 0).astype(int) * number if number else object_ids(mask)
+    found = [int(k) for k in np.unique(ids) if k]
+    if not found or not 1 <= found[0] <= found[-1] <= 254:
+        raise utils.InputError(f"{path}: shows no object, or an id that is not from 1 to 254")
+    return {k: ids == k for k in found}
+
+
+def object_ids(mask):
+    """Ids (H, W) without 255, which is void; in a mask of 0 and 255 alone it is object 1."""
+    ids = mask.astype(int)
+    return np.where(ids == 255, int(set(np.unique(ids)) <= {0, 255}), ids)
+
+
+def as_tensors(given, size, side):
+    """A prompt of collect_prompts -> one of SAM2.propagate, in pixels of the net's square."""
+    if "mask" in given:
+        return {"mask_inputs": resize_mask(torch.from_numpy(given["mask"]), side)}
+    x0, y0, x1, y1 = given.get("box", [0, 0, 0, 0])
+    points = [[x0, y0, 2], [x1, y1, 3]] if "box" in given else []
+    points = torch.tensor(points + given.get("point", []))  # as the official code: corners first
+    scale = side / torch.tensor([size[1], size[0]])
+    return {"point_coords": points[:, :2] * scale, "point_labels": points[:, 2].int()}
+
+
+def resize_mask(mask, side):
+    """Mask (H, W) bool -> (1, side, side) bool: pixels covered by half; of a tiny one the most covered."""
+    share = v2.functional.resize(mask[None].float(), [side, side], antialias=True)
+    return share >= share.max().clamp(max=0.5)
+
+
+# --- Model ---
+
+def create_model(args):
+    """The net that --weights holds, on the CPU; sets args.image_size."""
+    path, name = args.weights, args.model
+    if path in WEIGHTS:
+        name, path = name or path, utils.fetch_weights(**WEIGHTS[path])
+    checkpoint = utils.load_checkpoint(path)
+    arch = {"model": name, "image_size": 1024}
+    if isinstance(checkpoint, dict) and "format" in checkpoint:
+        if checkpoint.get("net") != "sam2":
+            raise utils.InputError(f"{path}: holds the net {checkpoint.get('net')}; this script "
+                                   "tracks with sam2, of train_sam2.py")
+        arch.update(checkpoint.get("arch", {}))
+        if name not in (None, arch["model"]):
+            raise utils.InputError(f"{path}: holds {arch['model']}; leave --model out")
+    if not arch["model"]:
+        raise utils.InputError(f"{path}: does not say what net it is of; give --model "
+                               f"({', '.join(WEIGHTS)})")
+    args.image_size = args.image_size or arch["image_size"]
+    try:
+        model = NETS[arch["model"]](args.image_size, dynamic_multimask_via_stability=True,
+                                    binarize_mask_from_pts_for_mem_enc=True)
+    except (KeyError, TypeError) as error:
+        raise utils.InputError(f"{path}: not a whole checkpoint ({error})") from None
+    except ValueError as error:
+        raise utils.InputError(f"--image-size: {error}") from None
+    utils.load_weights(model, utils.state_of(checkpoint), path)
+    return model.eval()
+
+
+# --- Tracking ---
+
+def digest_of(values):
+    """A short text that differs if any tensor, array or plain value of a nested dict does."""
+    digest = hashlib.sha256()
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = digest_of(value)
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            value = zlib.crc32(np.ascontiguousarray(value))
+        digest.update(f"{key}: {value}; ".encode())
+    return digest.hexdigest()[:16]
+
+
+def start(folder, settings, video, prompts, args, device):
+    """State of the run: what an unfinished one of the same settings has saved, or a new one."""
+    path = folder / "unfinished/state.pth"
+    if path.exists():
+        state = utils.load_checkpoint(path)
+        differing = [key for key in settings if state["settings"].get(key) != settings[key]]
+        if not differing:
+            print(f"continuing the unfinished run in {folder}")
+            return to_device(state, device)
+        if not args.overwrite:
+            raise utils.InputError(f"{folder}: has an unfinished run of other {', '.join(differing)}; give "
+                                   "the same to continue it, --overwrite or another --output-dir")
+    shutil.rmtree(path.parent, ignore_errors=True)
+    (folder / "masks").mkdir(exist_ok=True)
+    path.parent.mkdir()
+    state = {"settings": settings, "passes": 0, "tracking": {},
+             "scores": torch.zeros(len(video.names), len(prompts), device=device)}
+    utils.save_checkpoint(path, state)
+    return state
+
+
+def to_device(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return [to_device(item, device) for item in value] if isinstance(value, list) else value
+
+
+def plan_passes(prompts, length, direction):
+    """[(backwards, {object: frames whose masks it gets from this pass})]."""
+    first, last = [{k: pick(own) for k, own in prompts.items()} for pick in (min, max)]
+    if direction == "backward":
+        return [(True, {k: range(t + 1) for k, t in last.items()})]
+    passes = [(False, {k: range(t, length) for k, t in first.items()})]
+    if direction == "both" and any(first.values()):
+        passes.append((True, {k: range(t) for k, t in first.items() if t}))
+    return passes
+
+
+@torch.no_grad()
+def track(model, video, prompts, state, folder, args):
+    """Writes masks/FRAME.png of all frames and state["scores"]; stopped, it can be called again.
+
+    A frame may have objects of both passes: the first then stores their logits for the second.
+    """
+    frames = NetFrames(video, args.image_size, model.device)
+    objects, path = [*prompts], folder / "unfinished"
+    passes = plan_passes(prompts, len(frames), args.direction)
+    for number, (backwards, spans) in [*enumerate(passes)][state["passes"]:]:
+        later = passes[-1][1].values() if number < len(passes) - 1 else []
+        inputs = [{t: as_tensors(given, video.size, args.image_size) for t, given in prompts[k].items()}
+                  for k in spans]
+        tracked = model.propagate(frames, inputs, track_in_reverse=backwards, state=state["tracking"])
+        for t, out in tqdm(tracked, "backward" if backwards else "forward", len(frames), leave=False,
+                           disable=None, initial=state["tracking"].get("done", 0)):
+            logits, stored = {}, path / f"{video.names[t]}.pt"
+            for k, mask, score in zip(spans, out["pred_masks"], out["object_score_logits"]):
+                if t in spans[k]:
+                    logits[k] = mask
+                    state["scores"][t, objects.index(k)] = score.sigmoid()
+            if any(t in span for span in later):
+                utils.save_checkpoint(stored, logits)
+            elif logits or number == 0:
+                if number and stored.exists():
+                    logits |= to_device(utils.load_checkpoint(stored), model.device)
+                mask = compose(dict(sorted(logits.items())), video.size, model.device)
+                utils.save_mask(folder / f"masks/{video.names[t]}.png", mask)
+            if utils.stop_asked() or state["tracking"]["done"] % SAVE_EVERY == 0:
+                utils.save_checkpoint(path / "state.pth", state)
+            utils.raise_if_stopped()
+        state.update(passes=number + 1, tracking={})
+        utils.save_checkpoint(path / "state.pth", state)
+
+
+def compose(logits, size, device):
+    """{object: logits (1, h, w)} -> ids (H, W) uint8: where several are above 0, the highest."""
+    ids = torch.zeros(size, dtype=torch.uint8, device=device)
+    highest = torch.zeros(size, device=device)
+    for number, low_res in logits.items():
+        mask = F.interpolate(low_res[None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+        ids[mask > highest] = number
+        highest = torch.maximum(highest, mask)
+    return ids.cpu().numpy()
+
+
+# --- Evaluation ---
+
+def find_truth(args, video):
+    """{t: [(object, path), ...]} of frames that --eval has masks of; object 0: a file of ids."""
+    if not args.eval:
+        return {}
+    folder = Path(args.eval, video.name)
+    folder = folder if folder.is_dir() else Path(args.eval)
+    folders, places = {0: folder}, {plain(name): t for t, name in enumerate(video.names)}
+    if not folder.is_dir():
+        raise utils.InputError(f"--eval {folder}: no such folder; give that of true masks")
+    if not utils.list_images(folder):
+        folders = dict(enumerate(sorted((path for path in folder.iterdir() if path.is_dir()),
+                                        key=lambda path: by_number(path.name)), 1))
+    truth = {}
+    for number, inner in folders.items():
+        for name, path in utils.list_images(inner).items():
+            if plain(name) in places:
+                truth.setdefault(places[plain(name)], []).append((number, path))
+                if utils.image_size(path)[::-1] != video.size:
+                    raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} pixels")
+    if len(truth) < 3:  # the last is not counted, nor are those with prompts
+        raise utils.InputError(f"{folder}: has masks of {len(truth)} of the frames; give --eval "
+                               "the folder that holds those of more")
+    return truth
+
+
+def read_truth(masks):
+    """[(object, path), ...] of one frame -> ids (H, W); of objects that overlap the last is seen."""
+    ids = 0
+    for number, path in masks:
+        mask = utils.read_mask(path)
+        ids = np.where(mask > 0, number, ids) if number else object_ids(mask)
+    return ids
+
+
+def evaluate(video, prompts, truth, folder, args):
+    """Prints and returns J and F, in [0, 1], as train_sam2.py and DAVIS define them.
+
+    The last frame with truth is left out, as there, and the frames on which an object was prompted,
+    or which the direction does not reach.
+    """
+    rates, last = import_script("train_sam2", "--eval"), max(truth)
+    found, values = set(), {}
+    for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
+        utils.raise_if_stopped()
+        true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
+        found |= {int(k) for k in np.unique(true) if k}
+        for k, own in prompts.items():
+            reached = {"forward": t > min(own), "backward": t < max(own), "both": True}
+            if reached[args.direction] and t not in own and t != last:
+                pair = ids == k, true == k
+                figures = rates.region_similarity(*pair), rates.contour_accuracy(*pair)
+                values.setdefault(k, []).append(figures)
+    if others := found ^ prompts.keys():
+        print(f"note: objects {', '.join(map(str, sorted(others)))} are in the truth or among the "
+              "prompts, not in both; they are left out")
+    rows = {f"object {k}": np.mean(values[k], 0) for k in values if k in found}
+    if not rows:
+        return {}
+    rows[video.name] = np.mean([*rows.values()], 0)
+    width = max(map(len, rows))
+    print(f"  {'':{width}}     J&F       J       F")
+    for title, (j, f) in rows.items():
+        print(f"  {title:{width}}  {50 * (j + f):6.2f}  {100 * j:6.2f}  {100 * f:6.2f}")
+    return {"jf": float(j + f) / 2, "j": float(j), "f": float(f)}
+
+
+# --- Main ---
+
+def check_outputs(args, video, truth):
+    """InputError if a file must not be written: it is read, or is there, or is of another video."""
+    folder, masks = Path(args.output_dir), [f"{name}.png" for name in video.names]
+    sources = [*video.paths, args.weights, args.prompts or "", *(value for value, *_ in args.mask)]
+    sources += [path for masks in truth.values() for _, path in masks]
+    read = {os.stat(path)[1:3] for path in sources if os.path.exists(path)}  # inode and device
+    may_exist = args.overwrite or (folder / "unfinished/state.pth").exists()
+    for path in (folder / name for name in [*(f"masks/{mask}" for mask in masks), *tables(args)]):
+        if path.exists() and os.stat(path)[1:3] in read:
+            raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
+        if path.exists() and not may_exist:
+            raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
+    others = {path.name for path in (folder / "masks").glob("*.png")}.difference(masks)
+    if others:
+        raise utils.InputError(f"{folder}/masks/{min(others)}: is not of this video; move it away, "
+                               "or give another --output-dir")
+
+
+def tables(args):
+    """Files that are written beside the masks."""
+    wanted = {"areas.csv": True, "overlay.mp4": args.overlay, "annotations.json": args.coco}
+    return [name for name, written in wanted.items() if written]
+
+
+def write_outputs(video, prompts, state, folder, args):
+    """All but the masks, which it reads, frame by frame."""
+    rows, images, annotations = [], [], []
+    coco = import_script("convert_labels", "--coco") if args.coco else None
+    writer = open_overlay(video, folder, args) if args.overlay else None
+    scores = state["scores"].tolist()
+    for t, name in enumerate(tqdm(video.names, "writing", leave=False, disable=None)):
+        utils.raise_if_stopped()
+        ids = utils.read_mask(folder / f"masks/{name}.png")
+        for k, score in zip(prompts, scores[t]):
+            mask = ids == k
+            rows.append([k, name, np.count_nonzero(mask), f"{score:.4f}"])
+            if coco and mask.any():
+                coco.annotate(annotations, args.coco, t + 1, 1, mask, round(score, 4))
+                annotations[-1]["track_id"] = k
+        path = video.paths[t].as_posix() if len(video.paths) > 1 else f"{name}.jpg"
+        images.append({"id": t + 1, "file_name": path, "width": ids.shape[1], "height": ids.shape[0]})
+        if writer:
+            writer.write(np.ascontiguousarray(utils.overlay(video.read(t), ids)[..., ::-1]))
+    if writer:
+        writer.release()
+    with open(folder / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["object", "frame", "pixels", "score"], *rows])
+    if coco:
+        coco.write_coco(folder / "annotations.json", images, {1: "object"}, annotations)
+
+
+def open_overlay(video, folder, args):
+    """The writer of overlay.mp4; MPEG-4, as OpenCV's packages have no encoder of H.264."""
+    writer = cv2.VideoWriter(str(folder / "overlay.mp4"), cv2.VideoWriter_fourcc(*"mp4v"),
+                             args.fps or video.fps, video.size[::-1])
+    if not writer.isOpened():
+        raise utils.InputError(f"{folder}/overlay.mp4: OpenCV cannot write it; give --overlay False")
+    return writer
+
+
+def import_script(name, option):
+    """Another script, for COCO's format or DAVIS' figures; late, as only this option needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise utils.InputError(f"{option}: {name}.py is not beside this script; copy it too, or "
+                               f"leave {option} out") from None
+
+
+def main(args):
+    """Tracks and writes; returns {"frames": how many, "objects": how many} and what --eval found."""
+    device = utils.pick_device(args.device)
+    dtype, _ = utils.pick_precision(args.amp, device)
+    for name, option in (("convert_labels", "--coco"), ("train_sam2", "--eval")):
+        if getattr(args, option[2:]):
+            import_script(name, option)
+    model = create_model(args)
+    weights = digest_of(model.state_dict())
+    video = open_video(args)
+    prompts, truth = collect_prompts(args, video), find_truth(args, video)
+    folder = Path(args.output_dir)
+    check_outputs(args, video, truth)
+    settings = {
+        "image_size": args.image_size, "every": args.every, "direction": args.direction, "amp": args.amp,
+        "frames": video.digest, "prompts": digest_of(prompts), "weights": weights}
+    lock = utils.lock_folder(folder)
+    state = start(folder, settings, video, prompts, args, device)
+    print(f"{args.input}: {len(video.names)} frames of {size_text(video.size)}, {len(prompts)} "
+          f"objects; {device}, {dtype or torch.float32}, at {args.image_size}x{args.image_size}")
+    started = time.perf_counter()
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            track(model.to(device), video, prompts, state, folder, args)
+    except (RuntimeError, MemoryError) as error:
+        if not utils.is_out_of_memory(error):
+            raise
+        raise utils.InputError("out of memory; try --image-size 512, fewer objects at a time, or "
+                               "--amp bf16") from None
+    seconds = time.perf_counter() - started
+    write_outputs(video, prompts, state, folder, args)
+    figures = evaluate(video, prompts, truth, folder, args) if truth else {}
+    shutil.rmtree(folder / "unfinished")
+    lock.close()
+    print(f"{len(video.names)} frames tracked in {seconds:.1f} s, peak memory "
+          f"{utils.peak_memory_mb(device):.0f} MB: {folder}/{', '.join(['masks/*.png', *tables(args)])}")
+    if video.bad:
+        message = "; ".join(video.bad[:10])
+        if len(video.bad) > 10:
+            message += "; and " + ", ".join(line.split(": ")[0] for line in video.bad[10:])
+        raise utils.InputError(" ".join(message.splitlines()))
+    return {"frames": len(video.names), "objects": len(prompts), **figures}
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

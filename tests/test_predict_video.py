@@ -1,0 +1,524 @@
+"""predict_video.py: prompts on any frame of a video, masks on all; stopped and started again; what is refused."""
+import csv
+import json
+import shutil
+import signal
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+import demo_data
+import predict_video
+import utils
+from conftest import ROOT
+from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD
+
+SIZE = (48, 64)  # H, W of the clip
+BOX, POINT = "10,8,40,36", "30,20"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """net.pth; clip/00000.png ...: 8 frames; clip.avi of them; truth/clip/00000.png ... of ids 1 and 2."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    torch.save({"format": 2, "net": "sam2", "arch": {"model": "demo", "image_size": 64}, "classes": [], "args": {},
+                "model": NETS["demo"](64).state_dict()}, folder / "net.pth")
+    images, ids = demo_data.draw_clip(1, 64, 8)
+    (folder / "clip").mkdir()
+    (folder / "truth/clip").mkdir(parents=True)
+    for t, (image, mask) in enumerate(zip(images[:, :SIZE[0]], ids[:, :SIZE[0]])):
+        utils.save_image(folder / f"clip/{t:05d}.png", image)
+        utils.save_mask(folder / f"truth/clip/{t:05d}.png", mask)
+    write_video(folder / "clip.avi", images[:, :SIZE[0]])
+    return folder
+
+
+def write_video(path, images, codec="MJPG", fps=10):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, images[0].shape[1::-1])
+    for image in images:
+        writer.write(np.ascontiguousarray(image[..., ::-1]))
+    writer.release()
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """run("--box", ..., out="b") -> figures of main; the files are in tmp_path/b."""
+    def call(*more, source="clip", out="out"):
+        options = ["--weights", data / "net.pth", data / source, "--output-dir", tmp_path / out, "--device", "cpu"]
+        return predict_video.main(predict_video.get_args_parser().parse_args([*map(str, [*options, *more])]))
+    return call
+
+
+@pytest.fixture
+def refuses(run):
+    """refuses("--box", ..., words=[...]): one line with all of the words, and nothing written."""
+    def call(*more, words, source="clip", out="refused"):
+        with pytest.raises(utils.InputError) as caught:
+            run(*more, source=source, out=out)
+        text = str(caught.value)
+        assert "\n" not in text and all(word in text for word in words), text
+    return call
+
+
+def files(folder):
+    """{path in the folder: bytes} of all that a run writes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}
+
+
+def masks(folder):
+    return {path.stem: np.array(Image.open(path)) for path in sorted((folder / "masks").glob("*.png"))}
+
+
+def areas(folder):
+    with open(folder / "areas.csv", newline="") as file:
+        return {(int(row["object"]), row["frame"]): (int(row["pixels"]), row["score"]) for row in csv.DictReader(file)}
+
+
+# --- Masks ---
+
+def track_by_hand(data, prompts, reverse):
+    """[{"t": frame, "logits": (objects, H, W), "scores": (objects,)}] of the net alone."""
+    model = NETS["demo"](64, dynamic_multimask_via_stability=True, binarize_mask_from_pts_for_mem_enc=True).eval()
+    model.load_state_dict(torch.load(data / "net.pth")["model"])
+    frames = []
+    for path in sorted((data / "clip").iterdir()):
+        image = torch.from_numpy(np.array(Image.open(path)).transpose(2, 0, 1).copy())
+        image = v2.functional.resize(image, [64, 64], antialias=True)
+        frames.append(v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD))
+    found = {}
+    for t, out in model.propagate(torch.stack(frames), prompts, track_in_reverse=reverse):
+        logits = F.interpolate(out["pred_masks"], SIZE, mode="bilinear", align_corners=False)[:, 0]
+        found[t] = logits.numpy(), out["object_score_logits"].sigmoid()[:, 0].numpy()
+    return found
+
+
+def points(*rows):
+    """x, y, label in pixels of the clip -> a prompt of the net."""
+    rows = torch.tensor(rows, dtype=torch.float32)
+    return {"point_coords": rows[:, :2] * torch.tensor([64 / SIZE[1], 64 / SIZE[0]]), "point_labels": rows[:, 2].int()}
+
+
+def test_points_boxes_and_masks_on_any_frame_give_what_the_net_gives(data, run, tmp_path):
+    drawn = np.zeros(SIZE, np.uint8)
+    drawn[12:36, 20:52] = 255
+    utils.save_image(tmp_path / "drawn.png", drawn)
+    assert run("--box", f"{BOX}@00000:7", "--point", "22,14,0@00000:7", "--point", "50,30@4:7", "--point",
+               f"{POINT}@00003:2", "--mask", f"{tmp_path / 'drawn.png'}@00005:3") == {"frames": 8, "objects": 3}
+    whole = v2.functional.resize(torch.from_numpy(drawn > 0)[None].float(), [64, 64], antialias=True) >= 0.5
+    prompts = {2: {3: points([30, 20, 1])}, 3: {5: {"mask_inputs": whole}},
+               7: {0: points([10, 8, 2], [40, 36, 3], [22, 14, 0]), 4: points([50, 30, 1])}}
+    both = [track_by_hand(data, [*prompts.values()], reverse) for reverse in (False, True)]
+    table, seen = areas(tmp_path / "out"), set()
+    for t, mask in enumerate(masks(tmp_path / "out").values()):
+        expected, highest = np.zeros(SIZE, np.uint8), np.zeros(SIZE)
+        for i, (number, own) in enumerate(prompts.items()):
+            logits, scores = both[t < min(own)][t]
+            expected[logits[i] > highest] = number
+            highest = np.maximum(highest, logits[i])
+            assert float(table[number, f"{t:05d}"][1]) == pytest.approx(scores[i], abs=1e-4)
+        assert (mask == expected).all(), t
+        seen |= {*np.unique(mask)}
+        for number in prompts:
+            assert table[number, f"{t:05d}"][0] == (mask == number).sum()
+    assert len(table) == 24 and seen == {0, 2, 3, 7}
+    with Image.open(tmp_path / "out/masks/00005.png") as image:
+        assert image.mode == "P" and image.getpalette()[3:9] == [128, 0, 0, 0, 128, 0]
+
+
+def test_a_json_of_prompts_says_the_same_as_options(data, run, tmp_path):
+    run("--box", BOX, "--point", "22,14,0", "--point", f"{POINT}@4:3", "--mask",
+        f"{data}/truth/clip/00002.png@2:9", out="options")
+    shutil.copy(data / "truth/clip/00002.png", tmp_path / "drawn.png")
+    (tmp_path / "prompts.json").write_text(json.dumps({
+        "00000": {"boxes": [[10, 8, 40, 36]], "points": [[22, 14, 0]]}, "2": [{"mask": "drawn.png", "object": 9}],
+        "00004": [{}, {"object": 3, "points": [[30, 20]]}]}).replace("{}", '{"object": 1}'))
+    run("--prompts", tmp_path / "prompts.json", out="json")
+    assert files(tmp_path / "options") == files(tmp_path / "json")
+
+
+def test_entries_of_a_json_are_objects_in_order_and_ids_of_a_mask_their_numbers(data, run, tmp_path):
+    entries = [{"boxes": [[10, 8, 40, 36]]}, {"points": [[30, 20, 1]]}]
+    (tmp_path / "prompts.json").write_text(json.dumps({"00000": entries, "00003": [{}, entries[1]]}))
+    assert run("--prompts", tmp_path / "prompts.json", "--mask", f"{data}/truth/clip/00001.png@1")["objects"] == 2
+    run("--box", f"{BOX}@0:1", "--point", f"{POINT}@0:2", "--point", f"{POINT}@3:2",
+        *("--mask", f"{data}/truth/clip/00001.png@1"), out="options")
+    assert files(tmp_path / "out") == files(tmp_path / "options")
+    args = predict_video.get_args_parser().parse_args(["clip", "--weights", "x", "--mask", "m.png@1"])
+    assert args.mask == [("m.png", "1", None)]
+    ids = np.array([[0, 1], [2, 255]])
+    assert predict_video.object_ids(ids).tolist() == [[0, 1], [2, 0]]
+    assert predict_video.object_ids(np.array([[0, 255]])).tolist() == [[0, 1]]
+
+
+def test_both_directions_from_the_middle_are_two_runs(run, tmp_path):
+    prompts = ["--box", f"{BOX}@4:1", "--point", f"{POINT}@4:2"]
+    for direction in ("both", "forward", "backward"):
+        run(*prompts, "--direction", direction, out=direction)
+    both, forward, backward = (masks(tmp_path / name) for name in ("both", "forward", "backward"))
+    for t, name in enumerate(both):
+        assert (both[name] == (backward if t < 4 else forward)[name]).all()
+        assert not (forward if t < 4 else backward)[name].any() or t == 4
+    assert any(mask.any() for mask in list(both.values())[:4])
+
+
+def test_later_prompts_change_what_follows_and_nothing_of_other_objects(run, tmp_path):
+    run("--box", f"{BOX}@0:1", "--direction", "forward", out="once")
+    run("--box", f"{BOX}@0:1", "--point", "55,40@4:1", "--direction", "forward", out="twice")
+    run("--box", f"{BOX}@0:1", "--box", "2,2,9,9@0:2", "--direction", "forward", out="beside")
+    once, twice, beside = (areas(tmp_path / name) for name in ("once", "twice", "beside"))
+    assert any(once[1, f"{t:05d}"] != twice[1, f"{t:05d}"] for t in range(4, 8))
+    assert all(once[1, f"{t:05d}"][1] == beside[1, f"{t:05d}"][1] for t in range(8))  # the scores
+
+
+# --- Videos and folders ---
+
+def test_a_video_is_read_forwards_backwards_and_where_jumps_miss(data, monkeypatch):
+    capture = cv2.VideoCapture(str(data / "clip.avi"))
+    frames = [capture.read()[1][..., ::-1] for _ in range(8)]
+    video = predict_video.VideoFile(data / "clip.avi", 1)
+    assert video.names == [f"{t:05d}" for t in range(8)] and video.size == SIZE and video.fps == 10
+    monkeypatch.setattr(predict_video, "CHUNK_BYTES", 3 * 3 * SIZE[0] * SIZE[1] + 1)
+    for t in [0, 1, 7, 6, 5, 4, 3, 2, 1, 0, 3, 7, 2]:
+        assert (video.read(t) == frames[t]).all()
+        assert len(video.kept) <= 3
+    every = predict_video.VideoFile(data / "clip.avi", 3)
+    assert every.names == ["00000", "00003", "00006"] and every.fps == pytest.approx(10 / 3)
+    assert all((every.read(t) == frames[3 * t]).all() for t in (2, 1, 0, 2))
+
+    real = cv2.VideoCapture
+
+    class Misses:  # by a frame, as with files whose index is wrong
+        def __init__(self, *args):
+            self.capture = real(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+        def set(self, key, value):
+            return self.capture.set(key, value + 1)
+    monkeypatch.setattr(cv2, "VideoCapture", Misses)
+    video = predict_video.VideoFile(data / "clip.avi", 1)
+    assert all((video.read(t) == frames[t]).all() for t in (7, 6, 5, 2, 1, 0, 7))
+
+
+def test_a_video_and_the_folder_of_its_frames_give_the_same(data, run, tmp_path):
+    capture = cv2.VideoCapture(str(data / "clip.avi"))
+    (tmp_path / "frames").mkdir()
+    for t in range(8):
+        cv2.imwrite(str(tmp_path / f"frames/img_{t + 5}.png"), capture.read()[1])  # 9 comes before 10
+    run("--box", f"{BOX}@5", source="clip.avi", out="video")
+    run("--box", f"{BOX}@img_10", "--fps", 10, source=tmp_path / "frames", out="folder")
+    video, folder = masks(tmp_path / "video"), masks(tmp_path / "folder")
+    assert list(folder) == sorted(f"img_{t + 5}" for t in range(8))
+    assert all((video[f"{t:05d}"] == folder[f"img_{t + 5}"]).all() for t in range(8))
+    assert (tmp_path / "video/overlay.mp4").read_bytes() == (tmp_path / "folder/overlay.mp4").read_bytes()
+
+
+def test_every_nth_frame_is_a_video_of_these(data, run, tmp_path):
+    (tmp_path / "few").mkdir()
+    for t in (0, 3, 6):
+        shutil.copy(data / f"clip/{t:05d}.png", tmp_path / "few")
+    run("--box", f"{BOX}@3", "--every", 3)
+    run("--box", f"{BOX}@3", source=tmp_path / "few", out="few_out")
+    assert list(masks(tmp_path / "out")) == ["00000", "00003", "00006"]
+    assert files(tmp_path / "out") == files(tmp_path / "few_out")
+
+
+def test_the_overlay_is_a_video_that_opens(data, run, tmp_path):
+    run("--mask", data / "truth/clip/00000.png", source="clip.avi")
+    capture, found = cv2.VideoCapture(str(tmp_path / "out/overlay.mp4")), masks(tmp_path / "out")
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    for t, mask in enumerate(found.values()):
+        image = np.array(Image.open(data / f"clip/{t:05d}.png"))
+        shown = capture.read()[1][..., ::-1].astype(int)
+        assert np.abs(shown - utils.overlay(image, mask)).mean() < 20
+    assert not capture.read()[0]
+    run("--mask", data / "truth/clip/00000.png", "--overlay", "False", out="without")
+    assert sorted(files(tmp_path / "without")) == ["areas.csv", *(f"masks/{t:05d}.png" for t in range(8))]
+
+
+@pytest.mark.parametrize("kind", ["rle", "polygon"])
+def test_coco_holds_each_object_of_each_frame(data, run, tmp_path, kind):
+    run("--mask", data / "truth/clip/00000.png", "--coco", kind)
+    coco, found = json.loads((tmp_path / "out/annotations.json").read_text()), masks(tmp_path / "out")
+    assert [image["file_name"] for image in coco["images"]] == [f"{data}/clip/{t:05d}.png" for t in range(8)]
+    table = areas(tmp_path / "out")
+    keys = [(note["track_id"], f"{note['image_id'] - 1:05d}") for note in coco["annotations"]]
+    assert sorted(keys) == sorted(key for key, (pixels, _) in table.items() if pixels)
+    for key, note in zip(keys, coco["annotations"]):
+        assert note["area"] == (found[key[1]] == key[0]).sum() and note["score"] == float(table[key][1])
+        if kind == "rle":
+            counts = note["segmentation"]["counts"]
+            values = np.repeat(np.arange(len(counts)) % 2, counts) if isinstance(counts, list) else None
+            if values is not None:
+                assert (values.reshape(SIZE[::-1]).T == (found[key[1]] == key[0])).all()
+
+
+# --- Evaluation ---
+
+def f_by_hand(pred, true, tolerance=1):
+    """Of masks (H, W) bool: boundary pixels that have one of the other within tolerance, no distance transform."""
+    def edge(mask):
+        height, width = mask.shape
+        others = [(y, x, min(y + dy, height - 1), min(x + dx, width - 1)) for y in range(height)
+                  for x in range(width) for dy, dx in ((0, 1), (1, 0), (1, 1))]
+        return np.array(sorted({(y, x) for y, x, row, column in others if mask[y, x] != mask[row, column]}))
+
+    lines = edge(pred), edge(true)
+    if not len(lines[0]) or not len(lines[1]):
+        return float(len(lines[0]) == len(lines[1]))
+    distance = np.linalg.norm(lines[0][:, None] - lines[1][None], axis=2)
+    precision, recall = (distance.min(1) <= tolerance).mean(), (distance.min(0) <= tolerance).mean()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@pytest.mark.parametrize("direction, frames", [("both", [0, 2, 3, 4, 5, 6]), ("forward", [2, 3, 4, 5, 6]),
+                                               ("backward", [0])])
+def test_eval_prints_j_and_f_of_the_frames_tracked(data, run, tmp_path, capsys, direction, frames):
+    figures = run("--mask", f"{data}/truth/clip/00001.png@1", "--eval", data / "truth", "--direction", direction)
+    found, rows = masks(tmp_path / "out"), []
+    for number in (1, 2):
+        pairs = [(found[f"{t:05d}"] == number, np.array(Image.open(data / f"truth/clip/{t:05d}.png")) == number)
+                 for t in frames]
+        js = [(pred & true).sum() / (pred | true).sum() if (pred | true).any() else 1.0 for pred, true in pairs]
+        rows.append((np.mean(js), np.mean([f_by_hand(*pair) for pair in pairs])))
+    j, f = np.mean(rows, 0)
+    assert figures == {"frames": 8, "objects": 2, "jf": pytest.approx((j + f) / 2), "j": pytest.approx(j),
+                       "f": pytest.approx(f)}
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split() for line in lines if line.startswith("  ") and "J&F" not in line]
+    assert shown == [["object", str(k + 1), *(f"{100 * x:.2f}" for x in (sum(row) / 2, *row))]
+                     for k, row in enumerate(rows)] + [["clip", *(f"{100 * x:.2f}" for x in ((j + f) / 2, j, f))]]
+
+
+def test_truth_may_be_a_folder_per_object_and_have_few_frames(data, run, tmp_path, refuses, capsys):
+    for t in (0, 2, 4, 6):
+        ids = np.array(Image.open(data / f"truth/clip/{t:05d}.png"))
+        for number, name in ((1, "9"), (2, "10")):  # sorted by number
+            (tmp_path / "truth" / name).mkdir(parents=True, exist_ok=True)
+            utils.save_image(tmp_path / f"truth/{name}/{t}.png", (ids == number) * np.uint8(255))
+        (tmp_path / "few").mkdir(exist_ok=True)
+        shutil.copy(data / f"truth/clip/{t:05d}.png", tmp_path / "few")
+    mask = ["--mask", data / "truth/clip/00000.png"]
+    figures = [run(*mask, "--eval", tmp_path / name, out=f"out_{name}") for name in ("truth", "few")]
+    assert figures[0] == figures[1]
+    run("--box", f"{BOX}@0:1", "--box", f"{BOX}@0:5", "--eval", tmp_path / "few")
+    assert "objects 2, 5 are in the truth or among the prompts, not in both" in capsys.readouterr().out
+    (tmp_path / "few/00004.png").unlink()
+    (tmp_path / "few/00006.png").unlink()
+    refuses(*mask, "--eval", tmp_path / "few", words=["few: has masks of 2 of the frames"])
+    refuses(*mask, "--eval", tmp_path / "no", words=["--eval", "no such folder"])
+    utils.save_mask(tmp_path / "few/00004.png", np.zeros((9, 9)))
+    refuses(*mask, "--eval", tmp_path / "few", words=["00004.png", "64x48"])
+
+
+# --- Stopped and started again ---
+
+PROMPTS = ["--box", f"{BOX}@2:1", "--point", f"{POINT}@6:2", "--coco"]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """Files of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight") / "out"
+    predict_video.main(predict_video.get_args_parser().parse_args([*map(str, [
+        "--weights", data / "net.pth", data / "clip", "--output-dir", folder, "--device", "cpu", *PROMPTS])]))
+    return files(folder)
+
+
+def disturb(monkeypatch, count, action):
+    """action() after so many masks and stored logits have been written."""
+    written = []
+
+    def after(function):
+        def call(*args):
+            function(*args)
+            if "state.pth" not in str(args[0]):
+                written.append(args[0])
+                if len(written) == count:
+                    action()
+        return call
+    monkeypatch.setattr(utils, "save_mask", after(utils.save_mask))
+    monkeypatch.setattr(utils, "save_checkpoint", after(utils.save_checkpoint))
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 11, 14])  # of 8 forwards, and 6 backwards
+def test_a_stopped_run_goes_on_to_the_same_bytes(straight, run, tmp_path, monkeypatch, capsys, count):
+    with monkeypatch.context() as patch:
+        disturb(patch, count, lambda: utils._signals.append(signal.SIGTERM))
+        with pytest.raises(utils.Stopped):
+            run(*PROMPTS)
+        utils._signals.clear()
+    state = torch.load(tmp_path / "out/unfinished/state.pth")
+    assert 8 * state["passes"] + state["tracking"].get("done", 0) == (count if count <= 8 else count + 2)
+    run(*PROMPTS)
+    assert "continuing the unfinished run" in capsys.readouterr().out
+    assert files(tmp_path / "out") == straight
+
+
+@pytest.mark.parametrize("count", [2, 7, 12])
+def test_a_killed_run_goes_on_from_the_last_saved_state(straight, run, tmp_path, monkeypatch, count):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+    monkeypatch.setattr(predict_video, "SAVE_EVERY", 3)
+    with monkeypatch.context() as patch:
+        disturb(patch, count, kill)
+        with pytest.raises(Killed):
+            run(*PROMPTS)
+    run(*PROMPTS)
+    assert files(tmp_path / "out") == straight
+
+
+def test_an_unfinished_run_of_other_settings_is_not_continued(data, straight, run, refuses, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        disturb(patch, 3, lambda: utils._signals.append(signal.SIGTERM))
+        with pytest.raises(utils.Stopped):
+            run("--box", BOX)
+        utils._signals.clear()
+    refuses(*PROMPTS, words=["unfinished run of other prompts", "--overwrite"], out="out")
+    refuses("--box", BOX, "--every", 2, words=["masks/00001.png: is not of this video"], out="out")
+    refuses("--box", BOX, "--direction", "forward", words=["unfinished run of other direction"], out="out")
+    refuses("--box", BOX, source="clip.avi", words=["unfinished run of other frames"], out="out")
+    run(*PROMPTS, "--overwrite")
+    assert files(tmp_path / "out") == straight
+
+
+def test_state_does_not_grow_with_frames(data, run, tmp_path, monkeypatch):
+    (tmp_path / "long").mkdir()
+    for t in range(40):
+        shutil.copy(data / f"clip/{t % 8:05d}.png", tmp_path / f"long/{t}.png")
+    monkeypatch.setattr(predict_video, "SAVE_EVERY", 1)
+    sizes, frames, save = [], [], utils.save_checkpoint
+
+    def measure(path, state):
+        save(path, state)
+        if state["tracking"]:
+            sizes.append(path.stat().st_size)
+            frames.append(len(state["tracking"]["outputs"][0]["non_cond_frame_outputs"]))
+    monkeypatch.setattr(utils, "save_checkpoint", measure)
+    run("--box", BOX, "--overlay", "False", source=tmp_path / "long")
+    assert len(sizes) == 40 and max(frames) == 16
+    assert max(sizes[17:]) - min(sizes[17:]) < 0.01 * sizes[20] < 0.01 * 2 * sizes[16]
+
+
+# --- What is refused ---
+
+def test_coco_and_eval_need_their_scripts_beside_this_one(data, refuses, monkeypatch):
+    for name, more in (("convert_labels", ["--coco"]), ("train_sam2", ["--eval", data / "truth"])):
+        monkeypatch.setitem(sys.modules, name, None)
+        refuses("--box", BOX, *more, words=[f"{more[0]}: {name}.py is not beside this script"])
+
+
+def test_frames_that_cannot_be_read_are_named_when_the_rest_is_done(data, run, tmp_path):
+    shutil.copytree(data / "clip", tmp_path / "clip")
+    (tmp_path / "clip/00003.png").write_bytes((data / "clip/00003.png").read_bytes()[:500])
+    utils.save_image(tmp_path / "clip/00005.png", np.zeros((20, 20, 3), np.uint8))
+    with pytest.raises(utils.InputError, match="00003.png: truncated.*; .*00005.png: 20x20 pixels, but .* 64x48"):
+        run("--box", BOX, source=tmp_path / "clip")
+    assert list(masks(tmp_path / "out")) == ["00000", "00001", "00002", "00004", "00006", "00007"]
+    assert (tmp_path / "out/overlay.mp4").exists() and not (tmp_path / "out/unfinished").exists()
+
+
+def test_alone_with_its_net_it_does_a_truncated_video_up_to_there(data, tmp_path, script):
+    (tmp_path / "nets").mkdir()
+    for file in ("predict_video.py", "utils.py", "nets/sam2.py", "nets/__init__.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    content = (data / "clip.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[:len(content) * 6 // 10])
+    done = script("predict_video.py", "--weights", data / "net.pth", "cut.avi", "--box", BOX, "--device", "cpu",
+                  cwd=tmp_path)
+    written = list(masks(tmp_path / "out"))
+    assert 2 <= len(written) <= 6 and (tmp_path / "out/areas.csv").read_text().count("\n") == 1 + len(written)
+    assert done.returncode == 2 and done.stderr == (
+        f"predict_video.py: error: cut.avi: truncated or damaged: {len(written)} of 8 frames can be read; frames "
+        f"{len(written)} to 7 are missing\n")
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--box", f"{BOX}@9"], ["--box: frame 9 is not there", "00000, 00001, 00002 ... 00007"]),
+    (["--point", f"{POINT}@x:2"], ["--point: frame x is not there"]),
+    ([], ["no prompts; give --box"]),
+    (["--box", f"{BOX}@2:3", "--box", f"{BOX}@2:3"], ["object 3 on frame 00002: has a second box", "@00002:4"]),
+    (["--box", "10,8,70,36"], ["--box: object 1 on frame 00000: 10,8,70,36 is not in the frame's 64x48"]),
+    (["--box", "40,8,10,36"], ["40,8,10,36"]), (["--point", "5,60"], ["5,60 is not"]),
+    (["--point", "5,6,2"], ["5,6,2"]),
+    (["--mask", "{}/small.png"], ["small.png: 10x20 pixels, but the video has 64x48"]),
+    (["--mask", "{}/empty.png"], ["empty.png: shows no object"]),
+    (["--mask", "{}/no.png"], ["no.png: no such file"]),
+    (["--mask", "{}/truth/clip/00000.png", "--box", BOX], ["object 1 on frame 00000: has a mask and a box"]),
+    (["--box", BOX, "--image-size", "65"], ["--image-size", "multiple of 32"]),
+    (["--box", BOX, "--model", "tiny"], ["holds demo; leave --model out"])])
+def test_prompts_and_options_that_cannot_be(data, refuses, tmp_path, more, words):
+    utils.save_mask(data / "small.png", np.ones((20, 10)))
+    utils.save_mask(data / "empty.png", np.zeros(SIZE))
+    refuses(*[text.replace("{}", str(data)) for text in more], words=words)
+    assert not (tmp_path / "refused/masks").exists()
+
+
+@pytest.mark.parametrize("given, words", [
+    ("{", ["no json of prompts like"]), ("[1]", ["no json of prompts like"]),
+    ({"00000": [{"box": [1, 2, 3, 4]}]}, ["frame 00000 has box"]),
+    ({"00000": [{"boxes": [[1, 2, 3]]}]}, ["no json of prompts like"]),
+    ({"00000": [{"points": [[1, 2]], "object": 300}]}, ["object 300 is not from 1 to 254"]),
+    ({"00000": [{"points": [[1, 2]]}, {"points": []}]}, ["object 2 has no prompt"]),
+    ({"00000": [{"points": [[1, 2]]}], "00009": [{}]}, ["frame 00009 is not there"]),
+    ({"00000": [{"points": [[1, 2, 5]]}]}, ["1,2,5", "no label 1 or 0"])])
+def test_json_that_cannot_be(refuses, tmp_path, given, words):
+    (tmp_path / "prompts.json").write_text(given if isinstance(given, str) else json.dumps(given))
+    refuses("--prompts", tmp_path / "prompts.json", words=["prompts.json", *words])
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "1,2,3,nan", "1,2,3,4@0:0", "1,2,3,4@0:255", "1,2,3,4@0:x"])
+def test_options_that_are_no_prompts(text, capsys):
+    with pytest.raises(SystemExit):
+        predict_video.get_args_parser().parse_args(["clip", "--weights", "x", "--box", text])
+    assert capsys.readouterr().err.startswith(f"{predict_video.get_args_parser().prog}: error: argument --box: {text}")
+
+
+def test_inputs_that_are_no_videos(data, refuses, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    for source, words in ((tmp_path / "text.mp4", ["text.mp4: OpenCV cannot open it as a video", "mp4 (H.264)"]),
+                          (tmp_path / "no.mp4", ["no.mp4: no such video or folder"]),
+                          (tmp_path / "empty", ["empty: a folder without images"]),
+                          (data / "clip/00000.png", ["00000.png: is an image; give the folder"])):
+        refuses("--box", BOX, source=source, words=words)
+
+
+def test_outputs_that_are_there_are_kept_unless_asked(data, run, refuses, tmp_path):
+    run("--box", BOX, "--overlay", "False")
+    before = files(tmp_path / "out")
+    refuses("--point", POINT, words=["masks/00000.png: exists; give --overwrite"], out="out")
+    refuses("--box", BOX, "--every", 2, "--overwrite", words=["masks/00001.png: is not of this video"], out="out")
+    full = np.ones(SIZE)
+    utils.save_mask(tmp_path / "out/masks/00000.png", full)
+    refuses("--mask", tmp_path / "out/masks/00000.png", "--overwrite", words=["would be written, and is"], out="out")
+    (tmp_path / "out/masks/00000.png").write_bytes(before["masks/00000.png"])
+    assert files(tmp_path / "out") == before
+    run("--point", POINT, "--overlay", "False", "--overwrite")
+    assert files(tmp_path / "out") != before
+
+
+def test_checkpoints_that_are_not_of_this_net(data, tmp_path):
+    state = torch.load(data / "net.pth")["model"]
+    for content, words in (({"format": 2, "net": "unet"}, "holds the net unet"), (state, "give --model"),
+                           ({"format": 2, "net": "sam2", "arch": {"model": "x"}, "model": state}, "not a whole"),
+                           ({"format": 2, "net": "sam2", "arch": {"model": "demo"}, "model": {}}, "another net")):
+        torch.save(content, tmp_path / "a.pth")
+        args = predict_video.get_args_parser().parse_args(["x", "--weights", str(tmp_path / "a.pth")])
+        with pytest.raises(utils.InputError, match=f"a.pth: .*{words}"):
+            predict_video.create_model(args)
+    torch.save({"model": state}, tmp_path / "a.pth")  # as official files are
+    args = predict_video.get_args_parser().parse_args(["x", "--weights", str(tmp_path / "a.pth"), "--model", "demo"])
+    assert predict_video.create_model(args).image_size == 1024
