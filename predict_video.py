@@ -622,7 +622,7 @@ def write_outputs(video, prompts, state, folder, args):
             if coco and mask.any():
                 coco.annotate(annotations, args.coco, t + 1, 1, mask, round(score, 4))
                 annotations[-1]["track_id"] = k
-        path = video.paths[t].as_posix() if len(video.paths) > 1 else f"{name}.jpg"
+        path = video.paths[t].as_posix() if isinstance(video, Folder) else f"{name}.jpg"
         images.append({"id": t + 1, "file_name": path, "width": ids.shape[1], "height": ids.shape[0]})
         if writer:
             writer.write(np.ascontiguousarray(utils.overlay(video.read(t), ids)[..., ::-1]))
