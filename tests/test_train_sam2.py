@@ -746,6 +746,7 @@ def test_accumulated_batches_are_one_large_batch(clips, tmp_path):
             assert (one[key] - two[key]).abs().max() <= 1e-4 * max(1, one[key].abs().max()), key
 
 
+@pytest.mark.slow
 def test_it_learns_two_clips_by_heart(clips, tmp_path):
     figures = train(clips, tmp_path / "run", "--overfit", 2, "--epochs", 12, "--multiplier", 3, "--clip-grad", 1,
                     "--lr", 0.003, "--vision-lr", 0.003, "--layer-decay", 1, "--num-frames", 3)
