@@ -1016,7 +1016,10 @@ def create_model(args, checkpoint=None):
             path = utils.fetch_weights(**WEIGHTS[path])
         state = utils.read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
         utils.load_weights(model, state, path)
-    else:  # a mask gets no gradient while its object is believed absent: start with all there
+    else:  # made for weights that are trained already, the net would take very long to remember
+        for block in model.memory_encoder.fuser.layers:
+            nn.init.ones_(block.gamma)
+        # A mask gets no gradient while its object is believed absent: start with all there
         nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     for part in frozen_parts(model, args):
         part.requires_grad_(False)

@@ -1,4 +1,5 @@
 """predict_video.py: prompts on any frame of a video, masks on all; stopped and started again; what is refused."""
+import copy
 import csv
 import json
 import shutil
@@ -394,7 +395,7 @@ def test_a_killed_run_goes_on_from_the_last_saved_state(straight, run, tmp_path,
     assert files(tmp_path / "out") == straight
 
 
-def test_an_unfinished_run_of_other_settings_is_not_continued(data, straight, run, refuses, tmp_path, monkeypatch):
+def test_an_unfinished_run_of_other_settings_is_not_continued(straight, run, model, refuses, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         disturb(patch, 3, lambda: utils._signals.append(signal.SIGTERM))
         with pytest.raises(utils.Stopped):
@@ -404,6 +405,11 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(data, straight, ru
     refuses("--box", BOX, "--every", 2, words=["masks/00001.png: is not of this video"], out="out")
     refuses("--box", BOX, "--direction", "forward", words=["unfinished run of other direction"], out="out")
     refuses("--box", BOX, source="clip.avi", words=["unfinished run of other frames"], out="out")
+    with monkeypatch.context() as patch:
+        other = copy.deepcopy(model)
+        other.no_obj_ptr.data += 1
+        patch.setattr(predict_video, "create_model", lambda args: setattr(args, "image_size", 64) or other)
+        refuses("--box", BOX, words=["unfinished run of other weights"], out="out")
     run(*PROMPTS, "--overwrite")
     assert files(tmp_path / "out") == straight
 

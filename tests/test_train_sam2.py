@@ -1075,6 +1075,7 @@ def test_the_table_of_official_settings_names_every_option_and_its_default():
 def test_from_scratch_objects_are_believed_present_and_loaded_weights_stay_as_they_are(tmp_path):
     model, _ = script_.create_model(options(*SMALL))
     assert model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.item() == 2
+    assert all((block.gamma == 1).all() for block in model.memory_encoder.fuser.layers)
     official = script_.NETS["demo"](64).state_dict()
     torch.save({"model": official}, tmp_path / "official.pt")
     model, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pt"))
