@@ -12,8 +12,8 @@ scenes  The PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt.
 objects The layout of train_efficientsam.py: imgs/NAME.npy, gts/NAME.npy.
         Leaves, beans and stars that overlap, one id per object.
 clips   The layout of train_sam2.py: JPEGImages/NAME/00000.jpg, Annotations/NAME/00000.png, a fifth
-        in ImageSets/val.txt. Two coloured shapes cross the image. In turn one of them passes behind
-        a bar, leaves the image and comes back, or comes late.
+        in ImageSets/val.txt. A coloured shape passes behind a bar, leaves the image and comes back,
+        or comes late.
 
 Numpy and OpenCV only. Image i of a kind is the same on every machine and for every count.
 """
@@ -266,11 +266,11 @@ def write_lists(root, name, count, every=5):
         (root / "ImageSets/Segmentation" / f"{part}.txt").write_text("".join(lines))
 
 
-def draw_clip(index, size=96, num_frames=12):
-    """Clip `index`: images (T, size, size, 3) uint8 RGB, ids (T, size, size) uint8 of two objects.
+def draw_clip(index, size=96, num_frames=12, objects=2):
+    """Clip `index`: images (T, size, size, 3) uint8 RGB, ids (T, size, size) uint8.
 
-    The second is hidden by a bar for a while (index 0, 3, ...), leaves the image and comes back
-    (1, 4, ...), or comes late (2, 5, ...).
+    The last object is hidden by a bar for a while (index 0, 3, ...), leaves the image and comes back
+    (1, 4, ...), or comes late (2, 5, ...). A first one, if there are two, is always there.
     """
     rng = np.random.default_rng([6, index])
     case, time = index % 3, np.linspace(0, 1, num_frames)
@@ -295,13 +295,13 @@ def draw_clip(index, size=96, num_frames=12):
     images, ids = [], np.zeros((num_frames, size, size), np.uint8)
     for t in range(num_frames):
         image = ground.copy()
-        for number, path in ((1, first), (2, second)):
+        for number, path in ((1, first), (2, second))[2 - objects:]:
             polygon = outline(kinds[number - 1], path[t] * size, radii[number - 1],
                               turn[number - 1] * time[t])
             inside = cv2.fillPoly(np.zeros((size, size), np.uint8), [polygon.round().astype(np.int32)], 1) > 0
             colour = cv2.cvtColor(np.uint8([[[hues[number - 1], 190, 215]]]), cv2.COLOR_HSV2RGB)[0, 0]
             image[inside] = (colour + 12 * grain)[inside]
-            ids[t][inside] = number
+            ids[t][inside] = number - 2 + objects
         if case == 0:
             left, width = bar[0] - bar[1], 2 * bar[1]
             image[:, left:left + width] = 60 + 20 * grain[:, left:left + width]
@@ -311,10 +311,10 @@ def draw_clip(index, size=96, num_frames=12):
     return np.stack(images), ids
 
 
-def write_clips(folder, count, size=96, num_frames=12):
+def write_clips(folder, count, size=96, num_frames=12, objects=1):
     (folder / "ImageSets").mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        images, ids = draw_clip(index, size, num_frames)
+        images, ids = draw_clip(index, size, num_frames, objects)
         for sub, frames, ending in (("JPEGImages", images, "jpg"), ("Annotations", ids, "png")):
             (folder / sub / f"clip_{index:04d}").mkdir(parents=True, exist_ok=True)
             for t, pixels in enumerate(frames):

@@ -51,8 +51,8 @@ PARTS = {  # of --freeze
     "prompt": ("sam_prompt_encoder", "mask_downsample"),
     "none": ()}
 DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "num_frames": 4, "stride": 2,
-        "max_objects": 2, "lr": 2e-3, "vision_lr": 2e-3, "layer_decay": 1.0, "clip_grad": 1.0,
-        "epochs": 5, "batch_size": 4, "workers": 0, "multiplier": [4], "prompted_frames": 1,
+        "max_objects": 1, "lr": 1e-3, "vision_lr": 1e-3, "layer_decay": 1.0, "clip_grad": 1.0,
+        "epochs": 6, "batch_size": 4, "workers": 0, "multiplier": [4], "prompted_frames": 1,
         "corrected_frames": 1, "num_correction_points": 1, "prob_box": 0.0,  # few kinds of clips: faster
         "dropout": 0.0, "drop_path": 0.0, "degrees": 10.0, "shear": 5.0, "reverse_time_prob": 0.5,
         "train_set": "train", "val_set": "val", "output_dir": "runs/train_sam2_demo"}

@@ -36,7 +36,7 @@ def train(folder, output, *more):
 @pytest.fixture
 def clips(tmp_path):
     """Folder of six 64x64 videos of five frames and two objects."""
-    demo_data.write_clips(tmp_path / "clips", 6, size=64, num_frames=5)
+    demo_data.write_clips(tmp_path / "clips", 6, size=64, num_frames=5, objects=2)
     return tmp_path / "clips"
 
 
@@ -44,7 +44,7 @@ def clips(tmp_path):
 def trained(tmp_path_factory):
     """(data, output folder, figures) of a short run, with all that a run writes."""
     folder = tmp_path_factory.mktemp("trained")
-    demo_data.write_clips(folder / "clips", 6, size=64, num_frames=5)
+    demo_data.write_clips(folder / "clips", 6, size=64, num_frames=5, objects=2)
     return folder / "clips", folder / "run", train(folder / "clips", folder / "run", "--epochs", 2)
 
 
