@@ -783,8 +783,11 @@ def find_everything(loaded, image, args):
     for k in ops.nms(torch.cat(boxes), scores, 0.7).tolist():
         mask = loaded.net.enlarge(loaded, masks[k, None, None], size)[0, 0] > 0
         mask = drop_small(mask.cpu().numpy(), args.min_pixels)
-        if mask.any() and len(found) < 254:  # what a palette mask can hold
+        if mask.any():
             found.append((mask, scores[k]))
+        if len(found) == 254:
+            print("note: 254 objects, as many as a palette mask can hold; others, rated lower, are left out")
+            break
     for mask, score in sorted(found, key=lambda one: -np.count_nonzero(one[0])):
         yield torch.from_numpy(mask)[None, None], score[None, None], torch.tensor([0])
 
@@ -991,7 +994,8 @@ def main(args):
                 if not utils.is_out_of_memory(error):
                     raise
                 done = {image["file_name"] for image in images}
-                bad += [f"{path}: out of memory; try --tile, a smaller -b, or --amp bf16"
+                advice = "--tile, a smaller -b" if not loaded.net.encode else "--everything 16"
+                bad += [f"{path}: out of memory; try {advice}, or --amp bf16"
                         for _, path, _ in batch if path.as_posix() not in done]
     finally:  # however it ends: what has been written is listed
         write_tables(output_dir, areas, images, annotations, loaded, args)

@@ -525,8 +525,10 @@ def find_truth(args, video):
     if not folder.is_dir():
         raise utils.InputError(f"--eval {folder}: no such folder; give that of true masks")
     if not utils.list_images(folder):
-        folders = dict(enumerate(sorted((path for path in folder.iterdir() if path.is_dir()),
-                                        key=lambda path: by_number(path.name)), 1))
+        folders = sorted((path for path in folder.iterdir() if path.is_dir()),
+                         key=lambda path: by_number(path.name))
+        named = all(path.name.isdecimal() and int(path.name) for path in folders)
+        folders = {int(path.name) if named else k: path for k, path in enumerate(folders, 1)}
     truth = {}
     for number, inner in folders.items():
         for name, path in utils.list_images(inner).items():
@@ -545,7 +547,7 @@ def read_truth(masks):
     ids = 0
     for number, path in masks:
         mask = utils.read_mask(path)
-        ids = np.where(mask > 0, number, ids) if number else object_ids(mask)
+        ids = np.where(mask > 0, number, ids) if number else mask
     return ids
 
 
@@ -557,9 +559,12 @@ def evaluate(video, prompts, truth, folder, args):
     """
     rates, last = import_script("train_sam2", "--eval"), max(truth)
     found, values = set(), {}
+    codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
+    full = int(codes <= {0, 255})  # 255 is the object of binary masks, else void
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
         utils.raise_if_stopped()
         true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
+        true = np.where(true == 255, full, true)
         found |= {int(k) for k in np.unique(true) if k}
         for k, own in prompts.items():
             reached = {"forward": t > min(own), "backward": t < max(own), "both": True}

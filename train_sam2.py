@@ -42,6 +42,7 @@ from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
            "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
 IMAGE_FIGURES = ("val_image_box_iou", "val_image_click_iou")  # and of images
+VOID = 0  # where objects have numbers
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
@@ -215,12 +216,14 @@ class Clip(NamedTuple):
     prompts: {frame: {}} for masks, or {frame: {"point_coords": (N, P, 2), "point_labels": (N, P)}},
     as of nets/sam2.py, in the order in which they are given. corrected: frames that get clicks.
     draws (T, K, N): numbers in [0, 1) that place the K clicks; negative: anywhere on the object.
+    void (T, N, S, S): pixels that do not count, if there are any.
     """
     images: torch.Tensor
     masks: torch.Tensor
     prompts: dict
     corrected: tuple
     draws: torch.Tensor
+    void: torch.Tensor = None
 
 
 class VideoDataset(torch.utils.data.Dataset):
@@ -230,7 +233,7 @@ class VideoDataset(torch.utils.data.Dataset):
     may be drawn several times in an epoch. A clip that cannot be loaded is named and replaced by one of
     another item of the same --data-path. What is random depends on (seed, epoch, number) alone.
     Validation: images (T, 3, S, S) uint8 and, of the item's own size, ids (T, H, W) uint8, 1 to N, of a
-    video, masks (N, H, W) bool of an image.
+    video, masks (N + 1, H, W) bool of an image, the last its void pixels.
     """
     classes, unit = [], "videos and images"
 
@@ -276,14 +279,15 @@ class VideoDataset(torch.utils.data.Dataset):
         else:
             raise utils.InputError(f"{masks[0][0][1]}: no clip of it begins with an object")
         size = frame_size(images[frames[0]])
-        images, masks = zip(*[read_frame(images[t], masks[t], size, numbers) for t in frames])
+        images, masks = zip(*[read_frame(images[t], masks[t], size, [*numbers, VOID]) for t in frames])
         images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
         images, masks = resize_images(images, args), shrink_masks(masks, args)
+        masks, void = masks[:, :-1], masks[:, -1:]
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
                                    f"{args.image_size}")
         return Clip(change_colours(images, args) if self.augment else images, masks,
-                    *simulate_prompts(masks, args))
+                    *simulate_prompts(masks, args), void.expand_as(masks) if void.any() else None)
 
     @staticmethod
     def collate(batch):
@@ -314,7 +318,7 @@ class MixSampler(torch.utils.data.Sampler):
             times = 1 if still else args.multiplier[min(source, len(args.multiplier) - 1)]
             self.parts.append((members * times, size * world_size))
         self.counts = [math.ceil(len(clips) / args.phases) for clips, _ in self.parts]
-        if args.mix:
+        if args.mix and self.parts:  # a test has no training items
             first = math.ceil(self.counts[0] / self.parts[0][1])
             self.counts = [max(1, round(first * share / args.mix[0])) * size
                            for share, (_, size) in zip(args.mix, self.parts)]
@@ -359,9 +363,9 @@ def draw_int(low, high):
 
 
 def change_clip(images, masks, args):
-    """Frames (H, W, 3) and masks (N, H, W), lists -> the same, mirrored, turned and sheared alike.
+    """Frames (H, W, 3) and masks (N + 1, H, W), lists -> the same, mirrored, turned, sheared alike.
 
-    Where an object would vanish from the first frame, the clip is not turned and sheared.
+    The last mask is void. Where an object would vanish from the first frame, the clip is not turned and sheared.
     """
     if happens(args.hflip_prob):
         images, masks = [np.flip(x, 1) for x in images], [np.flip(x, 2) for x in masks]
@@ -377,7 +381,7 @@ def change_clip(images, masks, args):
         return cv2.warpAffine(np.ascontiguousarray(pixels), matrix, (width, height), flags=flags,
                               borderValue=border)
     warped = [np.stack([warp(mask, cv2.INTER_NEAREST, 0) for mask in frame]) for frame in masks]
-    if not warped[0].any((1, 2)).all() or warped[0].any(0).all():
+    if not warped[0][:-1].any((1, 2)).all() or warped[0][:-1].any(0).all():
         return images, masks
     return [warp(x, cv2.INTER_LINEAR, PIXEL_MEAN) for x in images], warped
 
@@ -395,7 +399,8 @@ def change_colours(images, args):
 def resize_images(images, args):
     """Frames (H, W, 3) uint8 -> (T, 3, S, S) uint8, stretched to the net's square."""
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return v2.functional.resize(images, [args.image_size, args.image_size], antialias=True).contiguous()
+    size = [args.image_size, args.image_size]
+    return v2.functional.resize(images, size, antialias=True).contiguous()
 
 
 def shrink_masks(masks, args):
@@ -437,7 +442,7 @@ def simulate_prompts(masks, args):
 
 
 def draw_boxes(masks):
-    """Masks (N, S, S) bool -> corners (N, 2, 2), moved by up to a tenth of the side or 20, and labels.
+    """Masks (N, S, S) bool -> corners (N, 2, 2), moved by up to a tenth of the side or 20; labels.
 
     An absent object has no box: a click beside it, and padding (official: a box turned inside out).
     """
@@ -453,7 +458,7 @@ def draw_boxes(masks):
 
 
 def draw_clicks(masks):
-    """Masks (N, S, S) bool -> a click on each object, (N, 1, 2), and labels (N, 1); see next_clicks."""
+    """Masks (N, S, S) bool -> a click on each, (N, 1, 2), and labels (N, 1); see next_clicks."""
     return next_clicks(masks, torch.zeros_like(masks), torch.rand(len(masks)))
 
 
@@ -485,7 +490,8 @@ def box_of(mask):
 def find_objects(sources):
     """((number, source), ...) of one frame -> {object: function that returns its mask (H, W) bool}.
 
-    Number 0: the file holds ids, -1: ids of which 255 is void, else it shows that object alone.
+    Number 0: the file holds ids, -1: ids of which 255 is void (VOID is its key), else it shows that
+    object alone.
     """
     found = {}
     for number, source in sources:
@@ -501,8 +507,7 @@ def find_objects(sources):
             found[number] = functools.partial(np.greater, mask, 0)
             continue
         for k in np.unique(mask[mask > 0]).tolist():
-            if number == 0 or k != 255:
-                found[k] = functools.partial(np.equal, mask, k)
+            found[VOID if number and k == 255 else k] = functools.partial(np.equal, mask, k)
     return found
 
 
@@ -512,7 +517,9 @@ def read_json(path):
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "masklet" not in data:
-            data = {"masklet": [[one["segmentation"] for one in data["annotations"]]], **data}
+            data = {"masklet": [[one["segmentation"] for one in data["annotations"]]]}
+        if not data["masklet"] or not all(type(codes) is list for codes in data["masklet"]):
+            raise ValueError("masklet is not a list of lists")
         return data
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise utils.InputError(f"{path}: neither SA-V's nor SA-1B's json ({type(error).__name__}: "
@@ -525,12 +532,13 @@ def read_codes(source):
 
 
 def decode_rle(code, source):
-    """{"size": [H, W], "counts": ...}, COCO's run lengths, compressed or a list -> mask (H, W) bool."""
+    """{"size": [H, W], "counts": ...}, COCO's run lengths, compressed or not -> mask (H, W) bool."""
     try:
         counts = code["counts"]
         counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
         height, width = code["size"]
-        if counts.min() < 0 or counts.sum() != height * width:
+        if counts.dtype.kind != "i" or counts.min() < 0 or min(width, height) < 1 or \
+                counts.sum() != height * width:
             raise ValueError(f"run lengths of {counts.sum()} pixels for {width}x{height}")
     except (ValueError, TypeError, KeyError) as error:
         raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace "
@@ -571,7 +579,7 @@ def draw_objects(sources, most):
     found, numbers = find_objects(sources), []
     for i in torch.randperm(len(found)).tolist():
         number = [*found][i]
-        if len(numbers) < most and found[number]().any():
+        if number != VOID and len(numbers) < most and found[number]().any():
             numbers.append(number)
     return numbers
 
@@ -591,7 +599,7 @@ def read_pixels(source):
 
 
 class VideoReader:
-    """Frames of a video of this size (H, W); for one before the last that was read it is read anew."""
+    """Frames of a video of this size (H, W); for one before the last read it is read anew."""
 
     def __init__(self, path):
         self.path, self.video, self.number = path, cv2.VideoCapture(str(path)), -1
@@ -613,6 +621,7 @@ class VideoReader:
             self.__init__(self.path)
         while self.number < number:
             if not self.video.grab():
+                self.__init__(self.path)  # what is asked for next is found anew
                 raise utils.InputError(f"{self.path}: has no frame {number} that can be read; replace the "
                                        "video")
             self.number += 1
@@ -626,7 +635,7 @@ def read_frame(image_source, sources, size, numbers=None):
     size (H, W) is the clip's, which all must have.
     """
     image, found = read_pixels(image_source), find_objects(sources)
-    numbers = [*found] if numbers is None else numbers
+    numbers = [k for k in found if k != VOID] if numbers is None else numbers
     masks = np.zeros((len(numbers), *size), np.uint8)
     check_size(image_source, image.shape[:2], size)
     for k, number in enumerate(numbers):
@@ -648,11 +657,12 @@ def read_item(item, args):
     """Item -> images (T, 3, S, S) uint8, and the masks of VideoDataset's validation."""
     size, frames, ids = frame_size(item.images[0]), [], []
     for image_source, sources in zip(item.images, item.masks):
-        numbers = [*find_objects(sources)]
-        image, masks = read_frame(image_source, sources, size, numbers)
+        numbers = [k for k in find_objects(sources) if k != VOID]
+        image, masks = read_frame(image_source, sources, size, [*numbers, VOID])
         frames.append(resize_images([image], args)[0])
         if item.still:
-            return torch.stack(frames), torch.from_numpy(masks[masks.any((1, 2))]) > 0
+            there = [*masks[:-1].any((1, 2)), True]
+            return torch.stack(frames), torch.from_numpy(masks[there]) > 0
         ids.append(np.zeros(size, np.int64))
         for number, mask in zip(numbers, masks):
             ids[-1][mask > 0] = number
@@ -673,7 +683,7 @@ def number_ids(ids, numbers):
 
 
 def find_items(data_path, args, list_name=None, source=0):
-    """Items of --data-path number `source`, by its layout: those that a list names, or all by name."""
+    """Items of --data-path number `source`, by its layout: those that a list names, or all."""
     root = Path(data_path)
     if data_path not in args.data_path:  # of --val-path
         args = SimpleNamespace(**{**vars(args), "img_folder": None, "gt_folder": None})
@@ -732,7 +742,7 @@ def find_sav(root, args, names):
             raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of "
                                    "the list")
         path, data = jsons[name], read_json(jsons[name])
-        count, length = len(data["masklet"]), int(data.get("video_frame_count", 0))
+        count, length = len(data["masklet"]), int(data.get("video_frame_count") or 0)
         if length and math.ceil(length / args.ann_every) != count:
             raise utils.InputError(f"{path}: has masks of {count} frames, but the video {length}; give "
                                    f"--ann-every {round(length / count)}")
@@ -743,9 +753,11 @@ def find_sav(root, args, names):
             images = {int(stem): image for stem, image in utils.list_images(folder / name).items()
                       if stem.isdecimal()}
             frames = {number: images[number] for number in numbers if number in images}
-            if args.ann_every > 1 and sorted(images) == [*range(count)]:
-                raise utils.InputError(f"{folder / name}: as many frames as masks, one by one; give "
-                                       "--ann-every 1, or name them by their number in the video")
+            last = (count - 1) * args.ann_every
+            if len(images) > 1 and max(images) - min(images) < min(len(images), last):
+                raise utils.InputError(f"{folder / name}: frames {min(images)} to {max(images)}, one by one, "
+                                       f"but masks up to frame {last}; name them by their number in the "
+                                       "video, or give --ann-every 1 if these are those with masks")
         elif (folder / f"{name}.mp4").is_file():
             frames = {number: VideoFrame(folder / f"{name}.mp4", number) for number in numbers}
         if not frames:
@@ -806,7 +818,9 @@ def find_masks(folder):
     if not masks:
         objects = sorted((path for path in folder.iterdir() if path.is_dir()),
                          key=lambda path: by_number(path.name))
-        for number, path in enumerate(objects, 1):
+        named = all(path.name.isdecimal() and int(path.name) for path in objects)
+        for k, path in enumerate(objects, 1):
+            number = int(path.name) if named else k
             for stem, file in utils.list_images(path).items():
                 masks[stem] = (*masks.get(stem, ()), (number, file))
     return masks
@@ -826,7 +840,11 @@ def read_names(name, data_path):
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise utils.InputError(f"{name}: no such list, nor {paths[1]}; write one with one video per line")
-    names = list(dict.fromkeys(utils.read_lines(path)))
+    try:
+        names = list(dict.fromkeys(utils.read_lines(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per "
+                               "line") from None
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
     return names
@@ -845,7 +863,7 @@ def check_item(frame, whole):
 
 
 def keep_usable(items, part, num_frames, args):
-    """Items long enough and with an object, as far as the start has read them; others are reported."""
+    """Items long enough and with an object, as far as the start has read; others are reported."""
     enough = [item for item in items if item.still or len(item.images) >= num_frames]
     if len(enough) < len(items):
         print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than "
@@ -898,6 +916,9 @@ def create_loaders(args):
         span = (args.num_frames - 1) * args.stride + 1
         train_items = keep_usable(train_items, "training", span, args)
     val_items = keep_usable(val_items, "validation", 3, args)  # the first and last frame do not count
+    for source, path in enumerate(args.data_path):
+        if args.mix and not args.test_only and not any(item.source == source for item in train_items):
+            raise utils.InputError(f"{path}: nothing of it is left to train on, but --mix gives it a share")
     train_set = VideoDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = VideoDataset(val_items, args, train=False, augment=False)
     mix = MixSampler(train_items, args)
@@ -913,6 +934,9 @@ def check_mix(args):
         if len(numbers) not in fitting:
             raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one "
                                    "for each")
+    if args.split and (args.val_set or args.train_set):
+        raise utils.InputError("--split: takes the place of --train-set and --val-set; give one or the "
+                               "other")
     if paths > 1 and (args.img_folder or args.gt_folder):
         raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them "
                                "out")
@@ -921,12 +945,15 @@ def check_mix(args):
 def sanity_check(train_set, val_set, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_set), ("val", val_set)):
+        if not dataset.items:  # of a test
+            continue
         sizes, objects, lengths, shares, absent = Counter(), [], [], [], []
         for item in dataset.items:
             size, areas = frame_size(item.images[0]), []
             for image_source, sources in zip(item.images, item.masks):
                 masks = read_frame(image_source, sources, size)[1]
-                areas.append(dict(zip(find_objects(sources), masks.mean((1, 2)).tolist())))
+                numbers = [k for k in find_objects(sources) if k != VOID]
+                areas.append(dict(zip(numbers, masks.mean((1, 2)).tolist())))
             numbers = {number for found in areas for number, share in found.items() if share}
             sizes[f"{size[1]}x{size[0]}"] += 1
             objects.append(len(numbers))
@@ -947,6 +974,8 @@ def sanity_check(train_set, val_set, args):
         blank = np.full_like(drawn[0], 255)
         rows[train_set.items[index].name] = [*drawn, *[blank] * (args.num_frames - len(drawn))]
     path = Path(args.output_dir, "sanity_check.png")
+    if not rows:
+        return {"train": 0, "val": len(val_set.items)}
     utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
     print(f"wrote {path}")
     return {"train": len(train_set.items), "val": len(val_set.items)}
@@ -978,7 +1007,7 @@ def draw_clip(clip):
 
 
 def extract_frames(path, folder, args):
-    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: its number in the video."""
+    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: numbers in the video."""
     folder, video = Path(folder), cv2.VideoCapture(str(path))
     if not Path(path).is_file() or not video.isOpened():
         raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, "
@@ -1069,6 +1098,8 @@ def track_clips(model, backbone, videos, clip, args, dtype):
         passes = [outputs]
         for draws in clip.draws[t] if t in clip.corrected else ():
             pred = outputs[4][:, 0].detach() > 0
+            if clip.void is not None:
+                pred &= ~clip.void[t]
             coords, labels = next_clicks(clip.masks[t], pred, draws)
             if points is not None:
                 coords = torch.cat([points["point_coords"], coords], 1)
@@ -1089,7 +1120,7 @@ def track_clips(model, backbone, videos, clip, args, dtype):
 
 
 def group_clips(clips, device):
-    """[(videos, clip)]: clips prompted alike on the same frames become one; videos as of track_clips."""
+    """[(videos, clip)]: clips prompted alike on the same frames are one; videos as of track_clips."""
     groups = {}
     for i, clip in enumerate(clips):
         kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ())
@@ -1101,29 +1132,34 @@ def group_clips(clips, device):
         prompts = {t: {key: torch.cat([clip.prompts[t][key] for clip in chosen]).to(device)
                        for key in points}
                    for t, points in chosen[0].prompts.items()}
+        void = None
+        if any(clip.void is not None for clip in chosen):
+            void = [torch.zeros_like(clip.masks) if clip.void is None else clip.void for clip in chosen]
+            void = torch.cat(void, 1).to(device)
         yield videos.to(device), Clip(
-            None, torch.cat([clip.masks for clip in chosen], 1).to(device, non_blocking=True), prompts,
-            chosen[0].corrected, torch.cat([clip.draws for clip in chosen], 2).to(device))
+            None, torch.cat([clip.masks for clip in chosen], 1).to(device), prompts,
+            chosen[0].corrected, torch.cat([clip.draws for clip in chosen], 2).to(device), void)
 
 
 # --- Loss ---
 
-def criterion(low_res, ious, score, masks, args):
+def criterion(low_res, ious, score, masks, args, void=None):
     """One pass over N objects -> focal, Dice, IoU and score loss, each summed over objects: (4,).
 
     Logits (N, M, S/4, S/4) or of full size, the predicted ious (N, M), score (N, 1), masks (N, S, S)
     bool. Masks are compared at full size. Of M masks the one of least loss is trained; where the
     object is absent, only the score. The large tensors are computed again in the backward pass.
+    void (N, S, S) bool: pixels that do not count.
     """
     low_res, ious, score = low_res.float(), ious.float(), score[:, 0].float()
     present = masks.flatten(1).any(1)
     counts = present.float() if args.pred_obj_scores else torch.ones_like(score)
     with torch.no_grad():
-        losses = [mask_losses(low_res[:, m], masks, args) for m in range(low_res.shape[1])]
+        losses = [mask_losses(low_res[:, m], masks, args, void) for m in range(low_res.shape[1])]
         focal, dice, true_ious = (torch.stack(part, 1) for part in zip(*losses))  # (N, M)
         best = (args.focal_weight * focal + args.dice_weight * dice).argmin(1)
     rows = torch.arange(len(masks), device=masks.device)
-    focal, dice, _ = checkpoint(mask_losses, low_res[rows, best], masks, args, use_reentrant=False)
+    focal, dice, _ = checkpoint(mask_losses, low_res[rows, best], masks, args, void, use_reentrant=False)
     error = ious - true_ious
     error = error.abs() if args.iou_use_l1_loss else error.square()
     error = error.mean(1) if args.supervise_all_iou else error[rows, best]
@@ -1135,10 +1171,12 @@ def criterion(low_res, ious, score, masks, args):
                         wrong.sum()])
 
 
-def mask_losses(low_res, masks, args):
-    """Logits (N, H, W), masks (N, S, S) bool -> focal loss (mean over pixels), Dice loss, IoU: (N,)."""
+def mask_losses(low_res, masks, args, void=None):
+    """Logits (N, H, W), masks (N, S, S) bool -> focal loss (mean of pixels), Dice loss, IoU: (N,)."""
     logits = F.interpolate(low_res[:, None], masks.shape[1:], mode="bilinear",
                            align_corners=False)[:, 0]
+    if void is not None:  # neither object nor taken for it: adds nothing to any of the three
+        logits = logits.masked_fill(void, -100)
     target, pred = masks.float(), logits.detach() > 0
     focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
     prob = logits.sigmoid()
@@ -1174,7 +1212,8 @@ def evaluate(model, loader, run, args):
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
-        if not masks.any():  # no object, which the start does not notice in a large data set
+        objects = masks[:-1] if items[index].still else masks
+        if not objects.any():  # which the start does not notice in a large data set
             continue
         if items[index].still:
             figures = image_scores(model, images, masks, run)
@@ -1214,11 +1253,14 @@ def video_scores(model, images, ids, run):
 
 
 def image_scores(model, images, masks, run):
-    """Image (1, 3, S, S) uint8, masks (N, H, W) bool -> IoU by box and by click, (N, 2) float64."""
-    rows = []
+    """Image (1, 3, S, S) uint8, masks (N + 1, H, W) bool, the last void -> IoU by box and by click.
+
+    (N, 2) float64; void pixels are left out.
+    """
+    rows, masks, void = [], masks[:-1], masks[-1]
     for some in masks.split(16):  # so many objects at a time, for memory
         for prompt in (box_prompt, click_prompt):
-            pred = predict_image(model, images, some, prompt, run)
+            pred = predict_image(model, images, some, prompt, run) & ~void
             rows.append((pred & some).sum((1, 2)) / (pred | some).sum((1, 2)).double())
     return torch.stack([torch.cat(rows[::2]), torch.cat(rows[1::2])], 1)
 
@@ -1253,7 +1295,7 @@ def first_frames(ids):
 
 
 def track_video(model, images, ids, firsts, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels (T, H, W) by mask, by click."""
+    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels by mask, by click (T, H, W)."""
     by_mask, by_click = [], []
     for k, first in enumerate(firsts, 1):
         mask = ids[first] == k
@@ -1384,6 +1426,7 @@ def draw_samples(model, dataset, run):
         titles = ["image", "truth", "prediction by boxes"]
         for index in range(min(4, len(dataset))):
             item, (inputs, masks, _) = dataset.items[index], dataset[0, index]
+            masks = masks[:-1]
             image, pred = read_pixels(item.images[0]), predict_image(model, inputs, masks, box_prompt, run)
             numbers = torch.arange(1, len(masks) + 1)[:, None, None] % 255
             rows[item.name] = [image, *(utils.overlay(image, (part * numbers).amax(0).numpy())
@@ -1448,7 +1491,8 @@ def train_one_epoch(model, loader, optimizer, run, args):
             for videos, clip in group_clips(clips, run.device):
                 for t, passes in track_clips(model, backbone, videos, clip, args, run.dtype):
                     for outputs in passes:
-                        losses = losses + criterion(*outputs, clip.masks[t], args)
+                        void = None if clip.void is None else clip.void[t]
+                        losses = losses + criterion(*outputs, clip.masks[t], args, void)
                     sums[-1] += len(passes) * len(videos)
                 num_objects += len(videos)
             loss = (weights * losses).sum()  # over objects, frames and passes

@@ -490,7 +490,10 @@ def split_items(items, args, val_items=None):
         train_items = [items[i] for i in sorted(order[num_val:])]
         val_items = [items[i] for i in sorted(order[:num_val])]
     train_items, val_items = train_items[:args.limit], val_items[:args.limit]
-    shared = {item[1] for item in train_items} & {item[1] for item in val_items}
+    train_paths, val_paths = [
+        {os.path.abspath(str(item[1][0] if isinstance(item[1], tuple) else item[1])) for item in items}
+        for items in (train_items, val_items)]
+    shared = train_paths & val_paths
     if shared or not train_items or not val_items:
         path = args.split or args.val_path or args.data_path
         path = ", ".join(path) if isinstance(path, list) else path

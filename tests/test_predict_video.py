@@ -317,14 +317,18 @@ def test_eval_prints_j_and_f_of_the_frames_tracked(data, run, tmp_path, capsys, 
 def test_truth_may_be_a_folder_per_object_and_have_few_frames(data, run, tmp_path, refuses, capsys):
     for t in (0, 2, 4, 6):
         ids = np.array(Image.open(data / f"truth/clip/{t:05d}.png"))
-        for number, name in ((1, "9"), (2, "10")):  # sorted by number
-            (tmp_path / "truth" / name).mkdir(parents=True, exist_ok=True)
-            utils.save_image(tmp_path / f"truth/{name}/{t}.png", (ids == number) * np.uint8(255))
+        for number, name in ((1, "truth/a9"), (2, "truth/a10"), (1, "named/1"), (2, "named/2"), (2, "one/2")):
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)  # sorted by number, or it is the object's
+            utils.save_image(tmp_path / f"{name}/{t}.png", (ids == number) * np.uint8(255))
         (tmp_path / "few").mkdir(exist_ok=True)
         shutil.copy(data / f"truth/clip/{t:05d}.png", tmp_path / "few")
     mask = ["--mask", data / "truth/clip/00000.png"]
-    figures = [run(*mask, "--eval", tmp_path / name, out=f"out_{name}") for name in ("truth", "few")]
-    assert figures[0] == figures[1]
+    figures = [run(*mask, "--eval", tmp_path / name, out=f"out_{name}") for name in ("truth", "named", "few")]
+    assert figures[0] == figures[1] == figures[2]
+    capsys.readouterr()
+    run(*mask, "--eval", tmp_path / "one", out="out_one")
+    printed = capsys.readouterr().out
+    assert "objects 1 are in the truth or" in printed and "object 2" in printed and "object 1 " not in printed
     run("--box", f"{BOX}@0:1", "--box", f"{BOX}@0:5", "--eval", tmp_path / "few")
     assert "objects 2, 5 are in the truth or among the prompts, not in both" in capsys.readouterr().out
     (tmp_path / "few/00004.png").unlink()

@@ -337,11 +337,11 @@ def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_objec
 
 
 def test_a_video_or_image_without_objects_counts_nothing(monkeypatch):
-    monkeypatch.setattr(script_, "image_scores", lambda *args: torch.tensor([[0.5, 0.25]]))
+    monkeypatch.setattr(script_, "image_scores", lambda *args: torch.tensor([[0.5, 0.25]]))  # of one object
 
     class Loader(list):
         dataset = SimpleNamespace(items=[SimpleNamespace(name=name, still=name != "c") for name in "abc"])
-    masks, nothing = torch.ones(1, 4, 4, dtype=torch.bool), torch.zeros(0, 4, 4, dtype=torch.bool)
+    masks, nothing = torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)  # the last is void
     figures = script_.evaluate(
         torch.nn.Identity(), Loader([(None, nothing, [0]), (None, masks, [1]), (None, torch.zeros(3, 4, 4), [2])]),
         SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(world_size=1))
@@ -454,9 +454,9 @@ def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
     image = np.repeat(ids[..., None] * 200, 3, 2)
     args = SimpleNamespace(hflip_prob=0.0, degrees=90.0, shear=0.0)
     with utils.seeded(3):
-        images, (turned,) = script_.change_clip([image], [ids[None]], args)
+        images, (turned,) = script_.change_clip([image], [np.stack([ids, 0 * ids])], args)
     assert turned[0].astype(int).sum() == pytest.approx(25, abs=8) and not np.array_equal(turned[0], ids)
-    corner = np.zeros((2, 65, 65), np.uint8)
+    corner = np.zeros((3, 65, 65), np.uint8)
     corner[0, 0, 0] = corner[1, 40, 40] = 1
     kept = 0
     for seed in range(10):
@@ -465,8 +465,8 @@ def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
     assert kept >= 8
     args.hflip_prob = 1.0
     args.degrees = 0.0
-    mirrored = script_.change_clip([image], [ids[None]], args)[1][0]
-    assert np.array_equal(mirrored, ids[None, :, ::-1])
+    mirrored = script_.change_clip([image], [np.stack([ids, ids])], args)[1][0]
+    assert np.array_equal(mirrored, np.stack([ids, ids])[:, :, ::-1])
 
 
 def test_folders_per_object_davis_resolutions_and_frames_in_order_of_number(tmp_path):
@@ -866,7 +866,7 @@ def test_sa_1b_masks_may_overlap_and_images_are_clips_of_one_frame(tmp_path):
     assert np.array_equal(script_.read_frame(items[0].images[0], items[0].masks[0], (40, 60))[1], masks)
     args = options("--data-path", tmp_path, *SMALL)
     images, found = script_.read_item(items[0], args)
-    assert images.shape == (1, 3, 64, 64) and np.array_equal(found, masks)
+    assert images.shape == (1, 3, 64, 64) and np.array_equal(found[:-1], masks) and not found[-1].any()
     one, _ = script_.VideoDataset(items, args, train=True, augment=True)[0, 0]
     assert one.images.shape == (1, 3, 64, 64) and one.masks.shape == (1, 3, 64, 64)
     assert one.prompts[0]["point_coords"].shape[0] == 3 and one.corrected == (0,)  # points are forced
@@ -878,8 +878,12 @@ def test_instances_of_voc_need_no_conversion_and_void_is_no_object(instances):
     assert len(items) == 8 and all(item.still for item in items)
     ids = utils.read_mask(items[0].masks[0][0][1])
     found = script_.find_objects(items[0].masks[0])
-    assert 255 in ids and [*found] == sorted({*np.unique(ids).tolist()} - {0, 255})
-    assert all(np.array_equal(read(), ids == k) for k, read in found.items())
+    assert 255 in ids and {*found} == {*np.unique(ids).tolist()} - {255}  # VOID is 0
+    assert all(np.array_equal(read(), ids == (k or 255)) for k, read in found.items())
+    masks = script_.read_item(items[0], args)[1]
+    assert len(masks) == len(found) and np.array_equal(masks[-1], ids == 255)
+    one, _ = script_.VideoDataset(items, args, train=True, augment=False)[0, 0]
+    assert one.void.shape == one.masks.shape and one.void.any() and not (one.void & one.masks).any()
     shutil.copytree(instances / "VOCdevkit/VOC2012", instances / "VOCdevkit/VOC2007")
     with pytest.raises(utils.InputError, match="holds 2 folders of VOC; give --data-path one of them"):
         script_.find_items(str(instances), args)
@@ -958,8 +962,8 @@ def test_processes_share_each_batch_and_a_resumed_epoch_leaves_out_what_is_done(
 
 
 def test_objects_of_images_are_scored_by_box_and_by_click(monkeypatch):
-    masks = torch.zeros(2, 30, 50, dtype=torch.bool)
-    masks[0, 5:15, 10:20] = masks[1, 20:26, 30:46] = True
+    masks = torch.zeros(3, 30, 50, dtype=torch.bool)
+    masks[0, 5:15, 10:20] = masks[1, 20:26, 30:46] = masks[2, 2:5, 10:20] = True  # the last is void
     asked = []
 
     class Model:
@@ -968,7 +972,8 @@ def test_objects_of_images_are_scored_by_box_and_by_click(monkeypatch):
         def propagate(self, frames, prompts):
             assert len(frames) == 1
             asked.extend(prompt[0] for prompt in prompts)
-            shown = masks.clone()
+            shown = masks[:2].clone()
+            shown[0, 2:5, 10:20] = True
             if len(prompts[0][0]["point_labels"]) == 1:
                 shown[0, 10:] = False  # half of the first
             yield 0, {"pred_masks": torch.where(shown[:, None], 5.0, -5.0)}
@@ -1039,7 +1044,12 @@ def test_masks_are_never_given_to_other_frames(tmp_path, capsys):
     script_.read_json.cache_clear()
     refuses(tmp_path / "sav", "has masks of 5 frames, but the video 18; give --ann-every 4", more=["--ann-every", 1])
     write_sav(tmp_path / "few", "sav_1", sav_masks(5), 5)
-    refuses(tmp_path / "few", "few/sav_1: as many frames as masks, one by one; give --ann-every 1")
+    refuses(tmp_path / "few", "few/sav_1: frames 0 to 4, one by one, but masks up to frame 16", "--ann-every 1")
+    for name, frames in (("one", range(1, 6)), ("less", range(4))):  # numbered from 1; not all
+        write_sav(tmp_path / name, "sav_1", sav_masks(5), 0)
+        for t in frames:
+            save_grey(tmp_path / name / f"sav_1/{t:05d}.png", np.zeros((64, 96, 3), np.uint8))
+        refuses(tmp_path / name, "one by one, but masks up to frame 16")
 
 
 def test_a_video_that_ends_early_names_the_frame(tmp_path):
@@ -1048,10 +1058,86 @@ def test_a_video_that_ends_early_names_the_frame(tmp_path):
     refuses(tmp_path / "sav", "mp4: has no frame 16 that can be read")
 
 
+def test_void_counts_for_nothing():
+    """As if it were cut out: in losses, their gradient, and correcting clicks."""
+    args, draw = options(), torch.Generator().manual_seed(0)
+    masks, void = torch.zeros(1, 32, 32, dtype=torch.bool), torch.zeros(1, 32, 32, dtype=torch.bool)
+    masks[0, 8:20, 8:20] = True
+    void[0, :, 20:] = True
+    logits = torch.randn(1, 3, 32, 32, generator=draw)
+    other = torch.where(void[:, None], torch.randn(1, 3, 32, 32, generator=draw), logits).requires_grad_()
+    ious, score = torch.rand(1, 3, generator=draw), torch.ones(1, 1)
+    losses = [script_.criterion(x, ious, score, masks, args, void) for x in (logits, other)]
+    assert torch.equal(losses[0], losses[1].detach())
+    losses[1].sum().backward()
+    assert not other.grad[0, :, :, 20:].any() and other.grad[0, :, :, :20].any()
+    cut = script_.criterion(logits[..., :20], ious, score, masks[..., :20], args)
+    assert losses[0][1:].tolist() == pytest.approx(cut[1:].tolist(), rel=1e-4)
+    assert script_.criterion(logits, ious, score, masks, args)[1] != losses[0][1]
+
+
+def test_correcting_clicks_never_fall_on_void(monkeypatch):
+    masks, void = torch.zeros(1, 1, 64, 64, dtype=torch.bool), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    masks[0, 0, 20:30, 20:30] = True
+    void[0, 0, 40:] = True
+    model = script_.NETS["demo"](64).eval()
+    seen, true = [], script_.next_clicks
+
+    def next_clicks(masks, pred, draws):
+        seen.append(pred)
+        return true(masks, pred, draws)
+    monkeypatch.setattr(script_, "next_clicks", next_clicks)
+    coords, labels = script_.draw_clicks(masks[0])
+    one = script_.Clip(None, masks, {0: {"point_coords": coords, "point_labels": labels}}, (0,),
+                       torch.rand(1, 3, 1), void)
+    seen.clear()
+    backbone = script_.encode(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), None)
+    with torch.no_grad():
+        for p in model.sam_mask_decoder.output_hypernetworks_mlps.parameters():
+            p.mul_(3)
+        [*script_.track_clips(model, backbone, torch.tensor([0]), one, options(), None)]
+    assert len(seen) == 3 and not any((pred & void[0]).any() for pred in seen)
+
+
+@pytest.mark.parametrize("text", ['{"masklet": []}', '{"masklet": [3]}', '{"masklet": {"a": 1}}', '{"annotations": 3}'])
+def test_jsons_of_another_form_are_one_line(tmp_path, text):
+    write_sav(tmp_path / "sav", "sav_1", sav_masks(5), 20)
+    (tmp_path / "sav/sav_1_manual.json").write_text(text)
+    refuses(tmp_path / "sav", "sav_1_manual.json: neither SA-V's nor SA-1B's json")
+
+
+@pytest.mark.parametrize("code", [{"size": [2, 2], "counts": [1.5, 2.5]}, {"size": [-2, -2], "counts": [4]},
+                                  {"size": [2, 2], "counts": []}, {"size": [2, 2], "counts": [5]}, {"size": 3}, 7])
+def test_codes_that_are_none_are_one_line(code):
+    with pytest.raises(utils.InputError, match="x.json, masks of frame 0: no run-length code"):
+        script_.decode_rle(code, script_.JsonFrame("x.json", 0))
+
+
+def test_a_video_is_read_on_after_a_frame_that_is_not_there(tmp_path):
+    write_sav(tmp_path, "a", sav_masks(2), 9, video=True)
+    reader = script_.VideoReader(tmp_path / "a.mp4")
+    for _ in range(2):
+        with pytest.raises(utils.InputError, match="has no frame 12"):
+            reader.read(12)
+        assert abs(np.median(reader.read(8)) - 120) < 5
+
+
+def test_mix_gives_no_share_to_another_data_set(clips, instances, capsys):
+    more = ["--data-path", clips, "--mix", "1:2", "--num-frames", 5, "--stride", 2]  # the clips are too short
+    refuses(instances, "clips: nothing of it is left to train on, but --mix", more=more)
+    assert "fewer than 9 frames" in capsys.readouterr().out
+
+
+def test_one_folder_spelt_twice_is_not_validated_on(clips, monkeypatch):
+    monkeypatch.chdir(clips.parent)
+    refuses("clips", "6 in both", more=["--val-path", clips])
+
+
 def test_options_that_do_not_fit_the_data_sets(clips, instances):
     refuses(clips, "--mix: 3 numbers for 2 --data-path", more=["--data-path", instances, "--mix", "1:2:3"])
     refuses(clips, "--multiplier: 3 numbers for 2", more=["--data-path", instances, "--multiplier", "1:2:3"])
     refuses(clips, "--img-folder, --gt-folder: are of a single", more=["--data-path", instances, "--img-folder", "x"])
+    refuses(clips, "--split: takes the place of --train-set and --val-set", more=["--split", "x", "--val-set", "val"])
     for text in ("0:1", "2:", "a"):
         with pytest.raises(SystemExit):
             options("--mix", text)
