@@ -252,7 +252,6 @@ class VideoDataset(torch.utils.data.Dataset):
         index = number if number < 0 else number % len(self.items)  # -1 fills up, see MixSampler
         with utils.seeded(self.args.seed, epoch, number):
             item = self.items[index]
-            others = [other for other in self.items if other.source == item.source]
             for failed in range(self.args.max_replaced + 1):
                 try:
                     return self.draw_clip(item), index
@@ -261,6 +260,7 @@ class VideoDataset(torch.utils.data.Dataset):
                         raise utils.InputError(f"{error} (--max-replaced {failed}: as many clips in a row "
                                                "could not be loaded)") from None
                     print(f"note: {error}: another clip is taken", flush=True)
+                    others = [other for other in self.items if other.source == item.source]
                     item = others[draw_int(0, len(others) - 1)]
 
     def draw_clip(self, item):
@@ -968,7 +968,8 @@ def sanity_check(train_set, val_set, args):
               f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
     rows = {}
-    for index in range(min(8, len(train_set.items))):
+    count = len(train_set.items)
+    for index in np.linspace(0, count - 1, min(8, count)).astype(int).tolist():  # of all data sets
         clip, _ = train_set[0, index]
         drawn = draw_clip(clip)
         blank = np.full_like(drawn[0], 255)

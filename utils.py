@@ -247,7 +247,7 @@ class Run:
             precision += " (--amp bf16 takes about half the time on this processor)"
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        unit = getattr(train_set, "unit", "images")  # "videos"
+        unit = getattr(train_set, "unit", "images")  # of train_sam2.py: videos and images
         print(f"{name}: {trained:,} of {total:,} parameters trained; {len(train_set.items)} train and "
               f"{len(val_set.items)} val {unit} (data hash {self.args.data_hash}); {self.device} x "
               f"{self.args.world_size}, {precision}, torch {torch.__version__}")
