@@ -173,8 +173,7 @@ def run(main, parser):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main(parser.parse_args())
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
     except InputError as error:  # from a loader process: after that one's traceback
         parser.error(str(error).strip().splitlines()[-1].removeprefix("utils.InputError: "))
     except BrokenPipeError:  # `| head` has seen enough
@@ -186,6 +185,7 @@ def run(main, parser):
         parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another "
                      "file or folder")
     except Stopped:
+        leave_process_group()
         name = signal.Signals(_signals[0]).name
         parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {name}\n")
     except (RuntimeError, MemoryError) as error:
@@ -1104,6 +1104,12 @@ def start_process_group(device, several=True):
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def leave_process_group():
+    """Ends Gloo's or NCCL's threads: a process that exits beside them may abort (SIGABRT)."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def peak_memory_mb(device):

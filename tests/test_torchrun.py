@@ -63,9 +63,9 @@ def straight(tmp_path_factory):
 
 def test_two_processes_validate_to_exactly_the_counts_of_one(straight, tmp_path):
     data, whole, _ = straight
-    code = ("import json, os, sys\nimport train_deeplabv3 as t\n"
-            "figures = t.main(t.get_args_parser().parse_args())\n"
-            f"open(f'{tmp_path}/' + os.environ['RANK'], 'w').write(json.dumps(figures))\n")
+    code = ("import json, os, train_deeplabv3 as t\n"
+            f"def main(args): open('{tmp_path}/' + os.environ['RANK'], 'w').write(json.dumps(t.main(args)))\n"
+            "t.utils.run(main, t.get_args_parser())\n")
     (tmp_path / "test.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
     options = ["--data-path", data, "--output-dir", tmp_path / "out", *OPTIONS, "--test-only", "--weights",
                whole / "last.pth"]
