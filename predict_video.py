@@ -560,16 +560,17 @@ def evaluate(video, prompts, truth, folder, args):
     rates, last = import_script("train_sam2", "--eval"), max(truth)
     found, values = set(), {}
     codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
-    full = int(codes <= {0, 255})  # 255 is the object of binary masks, else void
+    white = codes <= {0, 255}  # 255 is the object of binary masks, else void
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
         utils.raise_if_stopped()
         true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
-        true = np.where(true == 255, full, true)
+        void = (true == 255) & (not white)
+        true = np.where(true == 255, int(white), true)
         found |= {int(k) for k in np.unique(true) if k}
         for k, own in prompts.items():
             reached = {"forward": t > min(own), "backward": t < max(own), "both": True}
             if reached[args.direction] and t not in own and t != last:
-                pair = ids == k, true == k
+                pair = (ids == k) & ~void, true == k
                 figures = rates.region_similarity(*pair), rates.contour_accuracy(*pair)
                 values.setdefault(k, []).append(figures)
     if others := found ^ prompts.keys():

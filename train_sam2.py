@@ -7,10 +7,10 @@
 
 Data:   DATA_PATH, which may be given several times, is found out by what lies in it. Videos:
         JPEGImages/VIDEO/00000.jpg ..., Annotations/VIDEO/00000.png of ids (0 background, each other
-        number one object), or Annotations/VIDEO/OBJECT/00000.png, one folder per object; DAVIS' 480p/
-        in between is found. SA-V: VIDEO.mp4, or a folder VIDEO of frames, with VIDEO_manual.json.
-        Images: SA-1B's sa_N.jpg with sa_N.json; or VOC's JPEGImages/ID.jpg with
-        SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
+        number one object, 255 beside others void), or Annotations/VIDEO/OBJECT/00000.png, one folder
+        per object; DAVIS' 480p/ in between is found. SA-V: VIDEO.mp4, or a folder VIDEO of frames,
+        with VIDEO_manual.json. Images: SA-1B's sa_N.jpg with sa_N.json; or VOC's JPEGImages/ID.jpg
+        with SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
 Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
         val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
         image, truth, prediction), split.json, args.json.
@@ -42,7 +42,8 @@ from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
            "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
 IMAGE_FIGURES = ("val_image_box_iou", "val_image_click_iou")  # and of images
-VOID = 0  # where objects have numbers
+VOID = 0       # where objects have numbers
+VOID_ID = 255  # where pixels have ids
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
@@ -232,8 +233,8 @@ class VideoDataset(torch.utils.data.Dataset):
     Training: [list of keys] gives a list. The item's index is number modulo len(items): the same item
     may be drawn several times in an epoch. A clip that cannot be loaded is named and replaced by one of
     another item of the same --data-path. What is random depends on (seed, epoch, number) alone.
-    Validation: images (T, 3, S, S) uint8 and, of the item's own size, ids (T, H, W) uint8, 1 to N, of a
-    video, masks (N + 1, H, W) bool of an image, the last its void pixels.
+    Validation: images (T, 3, S, S) uint8 and, of the item's own size, ids (T, H, W) uint8, 1 to N or
+    255 for void, of a video, masks (N + 1, H, W) bool of an image, the last its void pixels.
     """
     classes, unit = [], "videos and images"
 
@@ -507,7 +508,7 @@ def find_objects(sources):
             found[number] = functools.partial(np.greater, mask, 0)
             continue
         for k in np.unique(mask[mask > 0]).tolist():
-            found[VOID if number and k == 255 else k] = functools.partial(np.equal, mask, k)
+            found[VOID if number and k == VOID_ID else k] = functools.partial(np.equal, mask, k)
     return found
 
 
@@ -664,19 +665,19 @@ def read_item(item, args):
             there = [*masks[:-1].any((1, 2)), True]
             return torch.stack(frames), torch.from_numpy(masks[there]) > 0
         ids.append(np.zeros(size, np.int64))
-        for number, mask in zip(numbers, masks):
+        for number, mask in zip([*numbers, -1], masks):
             ids[-1][mask > 0] = number
-    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0})
-    if len(numbers) > 255:
-        raise utils.InputError(f"{item.masks[0][0][1]}: {len(numbers)} objects; at most 255 can be told "
-                               "apart")
+    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0, -1})
+    if len(numbers) > 254:
+        raise utils.InputError(f"{item.masks[0][0][1]}: {len(numbers)} objects; at most 254 can be "
+                               "told apart")
     ids = np.stack([number_ids(frame, numbers) for frame in ids])
     return torch.stack(frames), torch.from_numpy(ids)
 
 
 def number_ids(ids, numbers):
-    """Ids (H, W) -> uint8: 1 to N for the objects in numbers, else 0."""
-    numbered = np.zeros(ids.shape, np.uint8)
+    """Ids (H, W) -> uint8: 1 to N for the objects in numbers, 255 for -1 (void), else 0."""
+    numbered = np.where(ids == -1, VOID_ID, 0).astype(np.uint8)
     for i, number in enumerate(numbers, 1):
         numbered[ids == number] = i
     return numbered
@@ -786,7 +787,7 @@ def find_videos(root, args, names):
                        if path.is_dir() and path.name[0] != ".")
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
-    unlabelled = Counter()
+    unlabelled, void = Counter(), []
     for name in names:
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         for stem in sorted(masks.keys() - images.keys()):
@@ -797,7 +798,15 @@ def find_videos(root, args, names):
         if not frames:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of "
                                    "the list")
+        ids = first_ids(tuple(path for stem in frames for number, path in masks[stem] if not number))
+        if ids and ids != {VOID_ID} and max(ids) <= VOID_ID:  # not masks of 0 and 255, nor of 16 bits
+            masks = {stem: ((-1, masks[stem][0][1]),) for stem in frames}
+            if VOID_ID in ids:
+                void.append(name)
         yield name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)
+    if void:
+        print(f"note: 255 beside other ids is void in the masks of {len(void)} videos, such as "
+              f"{void[0]}; if it is an object there, give it another id")
     if unlabelled.total():
         print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
               f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
@@ -824,6 +833,15 @@ def find_masks(folder):
             for stem, file in utils.list_images(path).items():
                 masks[stem] = (*masks.get(stem, ()), (number, file))
     return masks
+
+
+@functools.lru_cache(maxsize=None)
+def first_ids(paths):
+    """Ids, without 0, in the first of a video's masks that shows anything."""
+    for path in paths:
+        if ids := {*np.unique(utils.read_mask(path)).tolist()} - {0}:
+            return ids
+    return set()
 
 
 def by_number(name):
@@ -1213,7 +1231,7 @@ def evaluate(model, loader, run, args):
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
-        objects = masks[:-1] if items[index].still else masks
+        objects = masks[:-1] if items[index].still else masks % VOID_ID
         if not objects.any():  # which the start does not notice in a large data set
             continue
         if items[index].still:
@@ -1240,14 +1258,17 @@ def evaluate(model, loader, run, args):
 
 
 def video_scores(model, images, ids, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> FIGURES of its objects, (N, 9) float64."""
+    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> (N, 9) float64: FIGURES of its objects.
+
+    Void pixels are left out.
+    """
     firsts = first_frames(ids)
     results, rows = [*track_video(model, images, ids, firsts, run), None], []
     for k, first in enumerate(firsts, 1):
         frames, figures = range(first + 1, len(ids) - 1), []
         for labels in results if frames else []:
-            pairs = [(ids[first] == k if labels is None else labels[t] == k, ids[t] == k)
-                     for t in frames]
+            preds = [(ids[first] if labels is None else labels[t]) == k for t in frames]
+            pairs = [(pred & (ids[t] != VOID_ID), ids[t] == k) for pred, t in zip(preds, frames)]
             figures += davis_scores(pairs)
         rows += [figures] if frames else []
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
@@ -1290,9 +1311,10 @@ def click_prompt(mask, scale):
 
 
 def first_frames(ids):
-    """Ids (T, H, W), 1 to N -> the first frame of each object."""
+    """Ids (T, H, W), 1 to N, or void -> the first frame of each object."""
     present = torch.stack([torch.bincount(frame.flatten().int(), minlength=256) > 0 for frame in ids])
-    return present[:, 1:ids.max().item() + 1].int().argmax(0).tolist()
+    present = present[:, 1:VOID_ID]
+    return present[:, present.any(0)].int().argmax(0).tolist()
 
 
 def track_video(model, images, ids, firsts, run):

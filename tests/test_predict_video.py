@@ -314,6 +314,17 @@ def test_eval_prints_j_and_f_of_the_frames_tracked(data, run, tmp_path, capsys, 
                      for k, row in enumerate(rows)] + [["clip", *(f"{100 * x:.2f}" for x in ((j + f) / 2, j, f))]]
 
 
+def test_void_of_the_truth_counts_for_nothing(data, run, tmp_path):
+    (tmp_path / "truth").mkdir()
+    run("--mask", f"{data}/truth/clip/00001.png@1")
+    for name, found in masks(tmp_path / "out").items():  # right but for a corner that is void
+        found = np.array(found)
+        found[20:, 30:] = np.where(found[20:, 30:] > 0, 255, 0)
+        utils.save_mask(tmp_path / f"truth/{name}.png", found.astype(np.uint8))
+    figures = run("--mask", f"{data}/truth/clip/00001.png@1", "--eval", tmp_path / "truth", out="again")
+    assert figures["j"] == figures["f"] == 1
+
+
 def test_truth_may_be_a_folder_per_object_and_have_few_frames(data, run, tmp_path, refuses, capsys):
     for t in (0, 2, 4, 6):
         ids = np.array(Image.open(data / f"truth/clip/{t:05d}.png"))

@@ -895,6 +895,65 @@ def test_instances_of_voc_need_no_conversion_and_void_is_no_object(instances):
         instances / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").read_text().split()
 
 
+def paint(clips, change):
+    for path in clips.glob("Annotations/*/*.png"):
+        utils.save_mask(path, change(utils.read_mask(path)))
+
+
+def band(ids):
+    return np.where(np.arange(ids.shape[1]) < 8, 255, ids).astype(np.uint8)
+
+
+def test_255_beside_other_ids_is_void_in_videos_too(clips, capsys, monkeypatch):
+    paint(clips, band)
+    args = options("--data-path", clips, *SMALL, "--prob-points", 0)
+    items = script_.find_items(str(clips), args)
+    assert f"255 beside other ids is void in the masks of 6 videos, such as {items[0].name}" in capsys.readouterr().out
+    one, _ = script_.VideoDataset(items, args, train=True, augment=False)[0, 0]
+    assert one.void.shape == one.masks.shape and one.void[..., :8].all() and not one.void[..., 8:].any()
+    assert one.masks.any() and not (one.masks & one.void).any()
+    _, ids, _ = script_.VideoDataset(items, args, train=False, augment=False)[0, 0]
+    assert (ids[..., :8] == 255).all() and {*ids[..., 8:].unique().tolist()} == {0, 1, 2}
+    firsts = script_.first_frames(ids)
+    assert len(firsts) == 2
+    pred = torch.where(ids == 255, 1, ids)
+    monkeypatch.setattr(script_, "track_video", lambda *args: [pred, pred])
+    figures = script_.video_scores(None, None, ids, None)
+    assert figures.shape == (2, 9) and (figures[:, :6] == 1).all() and (figures[:, 6:] < 1).any()
+
+    class Loader(list):
+        dataset = SimpleNamespace(items=[SimpleNamespace(name="a", still=False)])
+    nothing = torch.full((3, 4, 4), 255)
+    figures = script_.evaluate(torch.nn.Identity(), Loader([(None, nothing, [0])]),
+                               SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(world_size=1))
+    assert figures["per_video"]["a"]["objects"] == 0
+
+
+@pytest.mark.parametrize("kind, change", [
+    ("alone", lambda ids: np.where(ids == 1, 255, 0).astype(np.uint8)),
+    ("of 16 bits", lambda ids: np.array([0, 255, 300], np.uint16)[ids])])
+def test_255_is_an_object_in_masks_of_0_and_255_and_among_higher_ids(clips, capsys, kind, change):
+    for path in clips.glob("Annotations/*/*.png"):
+        utils.save_image(path, change(utils.read_mask(path)))
+    args = options("--data-path", clips, *SMALL)
+    items = script_.find_items(str(clips), args)
+    assert "void" not in capsys.readouterr().out
+    ids = script_.read_item(items[0], args)[1]
+    assert {*ids.unique().tolist()} == ({0, 1} if kind == "alone" else {0, 1, 2})
+
+
+def test_what_255_is_is_told_by_the_first_mask_that_shows_anything(tmp_path):
+    blank = np.zeros((8, 16), np.uint8)
+    one, white = blank + 1, blank + 255
+    for name, masks, number in (("a", [blank, white, one], 0), ("b", [blank, one, white], -1), ("e", [blank], 0),
+                                ("c", [blank, band(blank), one], 0), ("d", [blank, band(one)], -1)):
+        write_video(tmp_path, name, [np.stack([blank] * 3, 2)] * len(masks), masks)
+        items = script_.find_items(str(tmp_path), options("--data-path", tmp_path, *SMALL))
+        assert items[-1].masks[0][0][0] == number, name
+        shutil.rmtree(tmp_path / "Annotations")
+        shutil.rmtree(tmp_path / "JPEGImages")
+
+
 def sampler(sizes, *more, images=(), rank=0, world_size=1, monkeypatch=None):
     if monkeypatch:
         monkeypatch.setattr(utils, "ranks", lambda: (rank, world_size))
