@@ -109,8 +109,10 @@ def test_the_same_line_after_sigterm_and_a_killed_rank_ends_in_the_straight_runs
     assert process.returncode != 0 and "stopped by SIGTERM" in output
     assert torch.load(tmp_path / "run/last.pth", weights_only=True)["epoch"] < 3
     line += ["--save-every", 1]
+    saved = (tmp_path / "run/last.pth").stat().st_mtime_ns
     process = start_training(line)
-    time.sleep(0.5)
+    while (tmp_path / "run/last.pth").stat().st_mtime_ns == saved and process.poll() is None:
+        time.sleep(0.01)
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait(120) == 1
     finish(torchrun(*line))
