@@ -1280,11 +1280,10 @@ def image_scores(model, images, masks, run):
     (N, 2) float64; void pixels are left out.
     """
     rows, masks, void = [], masks[:-1], masks[-1]
-    for some in masks.split(16):  # so many objects at a time, for memory
-        for prompt in (box_prompt, click_prompt):
-            pred = predict_image(model, images, some, prompt, run) & ~void
-            rows.append((pred & some).sum((1, 2)) / (pred | some).sum((1, 2)).double())
-    return torch.stack([torch.cat(rows[::2]), torch.cat(rows[1::2])], 1)
+    for prompt in (box_prompt, click_prompt):
+        pred = predict_image(model, images, masks, prompt, run) & ~void
+        rows.append((pred & masks).sum((1, 2)) / (pred | masks).sum((1, 2)).double())
+    return torch.stack(rows, 1)
 
 
 def predict_image(model, images, masks, prompt, run):
@@ -1294,8 +1293,9 @@ def predict_image(model, images, masks, prompt, run):
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         prompts = [{0: prompt(mask, scale)} for mask in masks]
         ((_, out),) = model.propagate(Frames(images, run.device), prompts)
-    logits = F.interpolate(out["pred_masks"].float(), size, mode="bilinear", align_corners=False)
-    return logits[:, 0].cpu() > 0
+    return torch.cat([
+        F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0].cpu() > 0
+        for logits in out["pred_masks"].float().split(16)])  # objects at a time, for memory
 
 
 def box_prompt(mask, scale):

@@ -30,6 +30,7 @@ WEIGHTS = {  # the authors publish no hashes; these, and the sizes, are those th
         ("large", 898083611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"))}
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 NO_OBJ_SCORE = -1024.0  # logit of every pixel of an absent object
+BATCH_OBJECTS = 16  # that `propagate` tracks at a time
 
 
 # --- Small blocks ---
@@ -967,6 +968,7 @@ def group_prompts(prompts, num_frames, device):
     """Prompts of propagate -> groups of objects that are one batch for track_step.
 
     They have prompts of the same shapes on the same frames: padding points would change the masks.
+    At most BATCH_OBJECTS, for memory.
     """
     groups = {}
     for i, by_frame in enumerate(prompts):
@@ -980,11 +982,13 @@ def group_prompts(prompts, num_frames, device):
         key = tuple((t, name, x.shape) for t in sorted(by_frame)
                     for name, x in sorted(by_frame[t].items()))
         groups.setdefault(key, []).append(i)
+    batches = [objects[i:i + BATCH_OBJECTS] for objects in groups.values()
+               for i in range(0, len(objects), BATCH_OBJECTS)]
     return [{
         "objects": torch.tensor(objects, device=device),
         "prompts": {t: {name: torch.stack([prompts[i][t][name] for i in objects]).to(device)
                         for name in prompt} for t, prompt in prompts[objects[0]].items()},
-        "cond_frame_outputs": {}, "non_cond_frame_outputs": {}} for objects in groups.values()]
+        "cond_frame_outputs": {}, "non_cond_frame_outputs": {}} for objects in batches]
 
 
 # --- Sizes ---

@@ -878,6 +878,23 @@ def test_bfloat16_stays_near_float32(models):
     assert torch.equal(scores_again > 0, scores > 0)
 
 
+def test_many_objects_are_tracked_sixteen_at_a_time(models, monkeypatch):
+    model, video = models("mini"), clip(12, 3, 128)
+    prompts = [{0: point(5 + 6 * i, 60)} for i in range(20)]
+    seen, step = [], model.track_step
+
+    def track_step(t, prompted, feats, *more):
+        seen.append(feats[0].shape[1])
+        return step(t, prompted, feats, *more)
+    monkeypatch.setattr(model, "track_step", track_step)
+    masks, scores = collect(model, video, prompts)
+    assert seen == [16, 4] * 3
+    some = [0, 15, 16, 19]
+    few, few_scores = collect(model, video, [prompts[i] for i in some])
+    assert torch.allclose(masks[:, some], few, atol=1e-4) and torch.allclose(scores[:, some], few_scores, atol=1e-4)
+    assert (few[:, 0] - few[:, 3]).abs().max() > 0.1
+
+
 def test_every_tensor_is_made_on_the_device_of_the_model():
     """The meta device refuses tensors of another one, as a GPU would."""
     model = build("mini", dynamic_multimask_via_stability=True).eval().to("meta")
