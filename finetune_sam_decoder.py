@@ -36,8 +36,8 @@ VOID = 255
 POINTS, BOX, BOTH = range(3)  # kinds of prompt
 PREPROCESS = "antialiased"  # change it when `preprocess` changes: embeddings are then made again
 CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
-DEMO = {"model": "demo", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4, "workers": 0,
-        "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
+DEMO = {"model": "demo", "amp": "off", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4,
+        "workers": 0, "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
 
 
 # --- Options ---

@@ -27,7 +27,7 @@ from nets.efficient_sam import NETS, WEIGHTS
 
 FIGURES = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")  # of evaluate
 MASK_SIZE = 256  # largest side in pixels at which training compares masks, as the article
-DEMO = {"model": "demo", "weights": "none", "image_size": 96, "lr": 2e-3, "epochs": 18,
+DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "lr": 2e-3, "epochs": 18,
         "workers": 0, "scheduler": "cosine", "bbox_shift": 5, "multimask": "all",
         "batch_size": 4, "output_dir": "runs/train_efficientsam_demo"}
 

@@ -244,7 +244,7 @@ class Run:
         self.args.data_hash = f"{data_hash(train_set.items)}+{data_hash(val_set.items)}"
         precision = str(self.dtype or torch.float32)
         if self.dtype is None and self.args.amp == "auto" and has_bf16(self.device):
-            precision += " (--amp bf16 takes about half the time on this processor)"
+            precision += " (--amp bf16 is often faster on this processor)"
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         unit = getattr(train_set, "unit", "images")  # of train_sam2.py: videos and images
