@@ -101,7 +101,7 @@ class VOCObjects(torch.utils.data.Dataset):
     Validation: features, ids, index; ids (H, W) of the image's own size as of read_ids.
     Random draws depend on (seed, epoch, index) alone.
     """
-    classes = []
+    classes = []  # objects have none
 
     def __init__(self, items, class_names, args, train, augment):
         self.items, self.class_names, self.args = items, class_names, args
@@ -143,9 +143,10 @@ class VOCObjects(torch.utils.data.Dataset):
         if len(batch[0]) == 3:  # validation, one image
             ((features, ids, index),) = batch
             return features[None], ids[None], [index]
-        features, *objects, weight, indices = zip(*batch)
-        owner = torch.cat([torch.full((len(kinds),), i) for i, kinds in enumerate(objects[3])])
-        return torch.stack(features), owner, *map(torch.cat, objects), torch.stack(weight), indices
+        features, points, labels, boxes, kinds, masks, weight, indices = zip(*batch)
+        owner = torch.cat([torch.full((len(part),), i) for i, part in enumerate(kinds)])
+        objects = map(torch.cat, (points, labels, boxes, kinds, masks))
+        return torch.stack(features), owner, *objects, torch.stack(weight), indices
 
 
 def sample_prompts(ids, objects, args, vary):
@@ -198,8 +199,9 @@ def box_of(mask):
 def cover(ids, objects, args):
     """ids (H, W), numbers (Q,) -> masks (Q, M, M) in 0..1, weight (M, M), as the decoder's masks.
 
-    Shares of the labelled part of each cell, so that edges stay in place; void and padding weigh 0.
-    Where an object covers no cell by half, its shares are raised.
+    masks: the fraction of a pixel's labelled part that is object, so that edges stay in place; void
+    and padding weigh 0. The values of a small object, which covers no pixel by half, are scaled up
+    to a highest of 1.
     """
     height, width = resized_size(*ids.shape, args.image_size)
     parts = torch.cat([ids[None] == objects[:, None, None], ids[None] >= 0]).float()
@@ -241,7 +243,7 @@ def read_ids(item):
 
 
 def find_root(data_path, year):
-    """The folder VOC2012 in data_path or its VOCdevkit."""
+    """The folder VOC<year> in data_path or in its VOCdevkit."""
     for root in (Path(data_path, "VOCdevkit", f"VOC{year}"), Path(data_path, f"VOC{year}")):
         if root.is_dir():
             return root
@@ -307,7 +309,7 @@ def find_class_names(root):
 
 
 def check_item(item, whole):
-    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     return bool(read_ids(item).max() > 0)
@@ -430,33 +432,35 @@ def create_model(args, checkpoint=None):
 
 
 def load_sam(model, path, base=None):
-    """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
+    """Loads a file into model: the whole net, or a decoder alone after its base weights.
 
-    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Returns it: of
-    weights of the whole net their own path. Position codes of another image size are interpolated.
+    base: path or official name of those (default: what the decoder's checkpoint names). Returns the
+    path or name of the whole net's weights. Position codes of another image size are interpolated.
     """
     file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
     checkpoint = utils.load_checkpoint(file)
-    trained = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
-    utils.check_net(checkpoint, path, {"net": "sam", **trained.get("arch", {})})
+    ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    trained_with, arch = ours.get("args", {}), ours.get("arch", {})
+    utils.check_net(checkpoint, path, {"net": "sam", **arch})
     state = utils.state_of(checkpoint)
-    if not state or not all(key.startswith("mask_decoder.") for key in state):
+    if not state or not all(key.startswith("mask_decoder.") for key in state):  # the whole net
         utils.load_weights(model, resize_positions(state, model), path)
         return path if path in WEIGHTS else str(Path(path).resolve())
-    named, base = base, base or trained.get("args", {}).get("base")
     if not base:
-        raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its base, or "
-                               "predict.py the --base weights")
-    if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
-        raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
-                               "predict.py the --base weights")
+        base = trained_with.get("base")
+        if not base:
+            raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its "
+                                   "base, or predict.py the --base weights")
+        if base not in ("none", *WEIGHTS) and not Path(base).exists():
+            raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not "
+                                   "there; give predict.py the --base weights")
     if base != "none":
         base = load_sam(model, base)
-    base_hash = trained.get("args", {}).get("base_hash")
-    size = trained.get("arch", {}).get("image_size", model.image_size)
+    # The hash is of the base at the image size of training; for another size that net is made too
+    base_hash, size = trained_with.get("base_hash"), arch.get("image_size", model.image_size)
     original = model
     if size != model.image_size and base != "none":
-        original = SAMS[trained["arch"]["model"]](size)
+        original = SAMS[arch["model"]](size)
         load_sam(original, base)
     if base_hash and size == original.image_size and base_hash != hash_frozen(original):
         raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
@@ -670,13 +674,14 @@ def judge(model, embedding, ids, numbers, dtype):
     figures = {"val_box_iou": iou, "val_box_biou": boundary_iou(by_box, truth, labelled)}
     low_logits = None  # of the click before
     for count in range(1, max(CLICKS) + 1):
+        if count > 1:  # one more click, where the mask is wrong
+            clicks = [next_click(mask, true, labelled) for mask, true in zip(logits > 0, truth)]
+            points = torch.cat([points, torch.stack([point for point, _ in clicks])[:, None]], 1)
+            labels = torch.cat([labels, torch.tensor([[label] for _, label in clicks])], 1)
         logits, low_logits, _ = segment(model, embedding, ids.shape, points, labels, boxes, POINTS,
                                         low_logits, dtype)
         if count in CLICKS:
             figures[f"val_click{count}_iou"] = mask_iou(logits > 0, truth, labelled)
-        clicks = [next_click(mask, true, labelled) for mask, true in zip(logits > 0, truth)]
-        points = torch.cat([points, torch.stack([point for point, _ in clicks])[:, None]], 1)
-        labels = torch.cat([labels, torch.tensor([[label] for _, label in clicks])], 1)
     figures["val_iou_error"] = (guess - iou).abs()
 
     y, x = torch.meshgrid(*map(torch.arange, ids.shape), indexing="ij")

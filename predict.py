@@ -158,11 +158,12 @@ def read_list(path):
 def name_outputs(paths, endings):
     """A name for each path: no NAME + ending is another's, on file systems that ignore case too."""
     names = [path.stem for path in paths]
-    for depth in range(1, 20):  # first the extension, then one folder more each time
+    for num_folders in range(19):  # first the extension, then one folder more each time
         counts = Counter(name.casefold() for name in names)
         for i, path in enumerate(paths):
             if counts[names[i].casefold()] > 1:
-                folders = path.absolute().parts[1:-1][1 - depth:][:depth - 1]
+                folders = path.absolute().parts[1:-1]
+                folders = folders[-num_folders:] if num_folders else ()
                 names[i] = "_".join([*folders, path.name.replace(".", "_")])
     taken = set()
     for i, name in enumerate(names):
@@ -177,16 +178,16 @@ def name_outputs(paths, endings):
 def read_batches(inputs, size, bad):
     """Yields lists of up to `size` (name, path, image), read ahead; bad gets a line per bad file."""
     with ThreadPoolExecutor(2) as pool:
-        waiting, batch = deque(), []
-        for i in range(len(inputs) + size):
-            if i < len(inputs):
-                waiting.append((inputs[i], pool.submit(read_image, inputs[i][1])))
-            if i >= size and waiting:
-                (name, path), image = waiting.popleft()
-                try:
-                    batch.append((name, path, image.result()))
-                except utils.InputError as error:
-                    bad.append(str(error))
+        remaining, waiting, batch = deque(inputs), deque(), []
+        while remaining or waiting:
+            while remaining and len(waiting) <= size:  # this image and a batch ahead
+                name, path = remaining.popleft()
+                waiting.append((name, path, pool.submit(read_image, path)))
+            name, path, image = waiting.popleft()
+            try:
+                batch.append((name, path, image.result()))
+            except utils.InputError as error:
+                bad.append(str(error))
             if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch.clear()
@@ -310,33 +311,35 @@ def official_checkpoint(path, name):
 
 
 def load_sam(model, path, base=None):
-    """The weights in a file into model: all of them, or a decoder alone on top of its base weights.
+    """Loads a file into model: the whole net, or a decoder alone after its base weights.
 
-    base: a path or name; if not given, what our checkpoint of a decoder was trained on. Returns it: of
-    weights of the whole net their own path. Position codes of another image size are interpolated.
+    base: path or official name of those (default: what the decoder's checkpoint names). Returns the
+    path or name of the whole net's weights. Position codes of another image size are interpolated.
     """
     file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
     checkpoint = utils.load_checkpoint(file)
-    trained = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
-    utils.check_net(checkpoint, path, {"net": "sam", **trained.get("arch", {})})
+    ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    trained_with, arch = ours.get("args", {}), ours.get("arch", {})
+    utils.check_net(checkpoint, path, {"net": "sam", **arch})
     state = utils.state_of(checkpoint)
-    if not state or not all(key.startswith("mask_decoder.") for key in state):
+    if not state or not all(key.startswith("mask_decoder.") for key in state):  # the whole net
         utils.load_weights(model, resize_positions(state, model), path)
         return path if path in WEIGHTS else str(Path(path).resolve())
-    named, base = base, base or trained.get("args", {}).get("base")
     if not base:
-        raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its base, or "
-                               "predict.py the --base weights")
-    if not named and base not in ("none", *WEIGHTS) and not Path(base).exists():
-        raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not there; give "
-                               "predict.py the --base weights")
+        base = trained_with.get("base")
+        if not base:
+            raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its "
+                                   "base, or predict.py the --base weights")
+        if base not in ("none", *WEIGHTS) and not Path(base).exists():
+            raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not "
+                                   "there; give predict.py the --base weights")
     if base != "none":
         base = load_sam(model, base)
-    base_hash = trained.get("args", {}).get("base_hash")
-    size = trained.get("arch", {}).get("image_size", model.image_size)
+    # The hash is of the base at the image size of training; for another size that net is made too
+    base_hash, size = trained_with.get("base_hash"), arch.get("image_size", model.image_size)
     original = model
     if size != model.image_size and base != "none":
-        original = SAMS[trained["arch"]["model"]](size)
+        original = SAMS[arch["model"]](size)
         load_sam(original, base)
     if base_hash and size == original.image_size and base_hash != hash_frozen(original):
         raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
@@ -466,10 +469,11 @@ def predict_batch(loaded, images, args):
     return predict_averaged(loaded, images, args)
 
 
-def write_classes(logits, image, loaded, prefix, note):
-    """Mask of the likeliest class, overlay. Returns [class, pixels, ""] of each class.
+def write_classes(logits, image, loaded, prefix, annotate):
+    """Mask of the most probable class, overlay. Returns [class, pixels, ""] of each class.
 
-    Overlapping classes count from 1, 0 is where none is likelier than not; of several a mask each.
+    Classes that may overlap are numbered from 1, 0 is where none has a probability above 0.5; if
+    there are several, each also gets a mask of its own.
     """
     overlapping, masks = loaded.net.overlapping, []
     for rows in logits.split(256, 1):  # so many rows at a time, for memory
@@ -487,7 +491,7 @@ def write_classes(logits, image, loaded, prefix, note):
             utils.save_image(f"{prefix}_mask_{name}.png", class_mask * np.uint8(255))
         found.append([name, np.count_nonzero(class_mask), ""])
         if overlapping or k:  # background is no object
-            note(k + overlapping, class_mask)
+            annotate(k + overlapping, class_mask)
     return found
 
 
@@ -497,10 +501,10 @@ def read_prompts(name, given, args, max_points):
     Each box is an object; the points are one more or, beside a single box, belong to it. In a list
     each entry is read so.
     """
-    own = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
+    entries = given.get(name, {}) if args.prompts else {"boxes": args.box, "points": args.point}
     try:
         queries = []
-        for entry in own if isinstance(own, list) else [own]:
+        for entry in entries if isinstance(entries, list) else [entries]:
             queries += read_entry(entry)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         form = '{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}'
@@ -551,9 +555,14 @@ def check_prompts(name, queries, shape):
                                "one)")
 
 
+def square_options(loaded):
+    """What content_size, preprocess and predict_masks take from a training script's options."""
+    return SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+
+
 def encode_efficient_sam(loaded, image):
     """RGB (H, W, 3) uint8 -> its embedding, for predict_efficient_sam."""
-    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    args = square_options(loaded)
     image = preprocess(torch.from_numpy(image.transpose(2, 0, 1).copy()), args)
     return encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
 
@@ -563,7 +572,7 @@ def predict_efficient_sam(loaded, embedding, size, queries):
 
     Yields mask logits (q, C, H, W), scores (q, C), numbers of the best (q,); C is 3.
     """
-    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    args = square_options(loaded)
     height, width = content_size(size, args)
     scale = torch.tensor([width / size[1], height / size[0]])
     most = max(len(labels) for _, labels in queries)
@@ -584,7 +593,7 @@ def click_efficient_sam(loaded, embedding, size, clicks):
     Returns mask logits (q, 3, M, M) as the decoder draws them, the net's own IoU (q, 3), and how many
     of the M rows and columns show the image; the others are padding.
     """
-    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    args = square_options(loaded)
     side, content = args.image_size, content_size(size, args)
     points = (clicks * torch.tensor([content[1] / size[1], content[0] / size[0]]))[None, :, None]
     labels = torch.ones(points.shape[:3], dtype=torch.int64, device=loaded.device)
@@ -597,7 +606,7 @@ def click_efficient_sam(loaded, embedding, size, clicks):
 
 def enlarge_efficient_sam(loaded, logits, size):
     """Mask logits (q, C, M, M) -> (q, C, *size), the image's; as predict_masks does it."""
-    args = SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+    args = square_options(loaded)
     height, width = content_size(size, args)
     if args.preprocess == "article":
         logits = F.interpolate(logits, (args.image_size, args.image_size), mode="bicubic")
@@ -615,7 +624,10 @@ def encode_sam(loaded, image):
 
 
 def predict_sam(loaded, embedding, size, queries):
-    """The same as finetune_sam_decoder.py validates; C is 4: the second pass's mask, the first's three."""
+    """As predict_efficient_sam; two passes, as finetune_sam_decoder.py validates.
+
+    C is 4: the mask of the second pass, which is the best, and the three of the first.
+    """
     model, device = loaded.model, loaded.device
     scale = sam_scale(loaded, size)
     for points, labels in queries:
@@ -685,11 +697,11 @@ def predict_sam2(loaded, embedding, size, queries):
     """
     for points, labels in queries:
         prompt = torch.tensor([points]), torch.tensor([labels])
-        single, single_score = decode_sam2(loaded, embedding, size, *prompt, False)
-        three, scores = decode_sam2(loaded, embedding, size, *prompt, True)
+        one_mask, one_score = decode_sam2(loaded, embedding, size, *prompt, False)
+        three_masks, scores = decode_sam2(loaded, embedding, size, *prompt, True)
         best = 1 + scores.argmax(1) if len(labels) == 1 else torch.tensor([0])
-        logits = enlarge_sam2(loaded, torch.cat([single, three], 1), size)
-        yield logits, torch.cat([single_score, scores], 1), best
+        logits = enlarge_sam2(loaded, torch.cat([one_mask, three_masks], 1), size)
+        yield logits, torch.cat([one_score, scores], 1), best
 
 
 def click_sam2(loaded, embedding, size, clicks):
@@ -768,9 +780,9 @@ def find_everything(loaded, image, args):
     size, steps = image.shape[:2], (torch.arange(args.everything) + 0.5) / args.everything
     clicks = torch.cartesian_prod(steps, steps).flip(1) * torch.tensor([size[1], size[0]])
     embedding, masks, scores, boxes = loaded.net.encode(loaded, image), [], [], []
-    for some in clicks.split(32):
+    for chunk in clicks.split(32):
         utils.raise_if_stopped()
-        logits, iou, (height, width) = loaded.net.click(loaded, embedding, size, some)
+        logits, iou, (height, width) = loaded.net.click(loaded, embedding, size, chunk)
         logits, iou = logits.flatten(0, 1), iou.flatten()
         shown = logits[:, :height, :width]
         stability = (shown > 1).sum((1, 2)) / (shown > -1).sum((1, 2))  # nan if there are none
@@ -788,7 +800,7 @@ def find_everything(loaded, image, args):
         if len(found) == 254:
             print("note: 254 objects, as many as a palette mask can hold; others, rated lower, are left out")
             break
-    for mask, score in sorted(found, key=lambda one: -np.count_nonzero(one[0])):
+    for mask, score in sorted(found, key=lambda found_mask: -np.count_nonzero(found_mask[0])):
         yield torch.from_numpy(mask)[None, None], score[None, None], torch.tensor([0])
 
 
@@ -807,18 +819,19 @@ def each_object(parts):
         yield from zip((logits > 0).cpu().numpy(), scores.tolist(), chosen.tolist())
 
 
-def write_objects(parts, image, prefix, note, all_masks):
+def write_objects(parts, image, prefix, annotate, all_masks):
     """Mask of object ids 1, 2 ... (a later one lies above), overlay; returns [object, pixels, score]."""
-    mask, rows = np.zeros(image.shape[:2], np.uint8), []
+    ids, rows = np.zeros(image.shape[:2], np.uint8), []
     for k, (masks, scores, best) in enumerate(each_object(parts), 1):
-        mask[masks[best]] = k
-        note(1, masks[best], round(scores[best], 4))
+        ids[masks[best]] = k
+        annotate(1, masks[best], round(scores[best], 4))
         rows.append([f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
-        for i in range(-3 if all_masks else 0, 0):
-            utils.save_image(f"{prefix}_{k}_{i + 4}.png", masks[i] * np.uint8(255))
-            rows.append([f"object {k} mask {i + 4}", int(masks[i].sum()), f"{scores[i]:.4f}"])
-    utils.save_mask(f"{prefix}_mask.png", mask)
-    utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
+        if all_masks:  # the last three: with SAM and SAM 2 another mask is before them
+            for i, (mask, score) in enumerate(zip(masks[-3:], scores[-3:]), 1):
+                utils.save_image(f"{prefix}_{k}_{i}.png", mask * np.uint8(255))
+                rows.append([f"object {k} mask {i}", int(mask.sum()), f"{score:.4f}"])
+    utils.save_mask(f"{prefix}_mask.png", ids)
+    utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, ids))
     return rows
 
 
@@ -881,7 +894,7 @@ def plan_outputs(paths, loaded, args):
             prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
             if {"images", "annotations"} <= prompts.keys():
                 raise ValueError('a COCO json; wanted is {"NAME": {"boxes": [...], "points": [...]}}')
-            prompts = {utils.composed(name): own for name, own in prompts.items()}
+            prompts = {utils.composed(name): entries for name, entries in prompts.items()}
         except (OSError, ValueError, TypeError) as error:
             raise utils.InputError(f"{args.prompts}: no json of prompts that can be read "
                                    f"({error})") from None
@@ -898,8 +911,8 @@ def plan_outputs(paths, loaded, args):
                 bad.append(str(error))
         inputs = [(name, path) for name, path in inputs if name in queries]
         if args.all_masks:
-            files += [f"{name}_{k}_{i}.png" for name, own in queries.items()
-                      for k in range(1, len(own) + 1) for i in (1, 2, 3)]
+            files += [f"{name}_{k}_{i}.png" for name, objects in queries.items()
+                      for k in range(1, len(objects) + 1) for i in (1, 2, 3)]
     sources = [*paths, args.weights, args.prompts or ""]
     read = {os.stat(path)[1:3] for path in sources if os.path.exists(path)}  # inode and device
     for path in (Path(args.output_dir, file) for file in files):
@@ -932,29 +945,29 @@ def import_convert_labels():
     return convert_labels
 
 
-def do_classes(batch, loaded, note, args):
+def run_classes(batch, loaded, annotate, args):
     """Predicts and writes a batch of images; yields name, path, image, areas of each."""
     images = [image for *_, image in batch]
     for (name, path, image), logits in zip(batch, predict_batch(loaded, images, args)):
         utils.raise_if_stopped()
         prefix = Path(args.output_dir, name)
-        yield name, path, image, write_classes(logits, image, loaded, prefix, note)
+        yield name, path, image, write_classes(logits, image, loaded, prefix, annotate)
 
 
-def do_prompts(batch, loaded, note, args, queries):
-    """Cuts out what the queries show in one image; yields as do_classes."""
+def run_prompts(batch, loaded, annotate, args, queries):
+    """Cuts out what the queries show in one image; yields as run_classes."""
     (name, path, image), = batch
     check_prompts(name, queries[name], image.shape)
     embedding, prefix = loaded.net.encode(loaded, image), Path(args.output_dir, name)
     parts = loaded.net.predict(loaded, embedding, image.shape[:2], queries[name])
-    yield name, path, image, write_objects(parts, image, prefix, note, args.all_masks)
+    yield name, path, image, write_objects(parts, image, prefix, annotate, args.all_masks)
 
 
-def do_everything(batch, loaded, note, args):
-    """Cuts out all objects of one image; yields as do_classes."""
+def run_everything(batch, loaded, annotate, args):
+    """Cuts out all objects of one image; yields as run_classes."""
     (name, path, image), = batch
-    parts = find_everything(loaded, image, args)
-    yield name, path, image, write_objects(parts, image, Path(args.output_dir, name), note, False)
+    parts, prefix = find_everything(loaded, image, args), Path(args.output_dir, name)
+    yield name, path, image, write_objects(parts, image, prefix, annotate, all_masks=False)
 
 
 @torch.no_grad()
@@ -968,21 +981,23 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
 
-    annotate = import_convert_labels().annotate if args.coco else None
+    coco = import_convert_labels() if args.coco else None
 
-    def note(category, mask, score=None):  # for --coco, of the image that is being done
-        if annotate:
-            annotate(annotations, args.coco, len(images) + 1, category, mask, score)
+    def annotate(category, mask, score=None):  # an object of the image that comes next in images
+        if coco:
+            coco.annotate(annotations, args.coco, len(images) + 1, category, mask, score)
 
     size = 1 if loaded.net.encode or args.tile else args.batch_size
     batches = read_batches(inputs, size, bad)
-    do = do_classes
+    run_batch = run_classes
     if loaded.net.encode:
-        do = do_everything if args.everything else functools.partial(do_prompts, queries=queries)
+        run_batch = functools.partial(run_prompts, queries=queries)
+        if args.everything:
+            run_batch = run_everything
     try:
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
             try:
-                for name, path, image, found in do(batch, loaded, note, args):
+                for name, path, image, found in run_batch(batch, loaded, annotate, args):
                     total = image.shape[0] * image.shape[1]
                     areas += [[name, label, pixels, pixels / total, score]
                               for label, pixels, score in found]

@@ -167,16 +167,17 @@ class VideoFile:
         stated = int(self.video.get(cv2.CAP_PROP_FRAME_COUNT))
         rate = self.video.get(cv2.CAP_PROP_FPS)
         self.fps = rate / every if 0.1 <= rate <= 1000 else 24.0
-        for self.place in tqdm(range(10**9), "reading", max(stated, 0), leave=False, disable=None):
-            utils.raise_if_stopped()
-            if not self.video.grab():
-                break
-            if self.place % every == 0:
-                image = self.video.retrieve()[1]
-                self.size = self.size or image.shape[:2]
-                if image.shape[:2] != self.size:
-                    break
-                self.checks.append(zlib.crc32(image))
+        with tqdm(desc="reading", total=max(stated, 0), leave=False, disable=None) as bar:
+            while self.video.grab():
+                utils.raise_if_stopped()
+                if self.place % every == 0:
+                    image = self.video.retrieve()[1]
+                    self.size = self.size or image.shape[:2]
+                    if image.shape[:2] != self.size:
+                        break
+                    self.checks.append(zlib.crc32(image))
+                self.place += 1
+                bar.update()
         if not self.checks:
             raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
         if stated - self.place > 2:  # some containers only estimate it
@@ -197,7 +198,7 @@ class VideoFile:
             self.video.set(cv2.CAP_PROP_POS_FRAMES, number)
 
     def read(self, t):
-        """As decoding goes forwards only, a frame before those kept comes with many before it."""
+        """Frame t. Decoding goes forwards only: to go back, a chunk that ends at t is decoded."""
         if t in self.kept:
             return self.kept[t]
         first = t
@@ -312,10 +313,11 @@ def collect_prompts(args, video):
                                    f"{names[0]}, {', '.join(names[1:3])} ... {names[-1]}")
         found = split_mask(value, number, video.size) if kind == "mask" else {number or 1: value}
         for number, value in found.items():
-            own = prompts.setdefault(number, {})
+            by_frame = prompts.setdefault(number, {})
             if not kind:
                 continue
-            given, where = own.setdefault(t, {}), f"{source}: object {number} on frame {names[t]}"
+            given = by_frame.setdefault(t, {})
+            where = f"{source}: object {number} on frame {names[t]}"
             if kind != "mask":
                 check_place(where, value, video.size)
             if kind == "point":
@@ -327,7 +329,7 @@ def collect_prompts(args, video):
                 given[kind] = value
             if "mask" in given and len(given) > 1:
                 raise utils.InputError(f"{where}: has a mask and a box or points; give one or the other")
-    for number in (number for number, own in prompts.items() if not own):
+    for number in (number for number, by_frame in prompts.items() if not by_frame):
         raise utils.InputError(f"{args.prompts}: object {number} has no prompt; give it a box, "
                                "points or a mask on some frame")
     if not prompts:
@@ -458,7 +460,7 @@ def to_device(value, device):
 
 def plan_passes(prompts, length, direction):
     """[(backwards, {object: frames whose masks it gets from this pass})]."""
-    first, last = [{k: pick(own) for k, own in prompts.items()} for pick in (min, max)]
+    first, last = [{k: pick(by_frame) for k, by_frame in prompts.items()} for pick in (min, max)]
     if direction == "backward":
         return [(True, {k: range(t + 1) for k, t in last.items()})]
     passes = [(False, {k: range(t, length) for k, t in first.items()})]
@@ -490,7 +492,7 @@ def track(model, video, prompts, state, folder, args):
                     state["scores"][t, objects.index(k)] = score.sigmoid()
             if any(t in span for span in later):
                 utils.save_checkpoint(stored, logits)
-            elif logits or number == 0:
+            elif logits or number == 0:  # the first pass writes frames without objects too
                 if number and stored.exists():
                     logits |= to_device(utils.load_checkpoint(stored), model.device)
                 mask = compose(dict(sorted(logits.items())), video.size, model.device)
@@ -560,16 +562,18 @@ def evaluate(video, prompts, truth, folder, args):
     rates, last = import_script("train_sam2", "--eval"), max(truth)
     found, values = set(), {}
     codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
-    white = codes <= {0, 255}  # 255 is the object of binary masks, else void
+    binary = codes <= {0, 255}  # then 255 is the object; else void, but in masks of 16 bits
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
         utils.raise_if_stopped()
         true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
-        void = (true == 255) & (not white)
-        true = np.where(true == 255, int(white), true)
+        if binary:
+            true = true // 255
+        void = (true == 255) & (max(codes) <= 255)
+        true = np.where(void, 0, true)
         found |= {int(k) for k in np.unique(true) if k}
-        for k, own in prompts.items():
-            reached = {"forward": t > min(own), "backward": t < max(own), "both": True}
-            if reached[args.direction] and t not in own and t != last:
+        for k, by_frame in prompts.items():
+            reached = {"forward": t > min(by_frame), "backward": t < max(by_frame), "both": True}
+            if reached[args.direction] and t not in by_frame and t != last:
                 pair = (ids == k) & ~void, true == k
                 figures = rates.region_similarity(*pair), rates.contour_accuracy(*pair)
                 values.setdefault(k, []).append(figures)
@@ -584,6 +588,7 @@ def evaluate(video, prompts, truth, folder, args):
     print(f"  {'':{width}}     J&F       J       F")
     for title, (j, f) in rows.items():
         print(f"  {title:{width}}  {50 * (j + f):6.2f}  {100 * j:6.2f}  {100 * f:6.2f}")
+    j, f = rows[video.name]
     return {"jf": float(j + f) / 2, "j": float(j), "f": float(f)}
 
 

@@ -162,7 +162,7 @@ def read_item(item, num_classes):
 
 
 def find_root(data_path, year):
-    """The folder VOC2012 in data_path or its VOCdevkit."""
+    """The folder VOC<year> in data_path or in its VOCdevkit."""
     for root in (Path(data_path, "VOCdevkit", f"VOC{year}"), Path(data_path, f"VOC{year}")):
         if root.is_dir():
             return root
@@ -231,7 +231,7 @@ def find_classes(root, num_classes):
 
 
 def check_item(item, whole, num_classes):
-    """Whether there is a class, or only the sizes were read and are equal; InputError if bad."""
+    """Whether there is a class; if not `whole`, True once the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     label = read_item(item, num_classes)[1]
@@ -492,7 +492,7 @@ def table(title, figures, classes):
 
 
 def write_record(run, name, text, figures):
-    """What the article only promises as record_mAP.txt: `table`, and the confusion matrix."""
+    """record_mAP.txt, which the article names but does not write: table and confusion matrix."""
     if run.rank == 0:
         matrix = "\n".join(" ".join(f"{count:10}" for count in row) for row in figures["counts"])
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -98,10 +98,10 @@ class NpyDataset(torch.utils.data.Dataset):
 
     image (3, S, S) float32 in 0..1, S = --image-size; points (Q, N, 2) in its pixels (x, y) and
     labels (Q, N) as in nets/efficient_sam.py. Training: masks (Q, M, M) in 0..1 of up to --max-objects,
-    M = min(S, MASK_SIZE); validation: ids (H, W) of the image's own size, 1 to Q. valid (Q,): these
-    are objects. An image without any, which the start has not read, gets one query that is not
-    valid; index -1 fills up the last batch of a process and has none valid. What is random depends
-    on (seed, epoch, index) alone.
+    M = min(S, MASK_SIZE); validation: ids (H, W) of the image's own size, 1 to Q. valid (Q,): which
+    of them count in loss and metrics. An image without objects, which the start may not have read,
+    gives one that does not count; of index -1, which fills up a process's last batch, none counts.
+    Random draws depend on (seed, epoch, index) alone.
     """
     classes = []  # objects have none
 
@@ -123,7 +123,8 @@ class NpyDataset(torch.utils.data.Dataset):
                     if torch.rand(()) < 0.5:
                         image, ids = np.flip(image, axis), np.flip(ids, axis)
             valid = torch.full((max(len(objects), 1),), len(objects) > 0 and index >= 0)
-            objects = objects if len(objects) else np.zeros(1, int)
+            if not len(objects):  # the background takes an object's place
+                objects = np.zeros(1, int)
             points, labels = zip(*[draw_prompt(ids == k, args, self.augment) for k in objects])
         image = preprocess(torch.from_numpy(image.transpose(2, 0, 1).copy()), args)
         height, width = content_size(ids.shape, args)
@@ -195,9 +196,10 @@ def preprocess(image, args):
 
 
 def resize_masks(masks, args):
-    """Masks (Q, H, W) bool -> (Q, M, M) in 0..1: the share of each cell, as in the net's square.
+    """Masks (Q, H, W) bool -> (Q, M, M) in 0..1: the fraction of each pixel that is object.
 
-    Cutting at half would change areas. Where an object covers no cell by half, its shares are raised.
+    Laid out as in the net's square. Not cut at 0.5, which would change areas. The values of a small
+    object, which covers no pixel by half, are scaled up to a highest of 1.
     """
     whole = min(MASK_SIZE, args.image_size)
     size = content_size(masks.shape[1:], args)
@@ -236,7 +238,7 @@ def find_items(data_path):
 
 
 def check_item(item, whole):
-    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     return bool(read_item(item)[1].any())

@@ -16,6 +16,7 @@ Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, 
         image, truth, prediction), split.json, args.json.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import json
@@ -42,8 +43,9 @@ from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
            "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
 IMAGE_FIGURES = ("val_image_box_iou", "val_image_click_iou")  # and of images
-VOID = 0       # where objects have numbers
-VOID_ID = 255  # where pixels have ids
+VOID = 0       # key of the void mask among objects, whose numbers begin at 1
+VOID_ID = 255  # of void pixels in mask files and arrays of ids
+IDS, IDS_AND_VOID = 0, -1  # in place of a number: the file holds ids of many; 255 is one, or void
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
@@ -69,11 +71,11 @@ def get_args_parser():
     count, positive = utils.number(int, 0), utils.number(int, 1)
     non_negative, share = utils.number(float, 0), utils.number(float, 0, 1)
     add("--data-path", action="append", help="folder in one of these layouts; may be repeated")
-    add("--mix", type=shares, help="batches taken from each --data-path, such as 2:1 (all of all)")
+    add("--mix", type=shares, help="batches per --data-path as a ratio, such as 2:1 (all data)")
     add("--phases", "--phases-per-epoch", type=positive, default=1,
-        help="an epoch is this part of the data: 2 is half, the next has the other (%(default)s)")
+        help="epochs that the data is divided over: with 2 each has one half (%(default)s)")
     add("--ann-every", type=positive, default=4,
-        help="SA-V: every how manieth frame of the video has masks (%(default)s)")
+        help="SA-V: the videos have masks on every N-th frame (%(default)s)")
     add("--img-folder", help="folder of the videos' images, instead of DATA_PATH/JPEGImages")
     add("--gt-folder", help="folder of the videos' masks, instead of DATA_PATH/Annotations")
     add("--train-set", "--file-list-txt", help="list of videos to train on, one per line: a file, or "
@@ -87,7 +89,7 @@ def get_args_parser():
         help="side in pixels at which the net sees an image, a multiple of 32 (%(default)s)")
     add("--num-frames", type=positive, default=8, help="frames of a clip (%(default)s)")
     add("--stride", "--sample-rate", type=positive, default=1,
-        help="every how manieth frame of the video they are (%(default)s)")
+        help="a clip takes every N-th frame of the video (%(default)s)")
     add("--max-objects", "--max-num-objects", type=positive, default=3,
         help="objects trained per clip, of those on its first frame (%(default)s)")
     add("--multiplier", type=shares, default=[2],
@@ -114,11 +116,11 @@ def get_args_parser():
     add("--prompted-frames", "--num-init-cond-frames-for-train", type=positive, default=2,
         help="most frames prompted from the start: the first, and random ones (%(default)s)")
     add_switch("--vary-prompted", "--rand-init-cond-frames-for-train", default=True,
-               help="1 to this many, else always so many (%(default)s)")
+               help="draw 1 to --prompted-frames of them, else take all (%(default)s)")
     add("--corrected-frames", "--num-frames-to-correct-for-train", type=positive, default=2,
         help="most frames that get correcting clicks, in clips of clicks and boxes (%(default)s)")
     add_switch("--vary-corrected", "--rand-frames-to-correct-for-train", default=True,
-               help="from the prompted to this many, else always so many (%(default)s)")
+               help="draw how many, up to --corrected-frames, else take all (%(default)s)")
     add_switch("--corrected-as-prompted", "--add-all-frames-to-correct-as-cond", default=True,
                help="corrected frames are remembered as prompted ones are (%(default)s)")
     add("--num-correction-points", "--num-correction-pt-per-frame", type=count, default=7,
@@ -154,7 +156,7 @@ def get_args_parser():
     add("--epochs", "--num-epochs", type=positive, default=40,
         help="passes over the training data (%(default)s)")
     add("-b", "--batch-size", "--train-batch-size", type=positive, default=1,
-        help="images per batch and process (%(default)s)")
+        help="clips per batch and process (%(default)s)")
     add("--image-batch-size", type=positive,
         help="those of data sets of single images (--batch-size, which then is of videos)")
     add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
@@ -163,14 +165,14 @@ def get_args_parser():
         help="that of the image encoder (%(default)s)")
     add("--layer-decay", type=share, default=0.9,
         help="each block of the image encoder learns so much slower than the next (%(default)s)")
-    add("--final-lr", type=share, default=0.1, help="share of it left at the end (%(default)s)")
+    add("--final-lr", type=share, default=0.1, help="final rate / initial rate (%(default)s)")
     add("--weight-decay", "--wd", type=non_negative, default=0.1, help="weight decay (%(default)s)")
     add("--clip-grad", "--max-norm", type=non_negative, default=0.1,
         help="largest gradient norm, 0 for any (%(default)s)")
 
     add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"),
         help="write a video's frames; no training")
-    add("--rate", type=positive, default=4, help="with it: every how manieth frame (%(default)s)")
+    add("--rate", type=positive, default=4, help="with it: write every N-th frame (%(default)s)")
     return parser
 
 
@@ -246,7 +248,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         if isinstance(key, list):
-            return [self[one] for one in key]
+            return [self[pair] for pair in key]
         epoch, number = key
         if not self.train:
             return *read_item(self.items[number], self.args), number
@@ -287,8 +289,9 @@ class VideoDataset(torch.utils.data.Dataset):
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
                                    f"{args.image_size}")
-        return Clip(change_colours(images, args) if self.augment else images, masks,
-                    *simulate_prompts(masks, args), void.expand_as(masks) if void.any() else None)
+        images = change_colours(images, args) if self.augment else images
+        return Clip(images, masks, *simulate_prompts(masks, args, void),
+                    void.expand_as(masks) if void.any() else None)
 
     @staticmethod
     def collate(batch):
@@ -329,14 +332,16 @@ class MixSampler(torch.utils.data.Sampler):
         """skip: --batch-size times the batches that an interrupted epoch has trained on."""
         batches, world_size = [], self.share.step
         for part, ((clips, size), count) in enumerate(zip(self.parts, self.counts)):
-            numbers, seen = [], Counter()
-            for place in range(epoch * count, (epoch + 1) * count):  # in all passes over the clips
-                turn, place = divmod(place, len(clips))
-                if not numbers or not place:
-                    order = self.permutation(len(clips), part, turn)
+            numbers, drawn = [], Counter()  # drawn: how often each item, in this epoch
+            # Passes over all clips, each in a new order, follow each other; an epoch is the next
+            # `count` clips of them, wherever in a pass it begins or ends
+            for position in range(epoch * count, (epoch + 1) * count):
+                passes_done, place = divmod(position, len(clips))
+                if not numbers or place == 0:
+                    order = self.permutation(len(clips), part, passes_done)
                 index = clips[order[place]]
-                numbers.append(index + self.num_items * seen[index])
-                seen[index] += 1
+                numbers.append(index + self.num_items * drawn[index])  # see VideoDataset
+                drawn[index] += 1
             batches += [numbers[i:i + size] for i in range(0, count, size)]
         order = self.permutation(len(batches), -1, epoch)
         batches = [batches[i] + [-1] * (-len(batches[i]) % world_size) for i in order]
@@ -412,9 +417,10 @@ def shrink_masks(masks, args):
         for mask in frame] for frame in masks])) > 0
 
 
-def simulate_prompts(masks, args):
+def simulate_prompts(masks, args, void):
     """Masks (T, N, S, S) bool of a clip -> prompts, corrected, draws of Clip: what a user may do.
 
+    void (T, 1, S, S): where nothing is clicked.
     Masks on one or two frames, or clicks and boxes there and clicks on what is then wrong, on these
     and other frames. A clip of one frame is clicked or boxed. All as the official training.
     """
@@ -433,21 +439,21 @@ def simulate_prompts(masks, args):
     prompts = {}
     for t in frames:
         draw = draw_boxes if happens(args.prob_box) else draw_clicks
-        coords, labels = draw(masks[t])
+        coords, labels = draw(masks[t], void[t])
         prompts[t] = {"point_coords": coords, "point_labels": labels}
     draws = torch.rand(num_frames, args.num_correction_points, num_objects)
-    for chosen in draws.flatten(0, 1):
+    for draw in draws.flatten(0, 1):  # views: what is subtracted changes draws
         if happens(args.prob_click_truth):
-            chosen -= 1
+            draw -= 1
     return prompts, (*frames, *others[:corrected - prompted]), draws
 
 
-def draw_boxes(masks):
+def draw_boxes(masks, void):
     """Masks (N, S, S) bool -> corners (N, 2, 2), moved by up to a tenth of the side or 20; labels.
 
     An absent object has no box: a click beside it, and padding (official: a box turned inside out).
     """
-    coords, labels = draw_clicks(masks)
+    coords, labels = draw_clicks(masks, void)
     coords, labels = F.pad(coords, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
     for i, mask in enumerate(masks):
         if mask.any():
@@ -458,25 +464,26 @@ def draw_boxes(masks):
     return coords, labels
 
 
-def draw_clicks(masks):
+def draw_clicks(masks, void):
     """Masks (N, S, S) bool -> a click on each, (N, 1, 2), and labels (N, 1); see next_clicks."""
-    return next_clicks(masks, torch.zeros_like(masks), torch.rand(len(masks)))
+    return next_clicks(masks, torch.zeros_like(masks), torch.rand(len(masks)), void)
 
 
-def next_clicks(masks, pred, draws):
+def next_clicks(masks, pred, draws, void):
     """Masks, pred (N, S, S) bool, draws (N,) in [0, 1) -> clicks (N, 1, 2) (x, y), labels (N, 1).
 
     On any wrong pixel, all equally likely; label 1 where the mask lacks it, else 0. A draw below 0:
     as if pred were empty. Where nothing is wrong, on the background; where there is none, on the object
-    (official: always background, at 0, 0 where there is none).
+    (official: always background, at 0, 0 where there is none). Void (N or 1, S, S) is none of these.
     """
-    wrong = masks ^ (pred & (draws >= 0)[:, None, None])
-    background = ~masks
-    where_to = torch.where(background.flatten(1).any(1)[:, None, None], background, masks)
-    wrong = torch.where(wrong.flatten(1).any(1)[:, None, None], wrong, where_to).flatten(1)
-    counts = wrong.cumsum(1)
-    rank = (draws % 1 * counts[:, -1]).long().minimum(counts[:, -1] - 1) + 1
-    place = torch.searchsorted(counts, rank[:, None])
+    def or_else(region, other):  # of each object, the other region where the first is empty
+        return torch.where(region.flatten(1).any(1)[:, None, None], region, other)
+
+    wrong = (masks ^ (pred & (draws >= 0)[:, None, None])) & ~void
+    region = or_else(wrong, or_else(~(masks | void), masks)).flatten(1)
+    counts = region.cumsum(1)  # the k-th pixel of the region is where this becomes k
+    k = (draws % 1 * counts[:, -1]).long().minimum(counts[:, -1] - 1) + 1
+    place = torch.searchsorted(counts, k[:, None])
     labels = masks.flatten(1).gather(1, place).int()
     side = masks.shape[2]
     return torch.stack([place % side, place // side], 2).float(), labels
@@ -491,8 +498,8 @@ def box_of(mask):
 def find_objects(sources):
     """((number, source), ...) of one frame -> {object: function that returns its mask (H, W) bool}.
 
-    Number 0: the file holds ids, -1: ids of which 255 is void (VOID is its key), else it shows that
-    object alone.
+    Number IDS: the file holds ids. IDS_AND_VOID: of which 255 is void, whose key is VOID. Else the
+    file shows that object alone.
     """
     found = {}
     for number, source in sources:
@@ -508,7 +515,8 @@ def find_objects(sources):
             found[number] = functools.partial(np.greater, mask, 0)
             continue
         for k in np.unique(mask[mask > 0]).tolist():
-            found[VOID if number and k == VOID_ID else k] = functools.partial(np.equal, mask, k)
+            is_void = number == IDS_AND_VOID and k == VOID_ID
+            found[VOID if is_void else k] = functools.partial(np.equal, mask, k)
     return found
 
 
@@ -518,7 +526,7 @@ def read_json(path):
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "masklet" not in data:
-            data = {"masklet": [[one["segmentation"] for one in data["annotations"]]]}
+            data = {"masklet": [[mask["segmentation"] for mask in data["annotations"]]]}
         if not data["masklet"] or not all(type(codes) is list for codes in data["masklet"]):
             raise ValueError("masklet is not a list of lists")
         return data
@@ -600,7 +608,7 @@ def read_pixels(source):
 
 
 class VideoReader:
-    """Frames of a video of this size (H, W); for one before the last read it is read anew."""
+    """Frames of a video file, and their size (H, W); going back opens the file again."""
 
     def __init__(self, path):
         self.path, self.video, self.number = path, cv2.VideoCapture(str(path)), -1
@@ -662,8 +670,8 @@ def read_item(item, args):
         image, masks = read_frame(image_source, sources, size, [*numbers, VOID])
         frames.append(resize_images([image], args)[0])
         if item.still:
-            there = [*masks[:-1].any((1, 2)), True]
-            return torch.stack(frames), torch.from_numpy(masks[there]) > 0
+            kept = [*masks[:-1].any((1, 2)), True]  # objects with a pixel, and void
+            return torch.stack(frames), torch.from_numpy(masks[kept]) > 0
         ids.append(np.zeros(size, np.int64))
         for number, mask in zip([*numbers, -1], masks):
             ids[-1][mask > 0] = number
@@ -715,7 +723,7 @@ def find_voc(root, args, names):
             if name not in found:
                 raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it "
                                        "out")
-        yield name, (images[name],), (((-1, masks[name]),),)
+        yield name, (images[name],), (((IDS_AND_VOID, masks[name]),),)
 
 
 def find_sa1b(root, args, names):
@@ -728,7 +736,7 @@ def find_sa1b(root, args, names):
         if name not in images or not path.is_file():
             raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is "
                                    "missing")
-        yield name, (images[name],), (((0, JsonFrame(path, 0)),),)
+        yield name, (images[name],), (((IDS, JsonFrame(path, 0)),),)
 
 
 def find_sav(root, args, names):
@@ -766,7 +774,7 @@ def find_sav(root, args, names):
                                    "are there; add them, or give --img-folder")
         left_out += count - len(frames)
         yield name, tuple(frames.values()), tuple(
-            ((0, JsonFrame(path, number // args.ann_every)),) for number in frames)
+            ((IDS, JsonFrame(path, number // args.ann_every)),) for number in frames)
     if left_out:
         print(f"note: {left_out} frames have no image, or an object that was not annotated, and are "
               "left out")
@@ -788,7 +796,7 @@ def find_videos(root, args, names):
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled, void = Counter(), []
-    for name in names:
+    for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         for stem in sorted(masks.keys() - images.keys()):
             raise utils.InputError(f"{masks[stem][0][1]}: {images_root / name} has no frame {stem}; add "
@@ -798,15 +806,17 @@ def find_videos(root, args, names):
         if not frames:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of "
                                    "the list")
-        ids = first_ids(tuple(path for stem in frames for number, path in masks[stem] if not number))
-        if ids and ids != {VOID_ID} and max(ids) <= VOID_ID:  # not masks of 0 and 255, nor of 16 bits
-            masks = {stem: ((-1, masks[stem][0][1]),) for stem in frames}
+        ids = first_ids(tuple(path for stem in frames for number, path in masks[stem]
+                              if number == IDS))
+        if ids - {VOID_ID}:  # not masks of 0 and 255 alone
+            masks = {stem: ((IDS_AND_VOID, masks[stem][0][1]),) for stem in frames}
             if VOID_ID in ids:
                 void.append(name)
         yield name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)
     if void:
         print(f"note: 255 beside other ids is void in the masks of {len(void)} videos, such as "
-              f"{void[0]}; if it is an object there, give it another id")
+              f"{void[0]}; if it is an object there, give it another id; if its edges are grey, "
+              "make them 0 or 255")
     if unlabelled.total():
         print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
               f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
@@ -822,8 +832,8 @@ def find_folder(data_path, name, option):
 
 
 def find_masks(folder):
-    """{frame: ((0, path),)} of a folder of ids, {frame: ((1, path), ...)} of one per object."""
-    masks = {stem: ((0, path),) for stem, path in utils.list_images(folder).items()}
+    """{frame: ((IDS, path),)} of a folder of ids, {frame: ((1, path), ...)} of one per object."""
+    masks = {stem: ((IDS, path),) for stem, path in utils.list_images(folder).items()}
     if not masks:
         objects = sorted((path for path in folder.iterdir() if path.is_dir()),
                          key=lambda path: by_number(path.name))
@@ -837,11 +847,18 @@ def find_masks(folder):
 
 @functools.lru_cache(maxsize=None)
 def first_ids(paths):
-    """Ids, without 0, in the first of a video's masks that shows anything."""
+    """Ids, without 0, of a video's masks, up to the first that shows more than 255.
+
+    None of 16-bit masks, in which 255 is an id like any other.
+    """
+    ids = set()
     for path in paths:
-        if ids := {*np.unique(utils.read_mask(path)).tolist()} - {0}:
-            return ids
-    return set()
+        with contextlib.suppress(utils.InputError):  # raised where the mask is used
+            mask = utils.read_mask(path)
+            ids |= {*np.unique(mask).tolist()} - {0} if mask.itemsize == 1 else set()
+        if ids - {VOID_ID}:
+            break
+    return ids
 
 
 def by_number(name):
@@ -869,7 +886,7 @@ def read_names(name, data_path):
 
 
 def check_item(frame, whole):
-    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
     image_source, sources, first = frame
     size = frame_size(first)
     if whole:
@@ -909,27 +926,27 @@ def create_loaders(args):
                                "or --demo")
     args.data_path = args.data_path or [str(Path(args.img_folder).parent)]
     check_mix(args)
-    val_items, train_items, groups = [], [], []
+    val_items, train_items, groups = [], [], []  # groups: items, and those given for validation
     for source, path in enumerate(args.val_path or []):
         val_items += find_items(path, args, args.val_set, source)
     for source, path in enumerate(args.data_path):
-        items, chosen = find_items(path, args, args.train_set, source), val_items
+        items, given = find_items(path, args, args.train_set, source), val_items
         if args.val_set and not args.val_path:
-            chosen = find_items(path, args, args.val_set, source)
-        excluded = [] if args.train_set or args.val_path else chosen
+            given = find_items(path, args, args.val_set, source)
+        excluded = [] if args.train_set or args.val_path else given
         if args.excluded_videos_list_txt:
             excluded = [*excluded, *find_items(path, args, args.excluded_videos_list_txt, source)]
         excluded = {item.images for item in excluded}
-        groups.append(([item for item in items if item.images not in excluded], chosen))
-    if args.split:  # which names the items of all
+        groups.append(([item for item in items if item.images not in excluded], given))
+    if args.split:  # one list for the items of all --data-path
         groups = [([item for items, _ in groups for item in items], val_items)]
-    for items, chosen in groups:
-        if chosen and args.test_only and not args.overfit:
-            items, chosen = [], chosen[:args.limit]  # which a test does not need
+    for items, given in groups:
+        if given and args.test_only and not args.overfit:
+            items, given = [], given[:args.limit]  # which a test does not need
         else:
-            items, chosen = utils.split_items(items, args, chosen or None)
+            items, given = utils.split_items(items, args, given or None)
         train_items += items
-        val_items = chosen if args.val_path else val_items + chosen
+        val_items = given if args.val_path else val_items + given
     if not args.test_only:
         span = (args.num_frames - 1) * args.stride + 1
         train_items = keep_usable(train_items, "training", span, args)
@@ -1111,35 +1128,39 @@ def track_clips(model, backbone, videos, clip, args, dtype):
         prompt = clip.prompts.get(t)
         points, mask = prompt or None, clip.masks[t][:, None] if prompt == {} else None
         memory = {key: dict(outputs) for key, outputs in bank.items()}  # as now, for the checkpoint
-        out, outputs, high_res, seen = run(
+        _, outputs, finer_maps, seen = run(
             model._track_step, t, prompt is not None, feats, codes, sizes, points, mask, memory,
             num_frames)
-        passes = [outputs]
+        low_res, full_size, iou, best_low_res, best_full_size, pointer, score = outputs
+        # A mask that was given as a prompt is exact at full size alone
+        passes = [(low_res if mask is None else full_size, iou, score)]
         for draws in clip.draws[t] if t in clip.corrected else ():
-            pred = outputs[4][:, 0].detach() > 0
-            if clip.void is not None:
-                pred &= ~clip.void[t]
-            coords, labels = next_clicks(clip.masks[t], pred, draws)
+            pred = best_full_size[:, 0].detach() > 0
+            void = torch.zeros_like(pred) if clip.void is None else clip.void[t]
+            coords, labels = next_clicks(clip.masks[t], pred, draws, void)
             if points is not None:
                 coords = torch.cat([points["point_coords"], coords], 1)
                 labels = torch.cat([points["point_labels"], labels], 1)
             points = {"point_coords": coords, "point_labels": labels}
             multimask = model._use_multimask(prompt is not None, points)
-            outputs = run(model._forward_sam_heads, seen, points, outputs[3], high_res, multimask)
-            passes.append(outputs)
-        logits = 0 if mask is None else 1  # of masks given as prompts those of full size are exact
-        yield t, [(outputs[logits], outputs[2], outputs[6]) for outputs in passes]
+            low_res, _, iou, best_low_res, best_full_size, pointer, score = run(
+                model._forward_sam_heads, seen, points, best_low_res, finer_maps, multimask)
+            passes.append((low_res, iou, score))
+        yield t, passes
         if t == order[-1]:
             return
-        _, _, _, _, high, pointer, score = outputs
-        features, codes = run(model._encode_new_memory, feats, sizes, high, score, points is not None)
+        features, codes = run(
+            model._encode_new_memory, feats, sizes, best_full_size, score, points is not None)
         remembered = prompt is not None or args.corrected_as_prompted and t in clip.corrected
         bank["cond_frame_outputs" if remembered else "non_cond_frame_outputs"][t] = {
             "obj_ptr": pointer, "maskmem_features": features, "maskmem_pos_enc": codes}
 
 
 def group_clips(clips, device):
-    """[(videos, clip)]: clips prompted alike on the same frames are one; videos as of track_clips."""
+    """Yields (videos, clip) for track_clips.
+
+    Clips with the same kinds of prompts on the same frames are joined: one pass through the net.
+    """
     groups = {}
     for i, clip in enumerate(clips):
         kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ())
@@ -1260,17 +1281,19 @@ def evaluate(model, loader, run, args):
 def video_scores(model, images, ids, run):
     """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> (N, 9) float64: FIGURES of its objects.
 
-    Void pixels are left out.
+    Void pixels are left out. An object that is first seen on the last two frames has no row.
     """
-    firsts = first_frames(ids)
-    results, rows = [*track_video(model, images, ids, firsts, run), None], []
+    firsts, rows = first_frames(ids), []
+    by_mask, by_click = track_video(model, images, ids, firsts, run)  # ids (T, H, W) each
     for k, first in enumerate(firsts, 1):
         frames, figures = range(first + 1, len(ids) - 1), []
-        for labels in results if frames else []:
-            preds = [(ids[first] if labels is None else labels[t]) == k for t in frames]
-            pairs = [(pred & (ids[t] != VOID_ID), ids[t] == k) for pred, t in zip(preds, frames)]
+        if not frames:
+            continue
+        copied = ids[first].expand_as(ids)  # the baseline: the first mask on every frame
+        for pred in (by_mask, by_click, copied):
+            pairs = [((pred[t] == k) & (ids[t] != VOID_ID), ids[t] == k) for t in frames]
             figures += davis_scores(pairs)
-        rows += [figures] if frames else []
+        rows.append(figures)
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
 
 
@@ -1325,6 +1348,8 @@ def track_video(model, images, ids, firsts, run):
         by_mask.append({first: {"mask_inputs": resize_mask(mask, model.image_size)}})
         by_click.append({first: click_prompt(mask, model.image_size / torch.tensor(mask.shape[::-1]))})
     labels = torch.zeros(2, *ids.shape, dtype=torch.uint8)
+    if not firsts:  # no object
+        return labels
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
             masks = F.interpolate(out["pred_masks"].float(), ids.shape[1:], mode="bilinear",
@@ -1471,8 +1496,9 @@ def create_optimizer(model, args):
         if name.startswith("image_encoder."):
             lr = args.vision_lr
             block = re.match(r"image_encoder\.trunk\.(?:blocks\.(\d+)|patch_embed)\.", name)
-            if block:
-                lr *= args.layer_decay ** (blocks + 1 - (int(block[1]) + 1 if block[1] else 0))
+            if block:  # layer 0 is the patch embedding, 1 the first block
+                layer = int(block[1]) + 1 if block[1] else 0
+                lr *= args.layer_decay ** (blocks + 1 - layer)
         decay = 0.0 if "bias" in name or id(p) in norms else args.weight_decay
         if p.requires_grad:
             groups.setdefault((lr, decay), []).append(p)
@@ -1550,7 +1576,7 @@ def average_gradients(model, device, world_size):
 
 
 def pass_means(progress):
-    """{name: mean of each loss over decoder passes and objects}, weighted as in their sum nowhere."""
+    """{name: mean of each loss over decoder passes and objects}, before the losses are weighted."""
     *sums, count = progress["passes"].tolist()
     return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
 

@@ -235,7 +235,7 @@ def find_items(data_path, args):
 
 
 def check_item(item, whole):
-    """Whether there is an object, or only the sizes were read and are equal; InputError if bad."""
+    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
     if not whole and len({utils.image_size(path) for path in (item[1], *item[2])}) == 1:
         return True
     return bool(read_item(item)[1].any())

@@ -7,7 +7,7 @@ Weights         fetch_, read_, load_weights  renew_heads  check_net  load_checkp
 Images          list_images  read_lines  composed  read_image  read_mask  image_size
                 save_image  save_mask  overlay  save_panel
 Processes       ranks  sum_over_ranks  first_rank_first  stop_asked  raise_if_stopped  hide_bar
-Below them      what these are made of
+Below them      what these are made of; some scripts call a few of them too
 """
 import argparse
 import codecs
@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 
 class Obsolete(argparse.Action):
-    """An article's option without meaning left: accepted, and its help, what to use, is printed."""
+    """An article's option without effect here: accepted; its help, which says so, is printed."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if os.environ.get("RANK", "0") == "0":
@@ -186,8 +186,9 @@ def run(main, parser):
                      "file or folder")
     except Stopped:
         leave_process_group()
-        name = signal.Signals(_signals[0]).name
-        parser.exit(128 + _signals[0], f"{parser.prog}: stopped by {name}\n")
+        number = (_signals or [signal.SIGTERM])[0]  # another process may have got it
+        name = signal.Signals(number).name
+        parser.exit(128 + number, f"{parser.prog}: stopped by {name}\n")
     except (RuntimeError, MemoryError) as error:
         if "RANK" in os.environ and "peer" in str(error):  # Gloo: another process is gone
             rank = os.environ["RANK"]
@@ -207,8 +208,9 @@ class Run:
     device may be non_blocking; checkpoint: what --resume continues, or None. progress: epoch, step,
     best ... and the sums of the running epoch over all processes: images, loss, count (what the mean
     loss is over), skipped steps, and those that the script adds. Every checkpoint holds it.
-    A data set has `items`, whose first member is a name and whose second the image's path, and
-    `classes` (names); it is indexed by (epoch, index), and what it returns ends with index.
+    A data set has `items`, whose first member is a name and whose second the image's path or those
+    of a video's frames, and `classes` (names); it is indexed by (epoch, index), and what it returns
+    ends with index.
     """
 
     def __init__(self, args, net, several=False):
@@ -351,9 +353,9 @@ class Run:
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in parameters]
         self.scaler.unscale_(optimizer)
-        own = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
-               for value in (loss_sum, count, len(self.items))]
-        loss_sum, count, images = sum_over_ranks(torch.stack(own))
+        sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                for value in (loss_sum, count, len(self.items))]
+        loss_sum, count, images = sum_over_ranks(torch.stack(sums))
         # DistributedDataParallel took the mean over processes; if nothing counts, gradients are 0
         torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
@@ -490,10 +492,12 @@ def split_items(items, args, val_items=None):
         train_items = [items[i] for i in sorted(order[num_val:])]
         val_items = [items[i] for i in sorted(order[:num_val])]
     train_items, val_items = train_items[:args.limit], val_items[:args.limit]
-    train_paths, val_paths = [
-        {os.path.abspath(str(item[1][0] if isinstance(item[1], tuple) else item[1])) for item in items}
-        for items in (train_items, val_items)]
-    shared = train_paths & val_paths
+
+    def paths_of(items):  # of the images, and of the videos' first frames
+        firsts = [item[1][0] if isinstance(item[1], tuple) else item[1] for item in items]
+        return {os.path.abspath(str(first)) for first in firsts}
+
+    shared = paths_of(train_items) & paths_of(val_items)
     if shared or not train_items or not val_items:
         path = args.split or args.val_path or args.data_path
         path = ", ".join(path) if isinstance(path, list) else path
@@ -623,17 +627,17 @@ def read_weights(path, wanted, free=()):
 
 
 def renew_heads(model, state, heads):
-    """state, in which layers of other classes are replaced by model's own, and their tensors' names.
+    """(state with model's own tensors where the number of classes differs, the names of these).
 
-    heads: the names of the last layers. Their first dimension is the classes.
+    heads: names of the last layers. The first dimension of their tensors is the classes.
     """
-    own, fresh = model.state_dict(), []
-    for key, wanted in own.items():
+    fresh = {}
+    for key, wanted in model.state_dict().items():
         found = state.get(key)
-        if key.rpartition(".")[0] in heads and isinstance(found, torch.Tensor) \
-                and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
-            fresh.append(key)
-    return {**state, **{key: own[key] for key in fresh}}, fresh
+        is_head = key.rpartition(".")[0] in heads and isinstance(found, torch.Tensor)
+        if is_head and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
+            fresh[key] = wanted
+    return {**state, **fresh}, [*fresh]
 
 
 def state_of(checkpoint):
@@ -652,21 +656,21 @@ def state_of(checkpoint):
 
 def load_weights(model, state, path):
     """Strictly loads the tensors that were read from path; InputError if they are another net's."""
-    own, differing = model.state_dict(), []
-    for key, wanted in own.items():
+    known, differing = model.state_dict(), []
+    for key, wanted in known.items():
         found = state.get(key)
         if key not in state:
             differing.append(f"{key} missing")
         elif not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
             shape = tuple(getattr(found, "shape", ()))
             differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
-    unknown = [f"{key} unknown" for key in state if key not in own]
+    unknown = [f"{key} unknown" for key in state if key not in known]
     if differing or unknown:
         keys = ""
-        if state and not state.keys() & own.keys():
-            keys = f"; it begins with {next(iter(state))}, the net with {next(iter(own))}"
+        if state and not state.keys() & known.keys():
+            keys = f"; it begins with {next(iter(state))}, the net with {next(iter(known))}"
         raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
-                         f"{len(differing)} of {len(own)} tensors missing or of another shape, "
+                         f"{len(differing)} of {len(known)} tensors missing or of another shape, "
                          f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...){keys}")
     model.load_state_dict(state)
 
@@ -779,9 +783,9 @@ def read_image(path):
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
         if is_array and pixels.dtype.kind == "f":
-            if not (-0.5 <= low and high <= 1.5 or -0.5 <= low and 16 <= high <= 255.5):
+            if not (low >= -0.5 and (high <= 1.5 or 16 <= high <= 255.5)):  # between, it may be either
                 raise InputError(f"{path}: floats from {low:g} to {high:g}; give 0..1 or 0..255")
-            low, high = 0, 1 if high <= 1.5 else 255
+            low, high = 0, (1 if high <= 1.5 else 255)
             pixels = pixels.clip(low, high)
         pixels = (pixels.astype(float) - low) * (255 / max(high - low, 1e-12))
         pixels = (pixels + 0.5).astype(np.uint8)
@@ -807,7 +811,8 @@ def read_mask(path, lossy=False):
         mode, mask = image.mode, read_deep(path, image)
         if mask is None:
             mask = np.array(ImageOps.exif_transpose(image))
-    if mask.ndim == 3 and mask.shape[2] == 4 and mode != "CMYK" or mode == "LA":
+    has_alpha = mode == "LA" or (mode != "CMYK" and mask.ndim == 3 and mask.shape[2] == 4)
+    if has_alpha:
         if (mask[..., -1] != mask[0, 0, -1]).any():
             raise InputError(f"{path}: mask with transparency; {remedy}")
         mask = mask[..., :-1]
@@ -944,7 +949,7 @@ def hide_bar():
     return True if os.environ.get("RANK", "0") != "0" else None
 
 
-# --- Below: what the functions above are made of ---
+# --- Below: what the functions above are made of; some scripts call a few of them too ---
 
 def switch(text):
     """Type of on/off options, as to Python bool("False") is True."""
@@ -975,7 +980,7 @@ def is_out_of_memory(error):
 
 
 def remember_signal(number, frame):
-    if _signals:  # the second time: at once
+    if _signals and "RANK" not in os.environ:  # the second time: at once; torchrun sends one too
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     _signals.append(number)
@@ -984,7 +989,7 @@ def remember_signal(number, frame):
 def outlive_signals(worker):
     """worker_init_fn of loaders: a signal to all processes must not end them before the step.
 
-    SIGTERM of the script itself still does: Python sends it to what is left when a script ends.
+    SIGTERM of the script itself still does: so Python ends the loaders when the script ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: tells the sender
@@ -993,6 +998,7 @@ def outlive_signals(worker):
 
 
 def obey_parent():
+    """Ends this process at a SIGTERM that its parent has sent; others are ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -1123,8 +1129,10 @@ def peak_memory_mb(device):
 
 def find_checkpoint(resume, output_dir):
     """The checkpoint of --resume: a path, or auto for output_dir/last.pth if there is one."""
-    last = Path(output_dir if resume == "auto" else resume or "", "last.pth")
-    if not resume or (resume == "auto" and not last.exists()):
+    if not resume:
+        return None
+    last = Path(output_dir if resume == "auto" else resume, "last.pth")
+    if resume == "auto" and not last.exists():
         return None
     checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
     needed = {"format", "model", "optimizer", "args", "epoch", "step"}
@@ -1154,7 +1162,7 @@ def option_of(key):
 
 
 def lock_folder(folder):
-    """Makes folder; the open file that locks it. InputError if another running process does."""
+    """Makes and locks folder; returns the open lock file. InputError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     if fcntl:  # the lock ends with this process, however that ends
@@ -1258,8 +1266,9 @@ def read_file(path):
 def read_deep(path, image):
     """Pixels as stored of an opened file of more than 8 bits, (H, W) or (H, W, 3 or 4); else None."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    bits = max(tags.get(258, (8,)))
-    if image.mode not in ("I", "F") and ";16" not in image.mode + str(image.tile[:1]) and bits <= 8:
+    # PIL names 16 bits in the mode, as I;16, or only in what it will decode from, as RGB;16B
+    deep = image.mode in ("I", "F") or ";16" in image.mode + str(image.tile[:1])
+    if not deep and max(tags.get(258, (8,))) <= 8:  # bits per channel
         return None
     turned, planes = image.getexif().get(0x0112, 1) != 1, tags.get(284, 1) == 2
     if turned or planes:  # which the readers do in their own ways, or not at all

@@ -325,6 +325,20 @@ def test_void_of_the_truth_counts_for_nothing(data, run, tmp_path):
     assert figures["j"] == figures["f"] == 1
 
 
+def test_ids_of_16_bits_have_no_void(data, run, tmp_path):
+    """The object of id 255 and that of 3 say the same of a prediction that spills over it."""
+    figures = {}
+    for third in (3, 255):
+        for t in range(8):
+            ids = np.array(Image.open(data / f"truth/clip/{t:05d}.png"))
+            (tmp_path / f"{third}").mkdir(exist_ok=True)
+            utils.save_image(tmp_path / f"{third}/{t:05d}.png", np.array([0, 1, third, 300], np.uint16)[ids])
+        ids[10:12, 10:12] = 3
+        utils.save_image(tmp_path / f"{third}/00007.png", np.array([0, 1, third, 300], np.uint16)[ids])
+        figures[third] = run("--box", BOX, "--eval", tmp_path / f"{third}", out=f"out{third}")
+    assert figures[3] == figures[255]
+
+
 def test_truth_may_be_a_folder_per_object_and_have_few_frames(data, run, tmp_path, refuses, capsys):
     for t in (0, 2, 4, 6):
         ids = np.array(Image.open(data / f"truth/clip/{t:05d}.png"))

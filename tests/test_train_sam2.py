@@ -117,7 +117,7 @@ def test_passes_losses_and_gradients_of_a_clip_are_the_official_ones(tag, checkp
         corrected, draws = (0,), torch.zeros(num_frames, points.shape[1] - 1, 3)
         given = iter(range(1, points.shape[1]))
 
-        def next_clicks(masks, pred, draws):
+        def next_clicks(masks, pred, draws, void):
             i = next(given)
             return points[:, i:i + 1], labels[:, i:i + 1]
         monkeypatch.setattr(script_, "next_clicks", next_clicks)
@@ -161,12 +161,15 @@ def test_optimizer_groups_and_rates_are_the_official_ones():
 
 # --- Prompts ---
 
+NO_VOID = torch.zeros(8, 1, 1, 1, dtype=torch.bool)  # of up to eight frames, of any size
+
+
 def test_a_click_is_on_a_wrong_pixel_and_says_what_it_should_be():
     masks = set_of((20, 20, 8), (40, 40, 10), (30, 30, 6))
     pred = set_of((28, 20, 8), (40, 40, 10), (30, 30, 9))  # moved; right; too large
     seen = torch.zeros(2, 64, 64, dtype=torch.bool)
     for draw in torch.linspace(0, 0.9999, 300):
-        coords, labels = script_.next_clicks(masks, pred, draw.expand(3))
+        coords, labels = script_.next_clicks(masks, pred, draw.expand(3), NO_VOID[0])
         assert coords.shape == (3, 1, 2) and labels.shape == (3, 1)
         (x, y), label = coords[0, 0].int().tolist(), labels[0, 0].item()
         assert masks[0, y, x] != pred[0, y, x] and label == masks[0, y, x]
@@ -183,7 +186,7 @@ def test_a_click_is_on_a_wrong_pixel_and_says_what_it_should_be():
 def test_every_wrong_pixel_is_equally_likely():
     masks, pred = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
     masks[0, 2, 3] = masks[0, 7, 7] = pred[0, 0, 0] = pred[0, 5, 1] = True
-    found = [script_.next_clicks(masks, pred, torch.tensor([draw]))
+    found = [script_.next_clicks(masks, pred, torch.tensor([draw]), NO_VOID[0])
              for draw in (0.0, 0.2499, 0.25, 0.4999, 0.5, 0.75, 0.999999, 1 - 2**-24)]
     assert [coords[0, 0].tolist() for coords, _ in found] == [
         [0, 0], [0, 0], [3, 2], [3, 2], [1, 5], [7, 7], [7, 7], [7, 7]]
@@ -193,12 +196,13 @@ def test_every_wrong_pixel_is_equally_likely():
 def test_clicks_from_the_truth_and_on_a_full_or_empty_mask():
     mask = set_of((20, 20, 8))
     for draw in torch.linspace(-1, -0.001, 50):  # below 0: as if nothing were predicted
-        coords, labels = script_.next_clicks(mask, mask, draw[None])
+        coords, labels = script_.next_clicks(mask, mask, draw[None], NO_VOID[0])
         x, y = coords[0, 0].int().tolist()
         assert mask[0, y, x] and labels.item() == 1
     full, empty = torch.ones(1, 9, 9, dtype=torch.bool), torch.zeros(1, 9, 9, dtype=torch.bool)
-    assert script_.next_clicks(full, full, torch.tensor([0.5]))[1].item() == 1   # official: 0 at 0, 0
-    assert script_.next_clicks(empty, empty, torch.tensor([0.5]))[1].item() == 0
+    draw = torch.tensor([0.5])
+    assert script_.next_clicks(full, full, draw, NO_VOID[0])[1].item() == 1   # official: 0 at 0, 0
+    assert script_.next_clicks(empty, empty, draw, NO_VOID[0])[1].item() == 0
 
 
 def test_boxes_move_by_a_tenth_at_most_and_absent_objects_have_none():
@@ -207,7 +211,7 @@ def test_boxes_move_by_a_tenth_at_most_and_absent_objects_have_none():
     masks[1, 5:505, 5:505] = True       # by 20 at most, within the image
     corners = []
     for _ in range(200):
-        coords, labels = script_.draw_boxes(masks)
+        coords, labels = script_.draw_boxes(masks, NO_VOID[0])
         assert coords.shape == (3, 2, 2) and labels[:2].tolist() == [[2, 3], [2, 3]]
         assert labels[2].tolist() == [0, -1]  # a click beside it, and padding
         corners.append(coords[:2].flatten(1))
@@ -221,7 +225,7 @@ def test_prompts_have_the_official_shares():
     masks = torch.from_numpy(discs(8, 32, [(16, 16, 8, 0, 0, 0, 7), (20, 20, 5, 0, 0, 0, 3)]))
     args, plans = options("--image-size", 32), []
     with utils.seeded(0):
-        plans = [script_.simulate_prompts(masks, args) for _ in range(1500)]
+        plans = [script_.simulate_prompts(masks, args, NO_VOID) for _ in range(1500)]
     by_points = [plan for plan in plans if plan[0][0]]
     assert 0.46 < len(by_points) / len(plans) < 0.54
     assert 0.46 < np.mean([len(prompts) == 1 for prompts, *_ in plans]) < 0.54   # 1 or 2 prompted frames
@@ -245,10 +249,10 @@ def test_prompts_have_the_official_shares():
 def test_a_clip_of_one_frame_is_clicked_or_boxed_and_fixed_numbers_are_kept():
     masks = torch.from_numpy(discs(4, 32, [(16, 16, 8, 0, 0, 0, 7)]))
     for _ in range(20):
-        prompts, corrected, draws = script_.simulate_prompts(masks[:1], options("--prob-points", "0"))
+        prompts, corrected, draws = script_.simulate_prompts(masks[:1], options("--prob-points", "0"), NO_VOID)
         assert list(prompts) == [0] and prompts[0] and corrected == (0,) and draws.shape == (1, 7, 1)
-        prompts, corrected, _ = script_.simulate_prompts(masks, options(
-            "--prob-points", 1, "--vary-prompted", "False", "--corrected-frames", 4, "--vary-corrected", "False"))
+        args = options("--prob-points", 1, "--vary-prompted", "False", "--corrected-frames", 4, "--vary-corrected", "False")
+        prompts, corrected, _ = script_.simulate_prompts(masks, args, NO_VOID)
         assert len(prompts) == 2 and sorted(corrected) == [0, 1, 2, 3]
 
 
@@ -681,6 +685,7 @@ def test_clips_in_one_batch_count_as_each_alone(some):
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(some):
+    assert some[0].prompts == {0: {}}  # a mask: clicks would jump by what is rounded
     kept, gradients = [], []
     for checkpointing in ("False", "True"):
         model, _ = script_.create_model(options(*SMALL, "--gradient-checkpointing", checkpointing, "--drop-path", 0))
@@ -909,8 +914,11 @@ def test_255_beside_other_ids_is_void_in_videos_too(clips, capsys, monkeypatch):
     args = options("--data-path", clips, *SMALL, "--prob-points", 0)
     items = script_.find_items(str(clips), args)
     assert f"255 beside other ids is void in the masks of 6 videos, such as {items[0].name}" in capsys.readouterr().out
+    simulate, given = script_.simulate_prompts, []
+    monkeypatch.setattr(script_, "simulate_prompts", lambda *args: given.append(args[2]) or simulate(*args))
     one, _ = script_.VideoDataset(items, args, train=True, augment=False)[0, 0]
     assert one.void.shape == one.masks.shape and one.void[..., :8].all() and not one.void[..., 8:].any()
+    assert torch.equal(given[0].expand_as(one.void), one.void)
     assert one.masks.any() and not (one.masks & one.void).any()
     _, ids, _ = script_.VideoDataset(items, args, train=False, augment=False)[0, 0]
     assert (ids[..., :8] == 255).all() and {*ids[..., 8:].unique().tolist()} == {0, 1, 2}
@@ -942,16 +950,35 @@ def test_255_is_an_object_in_masks_of_0_and_255_and_among_higher_ids(clips, caps
     assert {*ids.unique().tolist()} == ({0, 1} if kind == "alone" else {0, 1, 2})
 
 
-def test_what_255_is_is_told_by_the_first_mask_that_shows_anything(tmp_path):
+def test_what_255_is_is_told_by_a_videos_masks(tmp_path):
     blank = np.zeros((8, 16), np.uint8)
     one, white = blank + 1, blank + 255
-    for name, masks, number in (("a", [blank, white, one], 0), ("b", [blank, one, white], -1), ("e", [blank], 0),
-                                ("c", [blank, band(blank), one], 0), ("d", [blank, band(one)], -1)):
+    for name, masks, void in (("a", [blank, band(blank), white], False), ("b", [blank, one, white], True),
+                              ("c", [blank, band(blank), one], True), ("d", [blank, band(one)], True),
+                              ("e", [blank], False)):
         write_video(tmp_path, name, [np.stack([blank] * 3, 2)] * len(masks), masks)
         items = script_.find_items(str(tmp_path), options("--data-path", tmp_path, *SMALL))
-        assert items[-1].masks[0][0][0] == number, name
+        assert items[-1].masks[0][0][0] == (script_.IDS_AND_VOID if void else script_.IDS), name
         shutil.rmtree(tmp_path / "Annotations")
         shutil.rmtree(tmp_path / "JPEGImages")
+
+
+def test_a_mask_that_cannot_be_read_stops_no_run_that_does_not_use_it(clips, tmp_path):
+    broken = sorted(clips.glob("Annotations/*"))[0]
+    for path in broken.iterdir():
+        path.write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text(broken.name)
+    assert len(dataset(clips, "--excluded-videos-list-txt", tmp_path / "list.txt")) == 4
+    refuses(clips, broken.name)
+
+
+def test_videos_without_objects_are_drawn_and_score_nothing(clips, tmp_path, monkeypatch):
+    paint(clips, np.zeros_like)
+    args = options("--data-path", clips, *SMALL)
+    videos = script_.VideoDataset(script_.find_items(str(clips), args), args, train=False, augment=False)
+    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"), dtype=None)
+    script_.draw_samples(script_.NETS["demo"](64), videos, run)
+    assert (tmp_path / "val_samples.png").exists()
 
 
 def sampler(sizes, *more, images=(), rank=0, world_size=1, monkeypatch=None):
@@ -1137,27 +1164,33 @@ def test_void_counts_for_nothing():
     assert script_.criterion(logits, ious, score, masks, args)[1] != losses[0][1]
 
 
-def test_correcting_clicks_never_fall_on_void(monkeypatch):
-    masks, void = torch.zeros(1, 1, 64, 64, dtype=torch.bool), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+def test_no_click_falls_on_void(monkeypatch):
+    """Of an object that is there, of an absent one, where the mask is right and where it is wrong."""
+    masks, void = torch.zeros(1, 2, 64, 64, dtype=torch.bool), torch.zeros(1, 2, 64, 64, dtype=torch.bool)
     masks[0, 0, 20:30, 20:30] = True
-    void[0, 0, 40:] = True
-    model = script_.NETS["demo"](64).eval()
+    void[:, :, 32:] = True
     seen, true = [], script_.next_clicks
 
-    def next_clicks(masks, pred, draws):
-        seen.append(pred)
-        return true(masks, pred, draws)
+    def next_clicks(*args):
+        coords, labels = true(*args)
+        seen.extend(coords[:, 0, 1].tolist())
+        return coords, labels
     monkeypatch.setattr(script_, "next_clicks", next_clicks)
-    coords, labels = script_.draw_clicks(masks[0])
-    one = script_.Clip(None, masks, {0: {"point_coords": coords, "point_labels": labels}}, (0,),
-                       torch.rand(1, 3, 1), void)
+    for _ in range(20):
+        script_.simulate_prompts(masks, options("--prob-box", 0), void[:, :1])
+        script_.draw_boxes(masks[0], void[0])
+        next_clicks(masks[0], masks[0], torch.rand(2), void[0])
+        next_clicks(masks[0], torch.ones_like(masks[0]), torch.rand(2), void[0])
+    assert len(seen) == 160 and max(seen) < 32
     seen.clear()
+    model = script_.NETS["demo"](64).eval()
+    coords, labels = script_.draw_clicks(masks[0], void[0])
+    one = script_.Clip(None, masks, {0: {"point_coords": coords, "point_labels": labels}}, (0,),
+                       torch.rand(1, 7, 2), void)
     backbone = script_.encode(model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), None)
     with torch.no_grad():
-        for p in model.sam_mask_decoder.output_hypernetworks_mlps.parameters():
-            p.mul_(3)
-        [*script_.track_clips(model, backbone, torch.tensor([0]), one, options(), None)]
-    assert len(seen) == 3 and not any((pred & void[0]).any() for pred in seen)
+        [*script_.track_clips(model, backbone, torch.tensor([0, 0]), one, options(), None)]
+    assert len(seen) == 16 and max(seen) < 32
 
 
 @pytest.mark.parametrize("text", ['{"masklet": []}', '{"masklet": [3]}', '{"masklet": {"a": 1}}', '{"annotations": 3}'])

@@ -341,6 +341,20 @@ def test_our_own_bugs_keep_their_traceback(script):
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 
 
+def test_a_process_that_another_ones_signal_stops_says_so(script):
+    done = script("-c", "import sys, utils\nsys.argv = ['x.py']\ndef main(args): raise utils.Stopped\n"
+                  "utils.run(main, utils.ArgumentParser('x'))")
+    assert (done.returncode, done.stderr) == (143, "x.py: stopped by SIGTERM\n")
+
+
+def test_a_second_signal_ends_a_process_at_once_but_not_under_torchrun_which_sends_one_too(script, monkeypatch):
+    code = ("import os, sys, utils\nsys.argv = ['x.py']\ndef main(args):\n    os.kill(os.getpid(), 15)\n"
+            "    os.kill(os.getpid(), 15)\n    utils.raise_if_stopped()\nutils.run(main, utils.ArgumentParser('x'))")
+    assert script("-c", code).returncode == -15
+    monkeypatch.setenv("RANK", "1")
+    assert script("-c", code).returncode == 143
+
+
 def test_two_processes_join_and_sum(tmp_path):
     (tmp_path / "sums.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                                       "import torch, utils\n"
