@@ -251,7 +251,8 @@ def test_a_clip_of_one_frame_is_clicked_or_boxed_and_fixed_numbers_are_kept():
     for _ in range(20):
         prompts, corrected, draws = script_.simulate_prompts(masks[:1], options("--prob-points", "0"), NO_VOID)
         assert list(prompts) == [0] and prompts[0] and corrected == (0,) and draws.shape == (1, 7, 1)
-        args = options("--prob-points", 1, "--vary-prompted", "False", "--corrected-frames", 4, "--vary-corrected", "off")
+        args = options("--prob-points", 1, "--vary-prompted", "False", "--corrected-frames", 4,
+                       "--vary-corrected", "False")
         prompts, corrected, _ = script_.simulate_prompts(masks, args, NO_VOID)
         assert len(prompts) == 2 and sorted(corrected) == [0, 1, 2, 3]
 
