@@ -562,13 +562,13 @@ def evaluate(video, prompts, truth, folder, args):
     rates, last = import_script("train_sam2", "--eval"), max(truth)
     found, values = set(), {}
     codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
-    binary = codes <= {0, 255}  # then 255 is the object; else void, but in masks of 16 bits
+    binary = codes <= {0, 255}  # then 255 is the object
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
         utils.raise_if_stopped()
         true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
         if binary:
             true = true // 255
-        void = (true == 255) & (max(codes) <= 255)
+        void = (true == 255) & (true.itemsize == 1)  # as in train_sam2.py: not in 16-bit masks
         true = np.where(void, 0, true)
         found |= {int(k) for k in np.unique(true) if k}
         for k, by_frame in prompts.items():

@@ -442,9 +442,9 @@ def simulate_prompts(masks, args, void):
         coords, labels = draw(masks[t], void[t])
         prompts[t] = {"point_coords": coords, "point_labels": labels}
     draws = torch.rand(num_frames, args.num_correction_points, num_objects)
-    for draw in draws.flatten(0, 1):  # views: what is subtracted changes draws
+    for places in draws.flatten(0, 1):  # views: what is subtracted changes draws
         if happens(args.prob_click_truth):
-            draw -= 1
+            places -= 1
     return prompts, (*frames, *others[:corrected - prompted]), draws
 
 
