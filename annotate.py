@@ -39,8 +39,9 @@ from PIL import Image
 
 import predict
 import utils
+from nets import efficient_sam, sam, sam2
 
-NAMES = [*predict.EFFICIENT_WEIGHTS, *predict.WEIGHTS, *predict.SAM2_WEIGHTS]  # of official weights
+NAMES = [*efficient_sam.WEIGHTS, *sam.WEIGHTS, *sam2.WEIGHTS]  # of official weights
 VOC = "VOCdevkit/VOC2012"
 LAYOUTS = {"npy": ("imgs", "gts"), "voc": (f"{VOC}/JPEGImages", f"{VOC}/SegmentationObject")}
 SCREEN = 1600      # longer side, in pixels, of what the page shows; what is saved is not scaled

@@ -545,7 +545,7 @@ def fine_tune(net, size, images, device):
         loader = finetune_sam_decoder.create_loaders(args)[0]
         model, arch = finetune_sam_decoder.create_model(args)
         model.to(device)
-        image = finetune_sam_decoder.preprocess(loader.dataset.items[0], False, args)[None].to(device)
+        image = finetune_sam_decoder.read_input(loader.dataset.items[0], False, args)[None].to(device)
         plain = {"dtype": None, "plain": True}
         for way, settings in {"article": plain, "ours, float32": {"dtype": None},
                               "ours": {"dtype": BF16}}.items():
@@ -613,7 +613,7 @@ def official_attention(self, x):
 def article_loss(model, item, args, device):
     """One image as article 002 trains it: encoded anew, its objects one by one, in two passes each."""
     ids = finetune_sam_decoder.read_ids(item)
-    image = finetune_sam_decoder.preprocess(item, False, args)[None].to(device)
+    image = finetune_sam_decoder.read_input(item, False, args)[None].to(device)
     embedding = encode_image(model, image, None, plain=True)
     size = sam.resized_size(*ids.shape, args.image_size)
     scale = torch.tensor([size[1] / ids.shape[1], size[0] / ids.shape[0]])

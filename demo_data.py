@@ -331,10 +331,10 @@ def save(path, pixels):
     path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
 
 
-def baseline_cells(images, masks):
-    """Dataset IoU of Otsu's threshold on RGB images (H, W, 3) against masks (H, W)."""
+def otsu_iou(items):
+    """IoU over the set of Otsu's threshold; items: (RGB image (H, W, 3), mask (1, H, W)) each."""
     intersection = union = 0
-    for image, mask in zip(images, masks):
+    for image, (mask,) in items:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         _, bright = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
         intersection += np.count_nonzero((bright > 0) & (mask > 0))
@@ -342,11 +342,14 @@ def baseline_cells(images, masks):
     return intersection / union
 
 
-def baseline_scenes(train_images, train_masks, images, masks, num_classes=len(SCENE_CLASSES)):
+def colour_miou(train_items, val_items, num_classes):
     """Mean IoU of colour alone: each of 16**3 colours gets its most frequent class in training.
 
-    Frequent classes therefore win more colours; colours never seen are background; 255 is ignored.
+    Items: (RGB image (H, W, 3), label (H, W)) each. Frequent classes therefore win more colours;
+    colours never seen are background; 255 is ignored.
     """
+    (train_images, train_masks), (images, masks) = zip(*train_items), zip(*val_items)
+
     def colours(images):
         return np.concatenate(
             [(image.reshape(-1, 3) // 16).astype(np.int64) @ [256, 16, 1] for image in images])

@@ -14,6 +14,7 @@ Writes: OUTPUT_DIR/best.pth (best val_box_iou) and last.pth (for --resume), both
         --cache-dir: the embeddings, one file per image.
 """
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -29,11 +30,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.sam import NETS as SAMS
-from nets.sam import PIXEL_MEAN, PIXEL_STD, WEIGHTS, resize_positions, resized_size
+from nets.sam import BOTH, BOX, NETS, PIXEL_MEAN, PIXEL_STD, POINTS, WEIGHTS, decode, encode, enlarge
+from nets.sam import hash_frozen, preprocess, resized_size, two_passes
+from nets.weights import check_net, load_sam, load_weights
 
 VOID = 255
-POINTS, BOX, BOTH = range(3)  # kinds of prompt
 PREPROCESS = "antialiased"  # change it when `preprocess` changes: embeddings are then made again
 CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
 DEMO = {"model": "demo", "amp": "off", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4,
@@ -71,7 +72,7 @@ def get_args_parser():
     add("--cache-dir", help="folder of the embeddings (embeddings/ beside --output-dir)")
     add_switch("--no-cache", help="keep no embeddings: encode each image in each epoch")
 
-    add("--model", "--model-type", "--type", choices=list(SAMS), default="vit_b", help="(%(default)s)")
+    add("--model", "--model-type", "--type", choices=list(NETS), default="vit_b", help="(%(default)s)")
     add("--weights", "--sam-weights", "--w",
         help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: that of --model)")
     add("--train", choices=["decoder", "token", "all"], default="decoder",
@@ -121,6 +122,7 @@ class VOCObjects(torch.utils.data.Dataset):
             if mirrored:
                 ids = ids[:, ::-1].copy()
             objects = 1 + torch.randperm(max(ids.max(), 0))[:args.max_objects]
+            objects = objects[:0] if index < 0 else objects  # it only fills up a process's last batch
             points, labels, boxes, kinds = sample_prompts(ids, objects.tolist(), args, self.augment)
         height, width = resized_size(*ids.shape, args.image_size)
         scale = torch.tensor([width / ids.shape[1], height / ids.shape[0]])
@@ -135,7 +137,7 @@ class VOCObjects(torch.utils.data.Dataset):
                 return load_embedding(self.embeddings[index, mirrored])
             except utils.InputError as error:
                 raise utils.InputError(f"{error}: --resume auto makes it again") from None
-        return preprocess(self.items[index], mirrored, self.args)
+        return read_input(self.items[index], mirrored, self.args)
 
     @staticmethod
     def collate(batch):
@@ -214,14 +216,10 @@ def cover(ids, objects, args):
     return torch.where(highest < 0.5, masks / highest.clamp(min=1e-6), masks), weight
 
 
-def preprocess(item, mirrored, args):
-    """(ID, image path, ...) -> (3, S, S) float32, resized, normalised and padded for the encoder."""
+def read_input(item, mirrored, args):
+    """(ID, image path, ...) -> (3, S, S) float32, the encoder's input."""
     image = torch.from_numpy(utils.read_image(item[1]).transpose(2, 0, 1).copy())
-    height, width = resized_size(*image.shape[1:], args.image_size)
-    image = v2.functional.resize(image, [height, width], antialias=True)
-    image = image.flip(2) if mirrored else image
-    image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
-    return F.pad(image, (0, args.image_size - width, 0, args.image_size - height))
+    return preprocess(image, args.image_size, mirrored)
 
 
 def read_ids(item):
@@ -255,7 +253,7 @@ def list_ids(root, name):
     """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
-        lines = [utils.composed(line) for line in utils.read_lines(path)]
+        lines = [utils.nfc(line) for line in utils.read_lines(path)]
     except (OSError, UnicodeDecodeError):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
@@ -352,7 +350,7 @@ def create_loaders(args):
         root = find_root(args.keep_path, args.year)
         items = keep_items(find_items(root, args.val_set, args)[:args.limit], "--keep-path", args)
         val_sets.append(VOCObjects(items, find_class_names(root), args, train=False, augment=False))
-    train_loader = utils.create_loader(train_set, args, shuffle=True)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
     val_loaders = [utils.create_loader(dataset, args, shuffle=False, batch_size=1) for dataset in val_sets]
     return train_loader, val_loaders[0], val_loaders[1] if args.keep_path else None
 
@@ -376,7 +374,7 @@ def sanity_check(train_set, val_set, args):
     for index in range(min(8, len(train_set))):
         item = train_set.items[index]
         _, *prompts, masks, weight, _ = train_set[0, index]
-        image, seen = utils.read_image(item[1]), preprocess(item, False, args)
+        image, seen = utils.read_image(item[1]), read_input(item, False, args)
         seen = (seen.permute(1, 2, 0) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)).clamp(0, 255)
         numbers = torch.arange(1, len(masks) + 1)[:, None, None]
         trained = ((masks >= 0.5) * numbers).amax(0).where(weight > 0, torch.tensor(VOID))
@@ -412,7 +410,7 @@ def draw_prompts(image, points, labels, boxes, kinds):
 def create_model(args, checkpoint=None):
     """The net, with --weights and what a checkpoint has trained, and the arguments that rebuild it."""
     arch = {"model": args.model, "image_size": args.image_size}
-    model = SAMS[args.model](args.image_size)
+    model = NETS[args.model](args.image_size)
     args.base = args.weights
     if checkpoint:
         args.base = checkpoint["args"].get("base", args.weights)
@@ -425,48 +423,10 @@ def create_model(args, checkpoint=None):
         model.mask_decoder.output_upscaling.requires_grad_(False)
         model.mask_decoder.iou_token.requires_grad_(False)
     if checkpoint:
-        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "sam", **arch})
+        check_net(checkpoint, f"--resume {args.resume}", {"net": "sam", **arch})
         part = trained_part(model, args)
-        utils.load_weights(part, checkpoint["model"], f"--resume {args.resume}")
+        load_weights(part, checkpoint["model"], f"--resume {args.resume}")
     return model, arch
-
-
-def load_sam(model, path, base=None):
-    """Loads a file into model: the whole net, or a decoder alone after its base weights.
-
-    base: path or official name of those (default: what the decoder's checkpoint names). Returns the
-    path or name of the whole net's weights. Position codes of another image size are interpolated.
-    """
-    file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
-    checkpoint = utils.load_checkpoint(file)
-    ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
-    trained_with, arch = ours.get("args", {}), ours.get("arch", {})
-    utils.check_net(checkpoint, path, {"net": "sam", **arch})
-    state = utils.state_of(checkpoint)
-    if not state or not all(key.startswith("mask_decoder.") for key in state):  # the whole net
-        utils.load_weights(model, resize_positions(state, model), path)
-        return path if path in WEIGHTS else str(Path(path).resolve())
-    if not base:
-        base = trained_with.get("base")
-        if not base:
-            raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its "
-                                   "base, or predict.py the --base weights")
-        if base not in ("none", *WEIGHTS) and not Path(base).exists():
-            raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not "
-                                   "there; give predict.py the --base weights")
-    if base != "none":
-        base = load_sam(model, base)
-    # The hash is of the base at the image size of training; for another size that net is made too
-    base_hash, size = trained_with.get("base_hash"), arch.get("image_size", model.image_size)
-    original = model
-    if size != model.image_size and base != "none":
-        original = SAMS[arch["model"]](size)
-        load_sam(original, base)
-    if base_hash and size == original.image_size and base_hash != hash_frozen(original):
-        raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
-                               "the right --base")
-    utils.load_weights(model, {**model.state_dict(), **state}, path)
-    return base
 
 
 def trained_part(model, args):
@@ -476,63 +436,62 @@ def trained_part(model, args):
     return nn.ModuleDict({"mask_decoder": model.mask_decoder})
 
 
-def hash_frozen(model):
-    """16 hex digits of the weights of both encoders."""
-    digest = hashlib.sha256()
-    for part in (model.image_encoder, model.prompt_encoder):
-        for key, value in part.state_dict().items():
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def encode(model, features, dtype):
+def embed(model, features, dtype):
     """Images (B, 3, S, S) float32, or kept embeddings in half precision -> (B, D, E, E) float32."""
-    if features.dtype == torch.float16:
-        return features.float()
-    with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
-        return model.image_encoder(features).float()
+    return features.float() if features.dtype == torch.float16 else encode(model, features, dtype)
 
 
 @torch.no_grad()
 def cache_embeddings(model, datasets, run, args):
-    """Makes the embeddings of the data sets' images that are not yet on disk.
+    """Makes the embeddings of the data sets' images that are not yet on disk; each process its part.
 
     A file is named by the image's bytes, the encoder's weights, the size and the precision: none is
     ever taken for another. Damaged ones are made again. Stopped and started again, it goes on.
     """
     folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
     folder.mkdir(parents=True, exist_ok=True)
-    missing = {}
+    rank, world_size = utils.ranks()
+    images = {}  # path of each embedding: its image and whether that is mirrored
     for dataset in datasets:
-        views = (False, True) if dataset.augment and args.flip else (False,)
-        for index, item in enumerate(tqdm(dataset.items, "embeddings", leave=False, disable=None)):
+        hashes = {}
+        for index in tqdm(range(rank, len(dataset), world_size), "embeddings", leave=False,
+                          disable=utils.hide_bar()):
             utils.raise_if_stopped()
-            image = hashlib.sha256(item[1].read_bytes()).hexdigest()
-            for mirrored in views:
+            hashes[index] = hashlib.sha256(dataset.items[index][1].read_bytes()).hexdigest()
+        for index, image in utils.merge_over_ranks(hashes).items():
+            for mirrored in (False, True) if dataset.augment and args.flip else (False,):
                 key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
                 path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pth"
                 dataset.embeddings[index, mirrored] = path
-                if path not in missing and not is_whole(path):
-                    missing[path] = item, mirrored
+                images[path] = dataset.items[index], mirrored
+    own = [*images][rank::world_size]
+    missing = []
+    for path in own:
+        utils.raise_if_stopped()
+        if not is_whole(path):
+            missing.append(path)
     numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
-    needed, free = 2 * numbers * len(missing) / 1e9, shutil.disk_usage(folder).free / 1e9
-    if missing:
-        print(f"making {len(missing)} embeddings, {needed:.2f} GB, in {folder}")
+    count = int(utils.sum_over_ranks(torch.tensor(float(len(missing)), device=run.device)))
+    needed, free = 2 * numbers * count / 1e9, shutil.disk_usage(folder).free / 1e9
+    if count:
+        print(f"making {count} embeddings, {needed:.2f} GB, in {folder}")
     if needed > free:
         raise utils.InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
                                "another --cache-dir, or --no-cache")
-    images = torch.utils.data.DataLoader(
-        Pending([*missing.values()], args), batch_size=1 if run.device.type == "cpu" else 8,
-        num_workers=args.workers, worker_init_fn=utils.outlive_signals,
-        pin_memory=run.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        Pending([images[path] for path in missing], args),
+        batch_size=1 if run.device.type == "cpu" else 8, num_workers=args.workers,
+        worker_init_fn=utils.ignore_group_signals, pin_memory=run.device.type == "cuda")
     paths = iter(missing)
-    with tqdm(total=len(missing), desc="encoding", leave=False, disable=None) as bar:
-        for batch in images:
+    with tqdm(total=len(missing), desc="encoding", leave=False, disable=utils.hide_bar()) as bar:
+        for batch in loader:
             embeddings = encode(model, batch.to(run.device, non_blocking=run.pinned), run.dtype)
             for embedding in embeddings.half().cpu():
                 utils.save_checkpoint(next(paths), {"embedding": embedding.clone()})
             bar.update(len(batch))
-            utils.raise_if_stopped()
+            if utils.stop_asked():  # all processes leave together, below
+                break
+    utils.raise_if_stopped(run.device)  # and wait until all embeddings are there
 
 
 class Pending(torch.utils.data.Dataset):
@@ -545,7 +504,7 @@ class Pending(torch.utils.data.Dataset):
         return len(self.missing)
 
     def __getitem__(self, index):
-        return preprocess(*self.missing[index], self.args)
+        return read_input(*self.missing[index], self.args)
 
 
 def is_whole(path):
@@ -567,43 +526,6 @@ def load_embedding(path):
     if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
         raise utils.InputError(f"{path}: not an embedding")
     return embedding
-
-
-def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
-    """One pass over P objects -> mask logits (P, C, M, M), the predicted IoU (P, C); C is 3 or 1.
-
-    embeddings (P, D, E, E), prompts in pixels of the square, low_logits (P, 1, M, M) of an earlier
-    pass or None. Each kind of prompt has its own number of tokens, and so a call of its own.
-    """
-    groups = [(kinds == kind).nonzero()[:, 0] for kind in (POINTS, BOX, BOTH)]
-    outputs = []
-    for kind, chosen in zip((POINTS, BOX, BOTH), groups):
-        if not len(chosen):
-            continue
-        clicks = None if kind == BOX else (points[chosen], labels[chosen])
-        corners = None if kind == POINTS else boxes[chosen]
-        earlier = None if low_logits is None else low_logits[chosen]
-        with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
-            sparse, dense = model.prompt_encoder(points=clicks, boxes=corners, masks=earlier)
-            outputs.append(model.mask_decoder(
-                image_embeddings=embeddings[chosen], image_pe=model.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
-                multimask_output=multimask))
-    order = torch.cat(groups).argsort()
-    return [torch.cat(part).float()[order] for part in zip(*outputs)]
-
-
-def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):
-    """As the article: the best of three masks, by the predicted IoU, prompts a second pass.
-
-    Returns logits (P, 3, M, M), iou (P, 3) of the first, logits (P, 1, M, M), iou (P, 1) of the second.
-    """
-    prompts = (points, labels, boxes, kinds)
-    first, first_iou = decode(model, embeddings, *prompts, None, True, dtype)
-    best = first_iou.argmax(1)[:, None, None, None]  # of each object; the article: one for all
-    chosen = torch.take_along_dim(first, best, 1).detach()
-    second, second_iou = decode(model, embeddings, *prompts, chosen, False, dtype)
-    return first, first_iou, second, second_iou
 
 
 # --- Loss ---
@@ -646,18 +568,21 @@ def evaluate(model, loader, run, args):
     class_box_iou: {class: (mean, objects)} where there is a SegmentationClass.
     """
     model.eval()
-    rows, classes = defaultdict(list), []
-    for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=None):
-        utils.raise_if_stopped()
+    found = {}  # index: figures and classes of 8 objects at a time
+    for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
+        if utils.stop_asked():  # all processes leave together, below
+            break
         ids = ids[0]
-        embedding = encode(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
-        for numbers in torch.arange(1, ids.max() + 1).split(8):  # 8 at a time, to limit memory
-            for name, values in judge(model, embedding, ids, numbers, run.dtype).items():
-                rows[name].append(values)
-            classes += classes_of(loader.dataset.items[index], ids, numbers)
-    rows = {name: torch.cat(values).double() for name, values in rows.items()}  # (objects,) each
+        embedding = embed(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
+        found[index] = [(judge(model, embedding, ids, numbers, run.dtype),
+                         classes_of(loader.dataset.items[index], ids, numbers))
+                        for numbers in torch.arange(1, ids.max() + 1).split(8)]  # to limit memory
+    utils.raise_if_stopped(run.device)
+    parts = list(itertools.chain(*utils.merge_over_ranks(found).values()))
+    rows = {name: torch.cat([figures[name] for figures, _ in parts]).double() for name in parts[0][0]}
+    classes = itertools.chain(*[classes for _, classes in parts])
     per_class = defaultdict(list)
-    for class_id, iou in zip(classes, rows["val_box_iou"].tolist()):
+    for class_id, iou in zip(classes, rows["val_box_iou"].tolist()):  # of each object
         if class_id is not None:
             per_class[loader.dataset.class_names.get(class_id, str(class_id))].append(iou)
     per_class = {name: (sum(ious) / len(ious), len(ious)) for name, ious in per_class.items()}
@@ -718,8 +643,7 @@ def segment(model, embedding, size, points, labels, boxes, kind, low_logits, dty
         *_, low_logits, iou = two_passes(model, embeddings, *prompts, dtype)
     else:
         low_logits, iou = decode(model, embeddings, *prompts, low_logits, False, dtype)
-    logits = model.postprocess_masks(low_logits, (height, width), size)
-    return logits[:, 0].cpu(), low_logits, iou[:, 0].cpu()
+    return enlarge(model, low_logits, size)[:, 0].cpu(), low_logits, iou[:, 0].cpu()
 
 
 def depth(mask):
@@ -800,7 +724,7 @@ def draw_samples(model, dataset, run):
         image, (features, ids, _) = utils.read_image(dataset.items[index][1]), dataset[0, index]
         numbers = torch.arange(1, min(ids.max(), 20) + 1)
         prompts = clear_prompts(ids == numbers[:, None, None])
-        embedding = encode(model, features[None].to(run.device), run.dtype)
+        embedding = embed(model, features[None].to(run.device), run.dtype)
         kinds = torch.full((len(numbers),), BOTH)
         row = [draw_prompts(image, *prompts, kinds), utils.overlay(image, colour_ids(ids))]
         for kind in (BOX, POINTS):
@@ -849,7 +773,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             if not len(owner):  # no object in these images, which are beyond those checked at the start
                 continue
             with torch.set_grad_enabled(args.train == "all"):
-                embeddings = encode(model, features, run.dtype)[owner]
+                embeddings = embed(model, features, run.dtype)[owner]
             first, first_iou, second, second_iou = two_passes(
                 model, embeddings, points, labels, boxes, kinds, run.dtype)
             loss = criterion(first, first_iou, masks, weight[owner]).sum()
@@ -857,7 +781,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_objects += len(owner)
-        if run.accepts(optimizer, loss_sum, num_objects):  # the gradient is now of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects):  # the gradient is now of the mean over objects
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -884,7 +808,7 @@ def prepare_demo(args):
 def save_decoder(run, part):
     """decoder.pth, as the article: the decoder's tensors alone, under their official names."""
     decoder = {key: value for key, value in part.state_dict().items() if key.startswith("mask_decoder.")}
-    utils.save_checkpoint(run.folder / "decoder.pth", decoder)
+    run.save_plain("decoder.pth", decoder)
 
 
 def main(args):
@@ -898,7 +822,7 @@ def main(args):
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     if not (args.point_prompt or args.box_prompt):
         raise utils.InputError("--point-prompt False: no prompts are left; keep one of the two kinds")
-    run = utils.Run(args, net="sam")  # seeds; device and precision; --resume's checkpoint
+    run = utils.Run(args, net="sam")  # joins torchrun's processes; seeds; picks device and precision
     train_loader, val_loader, keep_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:
@@ -955,8 +879,9 @@ def main(args):
     figures = figures or evaluate(model, val_loader, run, args)  # nothing was left to train
     columns = {"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]}
     if keep_loader:  # evaluated with the best weights, not the last
+        utils.wait_for_ranks()
         best = utils.load_checkpoint(run.folder / "best.pth")
-        utils.load_weights(part, best["model"], run.folder / "best.pth")
+        load_weights(part, best["model"], run.folder / "best.pth")
         columns["kept, before"] = progress["keep_before"]
         columns["kept, best"] = evaluate(model, keep_loader, run, args)
     print_table(columns)

@@ -18,11 +18,9 @@ in pixels: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, o
 per object, as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what
 the net is sure of, each object once.
 """
-import argparse
 import csv
 import functools
 import glob
-import hashlib
 import json
 import math
 import os
@@ -43,19 +41,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.deeplabv3 import COCO_WEIGHTS, VOC_CLASSES, deeplabv3
-from nets.efficient_sam import NETS as EFFICIENT_SAMS
-from nets.efficient_sam import WEIGHTS as EFFICIENT_WEIGHTS
-from nets.sam import NETS as SAMS
-from nets.sam import WEIGHTS, resize_positions, resized_size
-from nets.sam2 import NETS as SAM2S
-from nets.sam2 import PIXEL_MEAN, PIXEL_STD
-from nets.sam2 import WEIGHTS as SAM2_WEIGHTS
-from nets.unet import NETS as UNETS
-from nets.unet import STRIDE
+from nets import deeplabv3, efficient_sam, sam, sam2, unet
+from nets.weights import load_sam, official_file, state_of
 
-OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in COCO_WEIGHTS],
-            *EFFICIENT_WEIGHTS, *WEIGHTS, *SAM2_WEIGHTS]  # the last are SAM 2.1's
+OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in deeplabv3.COCO_WEIGHTS],
+            *efficient_sam.WEIGHTS, *sam.WEIGHTS, *sam2.WEIGHTS]
 
 
 # --- Options ---
@@ -68,8 +58,8 @@ def get_args_parser():
         help="image, .npy array, folder of them, glob, or .txt list of paths")
     add("--weights", required=True,
         help="best.pth or last.pth of a training script; with --model an official file, or its name: "
-             f"coco (DeepLab's), {', '.join([*EFFICIENT_WEIGHTS, *WEIGHTS])}, or "
-             f"{', '.join(SAM2_WEIGHTS)} (SAM 2.1's), fetched once")
+             f"coco (DeepLab's), {', '.join([*efficient_sam.WEIGHTS, *sam.WEIGHTS])}, or "
+             f"{', '.join(sam2.WEIGHTS)} (SAM 2.1's), fetched once")
     add("--model", choices=OFFICIAL, help="net of an official file; our checkpoints name theirs")
     add("--base", help="weights that a SAM decoder was trained on (those its checkpoint names)")
     add("--output-dir", default="out", help="folder for masks and overlays (%(default)s)")
@@ -85,11 +75,11 @@ def get_args_parser():
     add("--depth", type=utils.number(int, 1, 4),
         help="levels to compute of a U-Net++ trained with --deep-supervision; fewer are faster (all)")
     add_switch("--flip", help="average with the mirrored image")
-    add("--scales", type=numbers(1, 20), default=[1.0], metavar="S[,S...]",
+    add("--scales", type=utils.numbers(1, 20), default=[1.0], metavar="S[,S...]",
         help="average over these sizes, times that of training (1)")
-    add("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
+    add("--point", type=utils.numbers(2, 3), action="append", default=[], metavar="X,Y[,LABEL]",
         help="a click: label 1 object (default), 0 background (EfficientSAM was not trained on it)")
-    add("--box", type=numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1",
+    add("--box", type=utils.numbers(4, 4), action="append", default=[], metavar="X0,Y0,X1,Y1",
         help="may be repeated")
     add("--prompts", help="json file of points and boxes for each image")
     add("--everything", nargs="?", type=utils.number(int, 1, 256), const=32, metavar="N",
@@ -104,20 +94,6 @@ def get_args_parser():
                                    "_3.png")
     parser.add_device_options()
     return parser
-
-
-def numbers(least, most):
-    """Type of an option of so many numbers with commas between."""
-    def parse(text):
-        try:
-            values = [float(value) for value in text.split(",")]
-        except ValueError:
-            values = []
-        if not least <= len(values) <= most or not np.isfinite(values).all():
-            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas "
-                                             "between")
-        return values
-    return parse
 
 
 # --- Data ---
@@ -204,25 +180,19 @@ def read_image(path):
                                "it") from None
 
 
-def normalize(image, channels=3):
-    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics."""
-    image = image.as_subclass(torch.Tensor) / 255
-    image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return image if channels == 3 else image.mean(0, keepdim=True)
-
-
 # --- Model ---
 
 class Net(NamedTuple):
     """What this script has to know of a net; NETS has one of each."""
     build: Callable            # the "arch" of a checkpoint -> the net
     predict: Callable          # see predict_unet; with prompts see predict_efficient_sam
-    needs: str                 # option of its training that predicting needs
+    required_option: str       # option of its training that predicting needs
     overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
-    encode: Callable = None    # of nets that need prompts: see encode_efficient_sam
+    encode: Callable = None    # this and the next three of nets that need prompts; see those of
+    click: Callable = None     # EfficientSAM
+    enlarge: Callable = None
+    content: Callable = None   # [height, width] that an image of this size fills of its square
     max_points: int = 0        # of one object, corners of its box included
-    click: Callable = None     # of these too: see click_efficient_sam
-    enlarge: Callable = None   # and see enlarge_efficient_sam
     min_iou: float = 0.88      # what --min-iou is if not given, as the authors set it
 
 
@@ -256,7 +226,7 @@ def load_model(args):
                                f"{', '.join(NETS)}")
     try:
         trained_with = SimpleNamespace(**checkpoint["args"])
-        getattr(trained_with, net.needs)
+        getattr(trained_with, net.required_option)
         torch.manual_seed(checkpoint["args"].get("seed", 0))  # --weights none: a frozen part is drawn
         model = net.build(**checkpoint["arch"])
         if checkpoint["net"] == "sam":
@@ -279,95 +249,30 @@ def load_model(args):
 
 def official_checkpoint(path, name):
     """An official file, or any bare weights of this net, as a checkpoint of ours."""
-    if name in WEIGHTS:
-        return {"format": 0, "net": "sam", "classes": [], "arch": {"model": name, "image_size": 1024},
-                "args": {"image_size": 1024}}
-    backbone, file = name.removeprefix("deeplabv3_"), path
-    if path in EFFICIENT_WEIGHTS:
-        file = utils.fetch_weights(path, EFFICIENT_WEIGHTS[path])
-    elif path in SAM2_WEIGHTS:
-        file = utils.fetch_weights(**SAM2_WEIGHTS[path])
-    elif path == "coco":
-        url = COCO_WEIGHTS[backbone]
-        file = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
+    arch, args = {"model": name, "image_size": 1024}, {"image_size": 1024, "preprocess": "official"}
+    ours = {"format": 0, "net": "sam", "classes": [], "arch": arch, "args": args}
+    if name in sam.WEIGHTS:  # load_sam reads the file
+        return ours
+    backbone = name.removeprefix("deeplabv3_")
+    coco = {"coco": deeplabv3.COCO_WEIGHTS[backbone]} if path == "coco" else {}
+    file = official_file(path, {**efficient_sam.WEIGHTS, **sam2.WEIGHTS, **coco})
     checkpoint = utils.load_checkpoint(file)
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         raise utils.InputError(f"{path}: names its own net; leave --model out")
-    state = utils.state_of(checkpoint)
-    if name in EFFICIENT_WEIGHTS:
-        return {"format": 0, "net": "efficient_sam", "model": state, "classes": [],
-                "arch": {"model": name, "image_size": 1024}, "args": {"preprocess": "official"}}
-    if name in SAM2_WEIGHTS:
-        return {"format": 0, "net": "sam2", "model": state, "classes": [],
-                "arch": {"model": name, "image_size": 1024}, "args": {"image_size": 1024}}
+    state = state_of(checkpoint)
+    for net, names in (("efficient_sam", efficient_sam.WEIGHTS), ("sam2", sam2.WEIGHTS)):
+        if name in names:
+            return {**ours, "net": net, "model": state}
     try:
         num_classes = len(state["classifier.4.bias"])
     except (KeyError, TypeError):
         raise utils.InputError(f"{path}: not weights of {name}: has no classifier.4.bias") from None
     arch = {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}
-    classes = VOC_CLASSES if num_classes == 21 else [str(k) for k in range(num_classes)]
-    return {"format": 0, "net": "deeplabv3", "model": state, "classes": classes, "arch": arch,
+    classes = [str(k) for k in range(num_classes)]
+    if num_classes == len(deeplabv3.VOC_CLASSES):
+        classes = deeplabv3.VOC_CLASSES
+    return {**ours, "net": "deeplabv3", "model": state, "classes": classes, "arch": arch,
             "args": {"base_size": 520}}
-
-
-def load_sam(model, path, base=None):
-    """Loads a file into model: the whole net, or a decoder alone after its base weights.
-
-    base: path or official name of those (default: what the decoder's checkpoint names). Returns the
-    path or name of the whole net's weights. Position codes of another image size are interpolated.
-    """
-    file = utils.fetch_weights(**WEIGHTS[path]) if path in WEIGHTS else path
-    checkpoint = utils.load_checkpoint(file)
-    ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
-    trained_with, arch = ours.get("args", {}), ours.get("arch", {})
-    utils.check_net(checkpoint, path, {"net": "sam", **arch})
-    state = utils.state_of(checkpoint)
-    if not state or not all(key.startswith("mask_decoder.") for key in state):  # the whole net
-        utils.load_weights(model, resize_positions(state, model), path)
-        return path if path in WEIGHTS else str(Path(path).resolve())
-    if not base:
-        base = trained_with.get("base")
-        if not base:
-            raise utils.InputError(f"{path}: holds a decoder alone; give best.pth, which names its "
-                                   "base, or predict.py the --base weights")
-        if base not in ("none", *WEIGHTS) and not Path(base).exists():
-            raise utils.InputError(f"{path}: its decoder was trained on {base}, which is not "
-                                   "there; give predict.py the --base weights")
-    if base != "none":
-        base = load_sam(model, base)
-    # The hash is of the base at the image size of training; for another size that net is made too
-    base_hash, size = trained_with.get("base_hash"), arch.get("image_size", model.image_size)
-    original = model
-    if size != model.image_size and base != "none":
-        original = SAMS[arch["model"]](size)
-        load_sam(original, base)
-    if base_hash and size == original.image_size and base_hash != hash_frozen(original):
-        raise utils.InputError(f"{path}: trained on other base weights than {base}; give predict.py "
-                               "the right --base")
-    utils.load_weights(model, {**model.state_dict(), **state}, path)
-    return base
-
-
-def hash_frozen(model):
-    """16 hex digits of the weights of both encoders."""
-    digest = hashlib.sha256()
-    for part in (model.image_encoder, model.prompt_encoder):
-        for key, value in part.state_dict().items():
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def forward(model, image, dtype):
-    """Image (B, C, H, W) of any size -> list of float32 logits (B, K, H, W), the prediction last.
-
-    The net needs multiples of 16: right and lower borders are replicated, the output is cropped back.
-    """
-    height, width = image.shape[-2:]
-    padded = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        outputs = model(padded.contiguous(memory_format=torch.channels_last))
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    return [logits[..., :height, :width].float() for logits in outputs]
 
 
 # --- Prediction ---
@@ -379,15 +284,15 @@ def predict_unet(loaded, images, scale):
     for image in images:
         image = tv_tensors.Image(image.transpose(2, 0, 1))
         image = v2.functional.resize(image, [height, width], antialias=True)
-        resized.append(normalize(image, loaded.arch["input_channels"]))
-    return [*forward(loaded.model, torch.stack(resized).to(loaded.device), loaded.dtype)[-1]]
+        resized.append(unet.normalize(image, loaded.arch["input_channels"]))
+    return [*unet.forward(loaded.model, torch.stack(resized).to(loaded.device), loaded.dtype)[-1]]
 
 
 def predict_deeplabv3(loaded, images, scale):
     """RGB (H, W, 3) uint8 each -> logits (K, h, w) each, resized as train_deeplabv3.py validates."""
     side = max(32, round(scale * loaded.args.base_size))
     resized = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
-    resized = [normalize(resize(image, side)) for image in resized]
+    resized = [deeplabv3.normalize(deeplabv3.resize(image, side)) for image in resized]
     outputs = [None] * len(images)
     for shape in {image.shape for image in resized}:
         places = [i for i, image in enumerate(resized) if image.shape == shape]
@@ -397,17 +302,6 @@ def predict_deeplabv3(loaded, images, scale):
         for i, output in zip(places, logits.float()):
             outputs[i] = output
     return outputs
-
-
-def resize(image, side):
-    """Image (3, H, W) uint8 with its shorter side made `side` pixels."""
-    return v2.functional.resize(image, scaled_size(image, side), antialias=True)
-
-
-def scaled_size(image, side):
-    """[height, width] of image (..., H, W) once its shorter side is `side`."""
-    height, width = image.shape[-2:]
-    return [max(side, round(length * side / min(height, width))) for length in (height, width)]
 
 
 @torch.no_grad()
@@ -555,138 +449,99 @@ def check_prompts(name, queries, shape):
                                "one)")
 
 
-def square_options(loaded):
-    """What content_size, preprocess and predict_masks take from a training script's options."""
-    return SimpleNamespace(preprocess=loaded.args.preprocess, image_size=loaded.arch["image_size"])
+def to_square(loaded, points, size):
+    """Points (..., 2) in an image of this size (H, W) -> in the net's square."""
+    height, width = loaded.net.content(loaded, size)
+    return points * torch.tensor([width / size[1], height / size[0]])
 
+
+def queries_in_square(loaded, queries, size):
+    """Yields points (1, N, 2) in the net's square and labels (1, N) of each query, on its device."""
+    for points, labels in queries:
+        points = to_square(loaded, torch.tensor([points]), size)
+        yield points.to(loaded.device), torch.tensor([labels], device=loaded.device)
+
+
+# EfficientSAM. The functions of the other nets take and return the same.
 
 def encode_efficient_sam(loaded, image):
-    """RGB (H, W, 3) uint8 -> its embedding, for predict_efficient_sam."""
-    args = square_options(loaded)
-    image = preprocess(torch.from_numpy(image.transpose(2, 0, 1).copy()), args)
-    return encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
+    """RGB (H, W, 3) uint8 -> its embedding, which the functions below take."""
+    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    image = efficient_sam.preprocess(image, loaded.model.image_size, loaded.args.preprocess)
+    return efficient_sam.encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
+
+
+def click_efficient_sam(loaded, embedding, points, labels):
+    """Single clicks (q, 1, 2) in the square, labels (q, 1) -> logits (q, 3, M, M), scores (q, 3)."""
+    return efficient_sam.decode(loaded.model, embedding, points, labels, loaded.dtype)
+
+
+def enlarge_efficient_sam(loaded, logits, size):
+    """Mask logits (q, C, M, M) -> (q, C, *size), the image's size."""
+    return efficient_sam.enlarge(logits, size, loaded.model.image_size, loaded.args.preprocess)
 
 
 def predict_efficient_sam(loaded, embedding, size, queries):
     """Embedding of an image of this size (H, W) and its queries, as train_efficientsam.py validates.
 
-    Yields mask logits (q, C, H, W), scores (q, C), numbers of the best (q,); C is 3.
+    Yields mask logits (q, C, H, W), scores (q, C), index of the best (q,); C is 3.
     """
-    args = square_options(loaded)
-    height, width = content_size(size, args)
-    scale = torch.tensor([width / size[1], height / size[0]])
     most = max(len(labels) for _, labels in queries)
-    points = torch.full((1, len(queries), most, 2), -1.0)
-    labels = torch.full((1, len(queries), most), -1)
-    for i, (query, kinds) in enumerate(queries):
-        points[0, i, :len(kinds)] = torch.tensor(query) * scale
-        labels[0, i, :len(kinds)] = torch.tensor(kinds)
-    points, labels = points.to(loaded.device), labels.to(loaded.device)
-    parts = predict_masks(loaded.model, embedding, points, labels, size, args, loaded.dtype)
+    points = torch.full((len(queries), most, 2), -1.0, device=loaded.device)
+    labels = torch.full((len(queries), most), -1, device=loaded.device)
+    for i, (coords, kinds) in enumerate(queries_in_square(loaded, queries, size)):
+        points[i, :kinds.shape[1]] = coords[0]
+        labels[i, :kinds.shape[1]] = kinds[0]
+    parts = efficient_sam.predict_masks(loaded.model, embedding, points, labels, size,
+                                        loaded.args.preprocess, loaded.dtype)
     for _, logits, scores in parts:
         yield logits, scores, scores.argmax(1)
 
 
-def click_efficient_sam(loaded, embedding, size, clicks):
-    """For --everything: clicks (q, 2) into an image of this size, in its pixels.
-
-    Returns mask logits (q, 3, M, M) as the decoder draws them, the net's own IoU (q, 3), and how many
-    of the M rows and columns show the image; the others are padding.
-    """
-    args = square_options(loaded)
-    side, content = args.image_size, content_size(size, args)
-    points = (clicks * torch.tensor([content[1] / size[1], content[0] / size[0]]))[None, :, None]
-    labels = torch.ones(points.shape[:3], dtype=torch.int64, device=loaded.device)
-    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        logits, iou = loaded.model.predict_masks(embedding, points.to(loaded.device), labels, True,
-                                                 side, side)
-    shown = [math.ceil(logits.shape[-1] * length / side) for length in content]
-    return logits[0].float(), iou[0].float(), shown
-
-
-def enlarge_efficient_sam(loaded, logits, size):
-    """Mask logits (q, C, M, M) -> (q, C, *size), the image's; as predict_masks does it."""
-    args = square_options(loaded)
-    height, width = content_size(size, args)
-    if args.preprocess == "article":
-        logits = F.interpolate(logits, (args.image_size, args.image_size), mode="bicubic")
-        logits = logits[..., :height, :width]
-    return F.interpolate(logits, size, mode="bicubic")
-
-
 def encode_sam(loaded, image):
-    """RGB (H, W, 3) uint8 -> its embedding (1, D, E, E), for predict_sam."""
-    size = resized_size(*image.shape[:2], loaded.model.image_size)
     image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    image = v2.functional.resize(image, size, antialias=True).to(loaded.device)
-    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        return loaded.model.image_encoder(loaded.model.preprocess(image.float())[None]).float()
+    image = sam.preprocess(image, loaded.model.image_size)
+    return sam.encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
+
+
+def click_sam(loaded, embedding, points, labels):
+    embeddings = embedding.expand(len(points), -1, -1, -1)
+    kinds = torch.full((len(points),), sam.POINTS)
+    return sam.decode(loaded.model, embeddings, points, labels, None, kinds, None, True, loaded.dtype)
+
+
+def enlarge_sam(loaded, logits, size):
+    return sam.enlarge(loaded.model, logits, size)
 
 
 def predict_sam(loaded, embedding, size, queries):
-    """As predict_efficient_sam; two passes, as finetune_sam_decoder.py validates.
+    """Two passes, as finetune_sam_decoder.py validates.
 
     C is 4: the mask of the second pass, which is the best, and the three of the first.
     """
-    model, device = loaded.model, loaded.device
-    scale = sam_scale(loaded, size)
-    for points, labels in queries:
-        points, labels = torch.tensor(points) * scale, torch.tensor(labels)
-        click, clicks, box = labels < 2, None, None
-        if click.any():
-            clicks = (points[click][None].to(device), labels[click][None].to(device))
-        if not click.all():
-            box = points[~click].reshape(1, 4).to(device)
-        with torch.autocast(device.type, loaded.dtype, enabled=loaded.dtype is not None):
-            first, first_scores = decode_sam(model, embedding, clicks, box, None, True)
-            best = first[:, first_scores[0].argmax()][:, None]
-            second, second_scores = decode_sam(model, embedding, clicks, box, best, False)
+    for points, labels in queries_in_square(loaded, queries, size):
+        corner = labels[0] >= 2  # of the box
+        kind = sam.BOTH
+        if corner.all() or not corner.any():
+            kind = sam.BOX if corner.any() else sam.POINTS
+        first, first_scores, second, second_scores = sam.two_passes(
+            loaded.model, embedding, points[:, ~corner], labels[:, ~corner],
+            points[:, corner].reshape(-1, 4), torch.tensor([kind]), loaded.dtype)
         logits = enlarge_sam(loaded, torch.cat([second, first], 1), size)
         yield logits, torch.cat([second_scores, first_scores], 1), torch.tensor([0])
 
 
-def click_sam(loaded, embedding, size, clicks):
-    """The same as click_efficient_sam; one pass, as the official SamAutomaticMaskGenerator."""
-    model = loaded.model
-    points = (clicks * sam_scale(loaded, size))[:, None].to(loaded.device)
-    labels = torch.ones(points.shape[:2], dtype=torch.int64, device=loaded.device)
-    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        logits, iou = decode_sam(model, embedding, (points, labels), None, None, True)
-    content = resized_size(*size, model.image_size)
-    shown = [math.ceil(logits.shape[-1] * length / model.image_size) for length in content]
-    return logits, iou, shown
-
-
-def enlarge_sam(loaded, logits, size):
-    """The same as enlarge_efficient_sam."""
-    model = loaded.model
-    return model.postprocess_masks(logits, resized_size(*size, model.image_size), size)
-
-
-def sam_scale(loaded, size):
-    """(2,): what x and y of an image of this size (H, W) are multiplied by for the net."""
-    height, width = resized_size(*size, loaded.model.image_size)
-    return torch.tensor([width / size[1], height / size[0]])
-
-
-def decode_sam(model, embedding, clicks, box, low_logits, multimask):
-    """One pass for q objects -> mask logits (q, C, M, M), the net's own IoU (q, C); float32."""
-    sparse, dense = model.prompt_encoder(points=clicks, boxes=box, masks=low_logits)
-    masks, iou = model.mask_decoder(
-        image_embeddings=embedding, image_pe=model.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=multimask)
-    return masks.float(), iou.float()
-
-
 def encode_sam2(loaded, image):
-    """RGB (H, W, 3) uint8 -> its features (1, D, E, E) and the two finer maps, for predict_sam2."""
-    model, side = loaded.model, loaded.model.image_size
-    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    image = v2.functional.resize(image, [side, side], antialias=True).to(loaded.device)
-    image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
-    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        *finer, features = model.forward_image(image[None])["backbone_fpn"]
-        return features + model.no_mem_embed[..., None].transpose(1, 2), finer  # not of a video
+    image = sam2.resize_images([image], loaded.model.image_size)[0]
+    return sam2.encode(loaded.model, image.to(loaded.device), loaded.dtype)
+
+
+def click_sam2(loaded, embedding, points, labels):
+    return sam2.decode(loaded.model, embedding, points, labels, True, loaded.dtype)
+
+
+def enlarge_sam2(loaded, logits, size):
+    return sam2.enlarge(logits, size)
 
 
 def predict_sam2(loaded, embedding, size, queries):
@@ -695,79 +550,25 @@ def predict_sam2(loaded, embedding, size, queries):
     The best is the first, as train_sam2.py validates, but after a single click that of the three
     which the net rates highest.
     """
-    for points, labels in queries:
-        prompt = torch.tensor([points]), torch.tensor([labels])
-        one_mask, one_score = decode_sam2(loaded, embedding, size, *prompt, False)
-        three_masks, scores = decode_sam2(loaded, embedding, size, *prompt, True)
-        best = 1 + scores.argmax(1) if len(labels) == 1 else torch.tensor([0])
+    for points, labels in queries_in_square(loaded, queries, size):
+        one_mask, one_score = sam2.decode(loaded.model, embedding, points, labels, False, loaded.dtype)
+        three_masks, scores = sam2.decode(loaded.model, embedding, points, labels, True, loaded.dtype)
+        best = 1 + scores.argmax(1) if labels.shape[1] == 1 else torch.tensor([0])
         logits = enlarge_sam2(loaded, torch.cat([one_mask, three_masks], 1), size)
         yield logits, torch.cat([one_score, scores], 1), best
 
 
-def click_sam2(loaded, embedding, size, clicks):
-    """The same as click_efficient_sam; one pass, as the official SAM2AutomaticMaskGenerator."""
-    labels = torch.ones(len(clicks), 1, dtype=torch.int64)
-    logits, iou = decode_sam2(loaded, embedding, size, clicks[:, None], labels, True)
-    return logits, iou, logits.shape[-2:]
+def click(loaded, embedding, size, clicks):
+    """Clicks (q, 2) in pixels of an image of this size -> what find_everything looks through.
 
-
-def enlarge_sam2(loaded, logits, size):
-    """The same as enlarge_efficient_sam."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-def decode_sam2(loaded, embedding, size, points, labels, multimask):
-    """Points (q, N, 2) in pixels of an image of this size (H, W), labels (q, N) -> as decode_sam."""
-    model, (features, finer) = loaded.model, embedding
-    points = points * (model.image_size / torch.tensor([size[1], size[0]]))
-    prompt = points.to(loaded.device), labels.to(loaded.device)
-    with torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype is not None):
-        sparse, dense = model.sam_prompt_encoder(prompt)
-        masks, iou, _, _ = model.sam_mask_decoder(
-            features, model.sam_prompt_encoder.get_dense_pe(), sparse, dense, multimask, True, finer)
-    return masks.float(), iou.float()
-
-
-def content_size(size, args):
-    """[height, width] that an image of this size (H, W) fills of the net's square."""
-    if args.preprocess == "official":
-        return [args.image_size, args.image_size]
-    return [max(1, round(side * args.image_size / max(size))) for side in size]
-
-
-def preprocess(image, args):
-    """Image (3, H, W) uint8 -> (3, S, S) float32 in 0..1; the net subtracts ImageNet's mean."""
-    size = content_size(image.shape[1:], args)
-    image = image / 255
-    if [*image.shape[1:]] != size:
-        image = F.interpolate(image[None], size, mode="bilinear")[0]
-    if args.preprocess == "official":
-        return image
-    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
-    return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
-
-
-def encode(model, image, dtype):
-    """Image (1, 3, S, S) float32 in 0..1 -> its embedding, of which all queries are answered."""
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        return model.get_image_embeddings(image)
-
-
-def predict_masks(model, embedding, points, labels, size, args, dtype):
-    """Embedding, points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
-
-    At the image's own size, and for q = 8 queries at a time, from number `first` on, to fit in memory.
+    Mask logits (q, 3, M, M) as decoded, the net's own IoU (q, 3), and how many of the M rows and
+    columns show the image; the others are padding.
     """
-    side = args.image_size
-    height, width = content_size(size, args)
-    for i in range(0, points.shape[1], 8):
-        with torch.autocast(points.device.type, dtype, enabled=dtype is not None):
-            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8],
-                                              True, side, side)
-        logits = logits[0].float()
-        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
-            logits = F.interpolate(logits, (side, side), mode="bicubic")[..., :height, :width]
-        yield i, F.interpolate(logits, size, mode="bicubic"), iou[0].float()
+    points = to_square(loaded, clicks, size)[:, None].to(loaded.device)
+    labels = torch.ones(len(clicks), 1, dtype=torch.long, device=loaded.device)
+    logits, iou = loaded.net.click(loaded, embedding, points, labels)
+    return logits, iou, [math.ceil(logits.shape[-1] * length / loaded.model.image_size)
+                         for length in loaded.net.content(loaded, size)]
 
 
 def find_everything(loaded, image, args):
@@ -782,7 +583,7 @@ def find_everything(loaded, image, args):
     embedding, masks, scores, boxes = loaded.net.encode(loaded, image), [], [], []
     for chunk in clicks.split(32):
         utils.raise_if_stopped()
-        logits, iou, (height, width) = loaded.net.click(loaded, embedding, size, chunk)
+        logits, iou, (height, width) = click(loaded, embedding, size, chunk)
         logits, iou = logits.flatten(0, 1), iou.flatten()
         shown = logits[:, :height, :width]
         stability = (shown > 1).sum((1, 2)) / (shown > -1).sum((1, 2))  # nan if there are none
@@ -836,19 +637,22 @@ def write_objects(parts, image, prefix, annotate, all_masks):
 
 
 NETS = {
-    "unet": Net(lambda model, **arch: UNETS[model](**arch), predict_unet, "image_size",
+    "unet": Net(lambda model, **arch: unet.NETS[model](**arch), predict_unet, "image_size",
                 overlapping=True),
-    "deeplabv3": Net(deeplabv3, predict_deeplabv3, "base_size"),
-    "efficient_sam": Net(lambda model, image_size: EFFICIENT_SAMS[model](image_size),
-                         predict_efficient_sam, "preprocess", encode=encode_efficient_sam,
-                         max_points=6, click=click_efficient_sam, enlarge=enlarge_efficient_sam),
-    "sam": Net(lambda model, image_size: SAMS[model](image_size), predict_sam, "image_size",
-               encode=encode_sam, max_points=64,  # any number; many are a mistake
-               click=click_sam, enlarge=enlarge_sam),
-    "sam2": Net(lambda model, image_size: SAM2S[model](image_size,
-                                                       dynamic_multimask_via_stability=True),
-                predict_sam2, "image_size", encode=encode_sam2, max_points=64, click=click_sam2,
-                enlarge=enlarge_sam2, min_iou=0.8),
+    "deeplabv3": Net(deeplabv3.deeplabv3, predict_deeplabv3, "base_size"),
+    "efficient_sam": Net(
+        lambda model, image_size: efficient_sam.NETS[model](image_size), predict_efficient_sam,
+        "preprocess", False, encode_efficient_sam, click_efficient_sam, enlarge_efficient_sam,
+        lambda loaded, size: efficient_sam.content_size(size, loaded.model.image_size,
+                                                        loaded.args.preprocess), max_points=6),
+    "sam": Net(
+        lambda model, image_size: sam.NETS[model](image_size), predict_sam, "image_size",
+        False, encode_sam, click_sam, enlarge_sam,
+        lambda loaded, size: sam.resized_size(*size, loaded.model.image_size), max_points=64),  # any number
+    "sam2": Net(
+        lambda model, image_size: sam2.NETS[model](image_size, dynamic_multimask_via_stability=True),
+        predict_sam2, "image_size", False, encode_sam2, click_sam2, enlarge_sam2,
+        lambda loaded, size: [loaded.model.image_size] * 2, max_points=64, min_iou=0.8),
 }
 
 
@@ -894,7 +698,7 @@ def plan_outputs(paths, loaded, args):
             prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
             if {"images", "annotations"} <= prompts.keys():
                 raise ValueError('a COCO json; wanted is {"NAME": {"boxes": [...], "points": [...]}}')
-            prompts = {utils.composed(name): entries for name, entries in prompts.items()}
+            prompts = {utils.nfc(name): entries for name, entries in prompts.items()}
         except (OSError, ValueError, TypeError) as error:
             raise utils.InputError(f"{args.prompts}: no json of prompts that can be read "
                                    f"({error})") from None
@@ -905,7 +709,7 @@ def plan_outputs(paths, loaded, args):
     if loaded.net.encode and not args.everything:
         for name, _ in inputs:
             try:
-                queries[name] = read_prompts(utils.composed(name), prompts, args,
+                queries[name] = read_prompts(utils.nfc(name), prompts, args,
                                              loaded.net.max_points)
             except utils.InputError as error:
                 bad.append(str(error))

@@ -38,12 +38,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
+from nets.sam2 import NETS, WEIGHTS, enlarge, normalize, resize_images, resize_mask
+from nets.weights import fetch_weights, load_weights, state_of
 
 SAVE_EVERY = 100     # frames after which the state is saved, should the process be killed
 CHUNK_BYTES = 2**27  # of frames kept when a video is read backwards
@@ -64,9 +63,9 @@ def get_args_parser():
         help="side of the square that frames are resized to (that of training, official: 1024)")
     add("--output-dir", default="out", help="folder for masks and overlay (%(default)s)")
     add_switch("--overwrite", help="replace files in --output-dir")
-    add("--box", type=prompt(numbers(4, 4)), action="append", default=[],
+    add("--box", type=prompt(utils.numbers(4, 4)), action="append", default=[],
         metavar="X0,Y0,X1,Y1[@FRAME[:OBJECT]]", help="may be repeated, as all prompts")
-    add("--point", type=prompt(numbers(2, 3)), action="append", default=[],
+    add("--point", type=prompt(utils.numbers(2, 3)), action="append", default=[],
         metavar="X,Y[,LABEL][@FRAME[:OBJECT]]",
         help="a click: label 1 object (default), 0 background; it refines the box of its object")
     add("--mask", type=prompt(str), action="append", default=[],
@@ -87,20 +86,6 @@ def get_args_parser():
              "DIR/VIDEO that holds them")
     parser.add_device_options()
     return parser
-
-
-def numbers(least, most):
-    """Type of an option of so many numbers with commas between."""
-    def parse(text):
-        try:
-            values = [float(value) for value in text.split(",")]
-        except ValueError:
-            values = []
-        if not least <= len(values) <= most or not np.isfinite(values).all():
-            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with "
-                                             "commas between")
-        return values
-    return parse
 
 
 def prompt(parse):
@@ -238,9 +223,7 @@ class NetFrames:
         return len(self.video.names)
 
     def __getitem__(self, t):
-        image = torch.from_numpy(self.video.read(t)).permute(2, 0, 1)  # as train_sam2.py resizes
-        image = v2.functional.resize(image, [self.side, self.side], antialias=True).to(self.device)
-        return v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
+        return normalize(resize_images([self.video.read(t)], self.side)[0].to(self.device))
 
 
 def open_video(args):
@@ -378,19 +361,13 @@ def as_tensors(given, size, side):
     return {"point_coords": points[:, :2] * scale, "point_labels": points[:, 2].int()}
 
 
-def resize_mask(mask, side):
-    """Mask (H, W) bool -> (1, side, side) bool: pixels covered by half; of a tiny one the most covered."""
-    share = v2.functional.resize(mask[None].float(), [side, side], antialias=True)
-    return share >= share.max().clamp(max=0.5)
-
-
 # --- Model ---
 
 def create_model(args):
     """The net that --weights holds, on the CPU; sets args.image_size."""
     path, name = args.weights, args.model
     if path in WEIGHTS:
-        name, path = name or path, utils.fetch_weights(**WEIGHTS[path])
+        name, path = name or path, fetch_weights(**WEIGHTS[path])
     checkpoint = utils.load_checkpoint(path)
     arch = {"model": name, "image_size": 1024}
     if isinstance(checkpoint, dict) and "format" in checkpoint:
@@ -411,7 +388,7 @@ def create_model(args):
         raise utils.InputError(f"{path}: not a whole checkpoint ({error})") from None
     except ValueError as error:
         raise utils.InputError(f"--image-size: {error}") from None
-    utils.load_weights(model, utils.state_of(checkpoint), path)
+    load_weights(model, state_of(checkpoint), path)
     return model.eval()
 
 
@@ -509,7 +486,7 @@ def compose(logits, size, device):
     ids = torch.zeros(size, dtype=torch.uint8, device=device)
     highest = torch.zeros(size, device=device)
     for number, low_res in logits.items():
-        mask = F.interpolate(low_res[None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+        mask = enlarge(low_res[None].float(), size)[0, 0]
         ids[mask > highest] = number
         highest = torch.maximum(highest, mask)
     return ids.cpu().numpy()

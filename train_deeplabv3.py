@@ -25,7 +25,9 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import utils
-from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, VOC_CLASSES, deeplabv3
+from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, VOC_CLASSES, deeplabv3, normalize, resize, scaled_size
+from nets.weights import (check_net, fetch_weights, load_weights, read_weights,
+                          reset_mismatched_heads)
 
 VOID = 255
 DEMO = {"model": "demo", "weights": "none", "num_classes": 3, "lr": 0.04,
@@ -104,17 +106,6 @@ class VOCSegmentation(torch.utils.data.Dataset):
         return normalize(image), label.squeeze(0), index
 
 
-def resize(image, side):
-    """Image (3, H, W) uint8 with its shorter side made `side` pixels."""
-    return v2.functional.resize(image, scaled_size(image, side), antialias=True)
-
-
-def scaled_size(image, side):
-    """[height, width] of image (..., H, W) once its shorter side is `side`."""
-    height, width = image.shape[-2:]
-    return [max(side, round(length * side / min(height, width))) for length in (height, width)]
-
-
 def scale_flip_crop(image, label, args, augment):
     """The article's augmentation: shorter side 0.5 to 2 times base_size, flipped or not, cropped.
 
@@ -138,13 +129,6 @@ def scale_flip_crop(image, label, args, augment):
         top, left = [torch.randint(pixels + 1, ()).item() for pixels in spare]
     crop = (..., slice(top, top + args.crop_size), slice(left, left + args.crop_size))
     return image[crop], label[crop]
-
-
-def normalize(image, channels=3):
-    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics."""
-    image = image.as_subclass(torch.Tensor) / 255
-    image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return image if channels == 3 else image.mean(0, keepdim=True)
 
 
 def read_item(item, num_classes):
@@ -174,7 +158,7 @@ def list_ids(root, name):
     """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
-        lines = [utils.composed(line) for line in utils.read_lines(path)]
+        lines = [utils.nfc(line) for line in utils.read_lines(path)]
     except (OSError, UnicodeDecodeError):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
@@ -336,8 +320,8 @@ def create_model(args, checkpoint=None):
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.1
     if checkpoint:
-        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "deeplabv3", **arch})
-        utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
+        check_net(checkpoint, f"--resume {args.resume}", {"net": "deeplabv3", **arch})
+        load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
         load_pretrained(model, args, {"net": "deeplabv3", **arch})
     if args.freeze == "backbone":
@@ -355,17 +339,16 @@ def load_pretrained(model, args, wanted):
     if path == "coco" and args.model not in COCO_WEIGHTS:
         raise utils.InputError(f"--weights coco: there are none for {args.model}; give a path or none")
     if path == "coco":
-        url = COCO_WEIGHTS[args.model]
-        path = utils.fetch_weights("coco", url, sha256=url.removesuffix(".pth").rsplit("-", 1)[1])
+        path = fetch_weights(**COCO_WEIGHTS[args.model])
     free = () if args.test_only else ["num_classes", "aux"]
-    own, state = model.state_dict(), utils.read_weights(path, wanted, free)
+    own, state = model.state_dict(), read_weights(path, wanted, free)
     if not args.aux:
         state = {key: value for key, value in state.items() if not key.startswith("aux_")}
     has_aux = any(key.startswith("aux_") for key in state)
-    state, fresh = utils.renew_heads(model, state, ["classifier.4", "aux_classifier.4"])
+    state, fresh = reset_mismatched_heads(model, state, ["classifier.4", "aux_classifier.4"])
     if not has_aux:
         fresh += [key for key in own if key.startswith("aux_")]
-    utils.load_weights(model, {**state, **{key: own[key] for key in fresh}}, path)
+    load_weights(model, {**state, **{key: own[key] for key in fresh}}, path)
     if fresh and args.test_only:
         raise utils.InputError(f"{path}: has no trained {', '.join(fresh)}; give --num-classes and "
                                "--aux as trained")
@@ -419,23 +402,23 @@ def evaluate(model, loader, run, args):
     """Loss, and `scores` under val_..., at the images' own size, over all processes."""
     model.eval()
     num_classes = args.num_classes + 1
-    precise = torch.float32 if run.device.type == "mps" else torch.float64
-    loss = torch.zeros((), dtype=precise, device=run.device)
+    losses = {}  # index: summed over labelled pixels
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
-    for image, label, _ in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
+    for image, label, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
         image = image.to(run.device, non_blocking=run.pinned)
         label = label.to(run.device, non_blocking=run.pinned)
         logits = predict(model, image, run.dtype, label.shape[-2:])
-        loss += criterion({"out": logits}, label) * (label != VOID).sum()
+        losses[int(index)] = (criterion({"out": logits}, label) * (label != VOID).sum()).item()
         counts += count_pixels(logits.argmax(1), label, num_classes)
     utils.raise_if_stopped(run.device)
     counts = utils.sum_over_ranks(counts).cpu()
     if not counts.sum():
         raise utils.InputError(f"{args.val_set}.txt: none of its images has a labelled pixel; look at "
                                "their masks")
-    figures = {"val_loss": utils.sum_over_ranks(loss).item() / counts.sum().item()}
+    losses = utils.merge_over_ranks(losses)
+    figures = {"val_loss": sum(losses.values()) / counts.sum().item()}
     for key, value in scores(counts).items():
         figures[f"val_{key}" if isinstance(value, float) else key] = value
     return {**figures, "counts": counts.tolist()}
@@ -469,14 +452,6 @@ def naive_scores(train_items, val_items, num_classes):
         for i, answer in enumerate(answers):
             counts[i] += count_pixels(resize_label(answer, label.shape), label, num_classes)
     return [scores(matrix)["miou"] for matrix in counts]
-
-
-def colour_miou(train_set, val_set, num_classes):
-    """val_miou of the colour of each pixel alone, the baseline of --demo."""
-    import demo_data
-    train = zip(*[read_item(item, num_classes - 1) for item in train_set.items])
-    val = zip(*[read_item(item, num_classes - 1) for item in val_set.items])
-    return demo_data.baseline_scenes(*train, *val, num_classes)
 
 
 def table(title, figures, classes):
@@ -559,9 +534,8 @@ def set_learning_rate(optimizer, args, step, steps_per_epoch):
         group["lr"] = group["scale"] * learning_rate(args, step, steps_per_epoch)
 
 
-def train_one_epoch(net, loader, optimizer, run, args):
+def train_one_epoch(model, loader, optimizer, run, args):
     """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
-    model = net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
     model.train()
     if args.freeze == "backbone":
         model.backbone.eval()
@@ -569,32 +543,28 @@ def train_one_epoch(net, loader, optimizer, run, args):
         step = run.progress["epoch"] * run.steps_per_epoch + run.progress["step"]
         set_learning_rate(optimizer, args, step, run.steps_per_epoch)
         loss_sum, num_labelled = 0.0, 0
-        for i, (images, labels, _) in enumerate(batches, 1):
+        for images, labels, _ in batches:
             images = images.to(run.device, non_blocking=run.pinned)
             labels = labels.to(run.device, non_blocking=run.pinned)
-            net.require_backward_grad_sync = i == len(batches)  # processes talk once per step
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-                outputs = net(images.contiguous(memory_format=torch.channels_last))
+                outputs = model(images.contiguous(memory_format=torch.channels_last))
             # Labelled pixels in units of an image: sums over pixels would be too large for fp16
             labelled = (labels != VOID).sum() / labels[0].numel()
             loss = criterion(outputs, labels) * labelled  # the sum over labelled pixels
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_labelled += labelled
-        if run.accepts(optimizer, loss_sum, num_labelled):  # the gradient is now of the mean over pixels
+        if run.finish_gradient(optimizer, loss_sum, num_labelled):  # now of the mean over pixels
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    if net is not model:  # each process has batch statistics of its own; the first one's are kept
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 # --- Main ---
 
 def main(args):
     """Trains as the options say; returns the last validation figures and the best val_miou."""
-    run = utils.Run(args, net="deeplabv3", several=True)  # torchrun's processes; seeds; device ...
+    run = utils.Run(args, net="deeplabv3")  # joins torchrun's processes; seeds; picks device and precision
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:
@@ -619,11 +589,6 @@ def main(args):
     progress = run.start(arch, train_set, val_set, model=model, optimizer=optimizer)
     if args.compile:
         model.compile()
-    net = model
-    if args.world_size > 1:
-        devices = [run.device] if run.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-        net.broadcast_buffers = False  # each process keeps its own batch statistics
     results = run.folder / f"results{time.strftime('%Y%m%d-%H%M%S')}.txt"
     if run.checkpoint:
         results = max(run.folder.glob("results*.txt"), default=results)
@@ -631,7 +596,7 @@ def main(args):
     figures = None
     with run.saved_when_stopped():  # SIGTERM, Ctrl-C
         while not run.is_over():    # --epochs, --early-stopping
-            train_one_epoch(net, train_loader, optimizer, run, args)
+            train_one_epoch(model, train_loader, optimizer, run, args)
             figures = evaluate(model, val_loader, run, args)
             write_results(run, results, figures)
             run.end_epoch(figures, show=["val_loss", "val_miou", "val_dice", "val_accuracy",
@@ -648,7 +613,10 @@ def main(args):
     write_record(run, "record_mAP.txt", text, figures)
     run.finish("val_miou")
     if args.demo:
-        figures["baseline_miou"] = colour_miou(train_set, val_set, args.num_classes + 1)
+        import demo_data
+        train, val = ([read_item(item, args.num_classes) for item in part.items]
+                      for part in (train_set, val_set))
+        figures["baseline_miou"] = demo_data.colour_miou(train, val, args.num_classes + 1)
         print(f"colour of each pixel alone, on the same images: mIoU {figures['baseline_miou']:.4f}")
     return {**figures, "best_val_miou": progress["best"]}
 

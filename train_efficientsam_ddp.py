@@ -28,7 +28,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.efficient_sam import NETS, WEIGHTS
+from nets.efficient_sam import NETS, WEIGHTS, content_size, encode, predict_masks, preprocess
+from nets.weights import check_net, load_weights, official_file, read_weights
 
 FIGURES = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")  # of evaluate
 MASK_SIZE = 256  # largest side in pixels at which training compares masks, as the article
@@ -126,8 +127,9 @@ class NpyDataset(torch.utils.data.Dataset):
             if not len(objects):  # the background takes an object's place
                 objects = np.zeros(1, int)
             points, labels = zip(*[draw_prompt(ids == k, args, self.augment) for k in objects])
-        image = preprocess(torch.from_numpy(image.transpose(2, 0, 1).copy()), args)
-        height, width = content_size(ids.shape, args)
+        image = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        image = preprocess(image, args.image_size, args.preprocess)
+        height, width = content_size(ids.shape, args.image_size, args.preprocess)
         scale = torch.tensor([width / ids.shape[1], height / ids.shape[0]])
         points, labels = torch.tensor(np.stack(points)) * scale, torch.tensor(np.stack(labels))
         if self.train:
@@ -176,25 +178,6 @@ def draw_prompt(mask, args, vary):
     return np.stack(points), np.array(labels)
 
 
-def content_size(size, args):
-    """[height, width] that an image of this size (H, W) fills of the net's square."""
-    if args.preprocess == "official":
-        return [args.image_size, args.image_size]
-    return [max(1, round(side * args.image_size / max(size))) for side in size]
-
-
-def preprocess(image, args):
-    """Image (3, H, W) uint8 -> (3, S, S) float32 in 0..1; the net subtracts ImageNet's mean."""
-    size = content_size(image.shape[1:], args)
-    image = image / 255
-    if [*image.shape[1:]] != size:
-        image = F.interpolate(image[None], size, mode="bilinear")[0]
-    if args.preprocess == "official":
-        return image
-    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
-    return F.pad(image, (0, args.image_size - size[1], 0, args.image_size - size[0]))
-
-
 def resize_masks(masks, args):
     """Masks (Q, H, W) bool -> (Q, M, M) in 0..1: the fraction of each pixel that is object.
 
@@ -202,7 +185,7 @@ def resize_masks(masks, args):
     object, which covers no pixel by half, are scaled up to a highest of 1.
     """
     whole = min(MASK_SIZE, args.image_size)
-    size = content_size(masks.shape[1:], args)
+    size = content_size(masks.shape[1:], args.image_size, args.preprocess)
     size = [max(1, round(side * whole / args.image_size)) for side in size]
     masks = v2.functional.resize(masks.float(), size, antialias=True)
     highest = masks.amax((1, 2), keepdim=True)
@@ -328,14 +311,12 @@ def create_model(args, checkpoint=None):
     arch = {"model": args.model, "image_size": args.image_size}
     model = NETS[args.model](args.image_size)
     if checkpoint:
-        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
-        utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
+        check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
+        load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
-        path = args.weights
-        if path in WEIGHTS:
-            path = utils.fetch_weights(path, WEIGHTS[path])
-        state = utils.read_weights(path, {"net": "efficient_sam", **arch}, free=["image_size"])
-        utils.load_weights(model, state, path)
+        path = official_file(args.weights, WEIGHTS)
+        state = read_weights(path, {"net": "efficient_sam", **arch}, free=["image_size"])
+        load_weights(model, state, path)
     # The mask that is never asked for
     model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)
     if args.freeze == "encoder":
@@ -372,29 +353,6 @@ def mask_iou(pred, mask):
 
 # --- Evaluation ---
 
-def encode(model, image, dtype):
-    """Image (1, 3, S, S) float32 in 0..1 -> its embedding, of which all queries are answered."""
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        return model.get_image_embeddings(image)
-
-
-def predict_masks(model, embedding, points, labels, size, args, dtype):
-    """Embedding, points (1, Q, N, 2), labels -> yields first, logits (q, 3, *size), iou (q, 3).
-
-    At the image's own size, and for q = 8 queries at a time, from number `first` on, to fit in memory.
-    """
-    side = args.image_size
-    height, width = content_size(size, args)
-    for i in range(0, points.shape[1], 8):
-        with torch.autocast(points.device.type, dtype, enabled=dtype is not None):
-            logits, iou = model.predict_masks(embedding, points[:, i:i + 8], labels[:, i:i + 8],
-                                              True, side, side)
-        logits = logits[0].float()
-        if args.preprocess == "article":  # what was padded is cut off, at the net's own size
-            logits = F.interpolate(logits, (side, side), mode="bicubic")[..., :height, :width]
-        yield i, F.interpolate(logits, size, mode="bicubic"), iou[0].float()
-
-
 @torch.no_grad()
 def evaluate(model, loader, run, args):
     """Means over all objects, in [0, 1], at the images' own size; boxes and clicks are unperturbed.
@@ -403,15 +361,17 @@ def evaluate(model, loader, run, args):
     val_iou_error: how far its own guess is off; box_iou: of the filled box, the baseline.
     """
     model.eval()
-    rows = [torch.zeros(0, len(FIGURES), dtype=torch.float64)]  # of each object
+    rows = {}  # index: figures of each object of an image
     for batch in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
         image, points, labels, ids, valid = [part.to(run.device) for part in batch[:-1]]
         if not valid.any():
             continue
+        (index,), found = batch[-1], []
         embedding, size = encode(model, image, run.dtype), ids.shape[-2:]
-        predictions = predict_masks(model, embedding, points, labels, size, args, run.dtype)
+        predictions = predict_masks(model, embedding, points[0], labels[0], size, args.preprocess,
+                                    run.dtype)
         for first, logits, guess in predictions:
             numbers = torch.arange(first + 1, first + 1 + len(guess), device=run.device)
             truth = ids == numbers[:, None, None]
@@ -420,13 +380,12 @@ def evaluate(model, loader, run, args):
             chosen = iou.gather(1, best)[:, 0]
             error = (guess.gather(1, best)[:, 0] - chosen).abs()
             figures = [chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(truth)]
-            rows.append(torch.stack(figures, 1).cpu().double())
+            found.append(torch.stack(figures, 1).cpu().double())
+        rows[index] = torch.cat(found)
     utils.raise_if_stopped(run.device)
-    rows = torch.cat(rows)
-    sums = torch.cat([rows.sum(0), torch.tensor([len(rows)])])
-    if args.world_size > 1:
-        sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
-    return dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
+    rows = utils.merge_over_ranks(rows).values()
+    rows = torch.cat([torch.zeros(0, len(FIGURES), dtype=torch.float64), *rows])
+    return dict(zip(FIGURES, (rows.sum(0) / len(rows)).tolist()))
 
 
 def box_iou(masks):
@@ -447,14 +406,14 @@ def draw_samples(model, dataset, run):
     for index in range(min(4, len(dataset))):
         image, ids = read_item(dataset.items[index])
         seen, points, labels, truth, _, _ = dataset[0, index]
-        seen, *prompts = [part[None].to(run.device) for part in (seen, points, labels)]
-        embedding, pred = encode(model, seen, run.dtype), np.zeros(ids.shape, int)
-        predictions = predict_masks(model, embedding, *prompts, ids.shape, args, run.dtype)
+        seen, *prompts = [part.to(run.device) for part in (seen, points, labels)]
+        embedding, pred = encode(model, seen[None], run.dtype), np.zeros(ids.shape, int)
+        predictions = predict_masks(model, embedding, *prompts, ids.shape, args.preprocess, run.dtype)
         for first, logits, guess in predictions:
             best = torch.take_along_dim(logits, guess.argmax(1)[:, None, None, None], 1)[:, 0]
             for k, mask in enumerate((best > 0).cpu().numpy(), first + 1):
                 pred[mask] = k
-        height, width = content_size(ids.shape, args)
+        height, width = content_size(ids.shape, args.image_size, args.preprocess)
         points = points.numpy() / [width / ids.shape[1], height / ids.shape[0]]
         rows[dataset.items[index][0]] = [draw_prompts(image, points, labels.numpy()),
                                          utils.overlay(image, color_ids(truth.numpy())),
@@ -506,7 +465,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_objects += valid.sum()
-        if run.accepts(optimizer, loss_sum, num_objects, args.clip_grad):  # of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects, args.clip_grad, averaged=True):
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -519,7 +478,7 @@ def main(args):
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
-    run = utils.Run(args, net="efficient_sam", several=True)  # joins torchrun's processes; seeds ...
+    run = utils.Run(args, net="efficient_sam")  # joins torchrun's processes; seeds; picks device ...
     if args.world_size == 1:
         print("note: a single process; for several: torchrun --nproc_per_node N train_efficientsam_ddp.py")
     if args.deterministic and run.device.type == "cuda":

@@ -38,7 +38,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD, WEIGHTS
+from nets.sam2 import NETS, PIXEL_MEAN, WEIGHTS, enlarge, normalize, resize_images, resize_mask
+from nets.weights import check_net, load_weights, official_file, read_weights
 
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
            "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
@@ -189,19 +190,10 @@ def shares(text):
 class Item(NamedTuple):
     """A video, or an image: a video of one frame. All frames are annotated."""
     name: str
-    images: tuple  # a path or VideoFrame of each frame
+    images: tuple  # a path of each frame
     masks: tuple   # ((number, path or JsonFrame), ...) of each frame, see find_objects
     still: bool
     source: int    # which --data-path
-
-
-class VideoFrame(NamedTuple):
-    """A frame of a video file."""
-    path: Path
-    number: int
-
-    def __str__(self):
-        return f"{self.path}, frame {self.number}"
 
 
 class JsonFrame(NamedTuple):
@@ -281,10 +273,10 @@ class VideoDataset(torch.utils.data.Dataset):
                 break
         else:
             raise utils.InputError(f"{masks[0][0][1]}: no clip of it begins with an object")
-        size = frame_size(images[frames[0]])
-        images, masks = zip(*[read_frame(images[t], masks[t], size, [*numbers, VOID]) for t in frames])
+        size = utils.image_size(images[frames[0]])[::-1]
+        images, _, masks = zip(*[read_frame(images[t], masks[t], size, numbers) for t in frames])
         images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
-        images, masks = resize_images(images, args), shrink_masks(masks, args)
+        images, masks = resize_images(images, args.image_size), shrink_masks(masks, args)
         masks, void = masks[:, :-1], masks[:, -1:]
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
@@ -400,13 +392,6 @@ def change_colours(images, args):
     brightness, contrast, saturation = args.frame_jitter
     jitter = v2.ColorJitter(brightness, contrast, saturation)
     return torch.stack([jitter(image) for image in images])
-
-
-def resize_images(images, args):
-    """Frames (H, W, 3) uint8 -> (T, 3, S, S) uint8, stretched to the net's square."""
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    size = [args.image_size, args.image_size]
-    return v2.functional.resize(images, size, antialias=True).contiguous()
 
 
 def shrink_masks(masks, args):
@@ -593,66 +578,21 @@ def draw_objects(sources, most):
     return numbers
 
 
-def frame_size(source):
-    """(H, W) of a frame's image."""
-    if isinstance(source, VideoFrame):
-        return VideoReader.of(source.path).size
-    return utils.image_size(source)[::-1]
-
-
-def read_pixels(source):
-    """Image (H, W, 3) uint8 RGB of a file or VideoFrame; InputError if it cannot be read."""
-    if not isinstance(source, VideoFrame):
-        return utils.read_image(source)
-    return VideoReader.of(source.path).read(source.number)
-
-
-class VideoReader:
-    """Frames of a video file, and their size (H, W); going back opens the file again."""
-
-    def __init__(self, path):
-        self.path, self.video, self.number = path, cv2.VideoCapture(str(path)), -1
-        if not self.video.isOpened():
-            raise utils.InputError(f"{path}: OpenCV cannot open it as a video; convert it to mp4 "
-                                   "(H.264)")
-        self.size = tuple(int(self.video.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT,
-                                                                 cv2.CAP_PROP_FRAME_WIDTH))
-
-    @staticmethod
-    @functools.lru_cache(maxsize=1)
-    def of(path):
-        return VideoReader(path)
-
-    def read(self, number):
-        if number <= self.number:
-            if number == self.number:
-                return self.image
-            self.__init__(self.path)
-        while self.number < number:
-            if not self.video.grab():
-                self.__init__(self.path)  # what is asked for next is found anew
-                raise utils.InputError(f"{self.path}: has no frame {number} that can be read; replace the "
-                                       "video")
-            self.number += 1
-        self.image = cv2.cvtColor(self.video.retrieve()[1], cv2.COLOR_BGR2RGB)
-        return self.image
-
-
 def read_frame(image_source, sources, size, numbers=None):
-    """Image (H, W, 3) uint8 RGB, masks (N, H, W) uint8 of these objects, or of all that are there.
+    """Image (H, W, 3) uint8 RGB, numbers of its objects, their masks (N + 1, H, W) uint8, void last.
 
-    size (H, W) is the clip's, which all must have.
+    Of the objects in numbers, or of all that are there. size (H, W): the clip's, which all must have.
     """
-    image, found = read_pixels(image_source), find_objects(sources)
+    image, found = utils.read_image(image_source), find_objects(sources)
     numbers = [k for k in found if k != VOID] if numbers is None else numbers
-    masks = np.zeros((len(numbers), *size), np.uint8)
+    masks = np.zeros((len(numbers) + 1, *size), np.uint8)
     check_size(image_source, image.shape[:2], size)
-    for k, number in enumerate(numbers):
+    for k, number in enumerate([*numbers, VOID]):
         if number in found:
             mask = found[number]()
             check_size(sources[0][1], mask.shape, size)
             masks[k] = mask
-    return image, masks
+    return image, numbers, masks
 
 
 def check_size(source, found, size):
@@ -664,11 +604,10 @@ def check_size(source, found, size):
 
 def read_item(item, args):
     """Item -> images (T, 3, S, S) uint8, and the masks of VideoDataset's validation."""
-    size, frames, ids = frame_size(item.images[0]), [], []
+    size, frames, ids = utils.image_size(item.images[0])[::-1], [], []
     for image_source, sources in zip(item.images, item.masks):
-        numbers = [k for k in find_objects(sources) if k != VOID]
-        image, masks = read_frame(image_source, sources, size, [*numbers, VOID])
-        frames.append(resize_images([image], args)[0])
+        image, numbers, masks = read_frame(image_source, sources, size)
+        frames.append(resize_images([image], args.image_size)[0])
         if item.still:
             kept = [*masks[:-1].any((1, 2)), True]  # objects with a pixel, and void
             return torch.stack(frames), torch.from_numpy(masks[kept]) > 0
@@ -767,11 +706,9 @@ def find_sav(root, args, names):
                 raise utils.InputError(f"{folder / name}: frames {min(images)} to {max(images)}, one by one, "
                                        f"but masks up to frame {last}; name them by their number in the "
                                        "video, or give --ann-every 1 if these are those with masks")
-        elif (folder / f"{name}.mp4").is_file():
-            frames = {number: VideoFrame(folder / f"{name}.mp4", number) for number in numbers}
         if not frames:
-            raise utils.InputError(f"{path}: neither {folder / name}.mp4 nor frames in {folder / name}/ "
-                                   "are there; add them, or give --img-folder")
+            raise utils.InputError(f"{path}: no frames in {folder / name}/; write them with --extract-frames "
+                                   f"{folder / name}.mp4 {folder / name}, or give --img-folder")
         left_out += count - len(frames)
         yield name, tuple(frames.values()), tuple(
             ((IDS, JsonFrame(path, number // args.ann_every)),) for number in frames)
@@ -888,12 +825,12 @@ def read_names(name, data_path):
 def check_item(frame, whole):
     """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
     image_source, sources, first = frame
-    size = frame_size(first)
+    size = utils.image_size(first)[::-1]
     if whole:
-        return bool(read_frame(image_source, sources, size)[1].any())
+        return bool(read_frame(image_source, sources, size)[2][:-1].any())
     for source in (image_source, *(source for _, source in sources)):
-        if not isinstance(source, (VideoFrame, JsonFrame)):
-            check_size(source, frame_size(source), size)
+        if not isinstance(source, JsonFrame):
+            check_size(source, utils.image_size(source)[::-1], size)
     return True
 
 
@@ -984,10 +921,9 @@ def sanity_check(train_set, val_set, args):
             continue
         sizes, objects, lengths, shares, absent = Counter(), [], [], [], []
         for item in dataset.items:
-            size, areas = frame_size(item.images[0]), []
+            size, areas = utils.image_size(item.images[0])[::-1], []
             for image_source, sources in zip(item.images, item.masks):
-                masks = read_frame(image_source, sources, size)[1]
-                numbers = [k for k in find_objects(sources) if k != VOID]
+                _, numbers, masks = read_frame(image_source, sources, size)
                 areas.append(dict(zip(numbers, masks.mean((1, 2)).tolist())))
             numbers = {number for found in areas for number, share in found.items() if share}
             sizes[f"{size[1]}x{size[0]}"] += 1
@@ -1073,14 +1009,12 @@ def create_model(args, checkpoint=None):
         args.image_size, drop_path_rate=args.drop_path, memory_dropout=args.dropout,
         dynamic_multimask_via_stability=True, binarize_mask_from_pts_for_mem_enc=True)
     if checkpoint:
-        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "sam2", **arch})
-        utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
+        check_net(checkpoint, f"--resume {args.resume}", {"net": "sam2", **arch})
+        load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
-        path = args.weights
-        if path in WEIGHTS:
-            path = utils.fetch_weights(**WEIGHTS[path])
-        state = utils.read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
-        utils.load_weights(model, state, path)
+        path = official_file(args.weights, WEIGHTS)
+        state = read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
+        load_weights(model, state, path)
     else:  # made for weights that are trained already, the net would take very long to remember
         for block in model.memory_encoder.fuser.layers:
             nn.init.ones_(block.gamma)
@@ -1099,9 +1033,8 @@ def frozen_parts(model, args):
 
 def encode(model, images, dtype):
     """Images (V, 3, S, S) uint8 -> three maps (H*W, V, C), their position codes, sizes [(H, W)]."""
-    images = v2.functional.normalize(images.float(), PIXEL_MEAN, PIXEL_STD)
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return model._prepare_backbone_features(model.forward_image(images))[1:]
+        return model._prepare_backbone_features(model.forward_image(normalize(images)))[1:]
 
 
 def track_clips(model, backbone, videos, clip, args, dtype):
@@ -1317,7 +1250,7 @@ def predict_image(model, images, masks, prompt, run):
         prompts = [{0: prompt(mask, scale)} for mask in masks]
         ((_, out),) = model.propagate(Frames(images, run.device), prompts)
     return torch.cat([
-        F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0].cpu() > 0
+        enlarge(logits, size)[:, 0].cpu() > 0
         for logits in out["pred_masks"].float().split(16)])  # objects at a time, for memory
 
 
@@ -1352,8 +1285,7 @@ def track_video(model, images, ids, firsts, run):
         return labels
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
-            masks = F.interpolate(out["pred_masks"].float(), ids.shape[1:], mode="bilinear",
-                                  align_corners=False)
+            masks = enlarge(out["pred_masks"].float(), ids.shape[1:])
             for result, logits in zip(labels, masks[:, 0].split(len(firsts))):
                 highest, number = logits.max(0)
                 result[t] = torch.where(highest > 0, number + 1, 0).byte().cpu()
@@ -1370,13 +1302,7 @@ class Frames:
         return len(self.images)
 
     def __getitem__(self, t):
-        return v2.functional.normalize(self.images[t].to(self.device).float(), PIXEL_MEAN, PIXEL_STD)
-
-
-def resize_mask(mask, side):
-    """Mask (H, W) bool -> (1, side, side) bool: pixels covered by half; of a tiny one the most covered."""
-    share = v2.functional.resize(mask[None].float(), [side, side], antialias=True)
-    return share >= share.max().clamp(max=0.5)
+        return normalize(self.images[t].to(self.device))
 
 
 def davis_scores(pairs):
@@ -1464,7 +1390,7 @@ def draw_samples(model, dataset, run):
         item, (images, ids, _) = dataset.items[index], dataset[0, index]
         pred = track_video(model, images, ids, first_frames(ids), run)[0]
         frames = np.linspace(0, len(item.images) - 1, 6).round().astype(int)
-        shown = [read_pixels(item.images[t]) for t in frames]
+        shown = [utils.read_image(item.images[t]) for t in frames]
         rows[f"of {item.name}"] = shown
         for title, labels in (("truth", ids), ("prediction", pred)):
             rows[f"{title} {item.name}"] = [utils.overlay(image, labels[t].numpy())
@@ -1475,7 +1401,7 @@ def draw_samples(model, dataset, run):
         for index in range(min(4, len(dataset))):
             item, (inputs, masks, _) = dataset.items[index], dataset[0, index]
             masks = masks[:-1]
-            image, pred = read_pixels(item.images[0]), predict_image(model, inputs, masks, box_prompt, run)
+            image, pred = utils.read_image(item.images[0]), predict_image(model, inputs, masks, box_prompt, run)
             numbers = torch.arange(1, len(masks) + 1)[:, None, None] % 255
             rows[item.name] = [image, *(utils.overlay(image, (part * numbers).amax(0).numpy())
                                         for part in (masks, pred))]
@@ -1549,30 +1475,12 @@ def train_one_epoch(model, loader, optimizer, run, args):
             loss_sum += loss.detach()
             sums[:-1] += losses.detach().cpu()
         if args.world_size > 1:
-            average_gradients(model, run.device, args.world_size)
             sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
-        if run.accepts(optimizer, loss_sum, num_objects, args.clip_grad):  # of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects, args.clip_grad):  # of the mean over objects
             run.scaler.step(optimizer)
             run.progress["passes"] += sums
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
-
-def average_gradients(model, device, world_size):
-    """Makes each gradient the mean over processes, as DistributedDataParallel does.
-
-    Which parameters a clip uses depends on its prompts: one that no process has used keeps no gradient,
-    as in a single process, and a process that has nothing to train on adds zeros.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    used = [float(p.grad is not None) for p in parameters]
-    used = utils.sum_over_ranks(torch.tensor(used, device=device))
-    parameters = [p for p, processes in zip(parameters, used.tolist()) if processes]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = utils.sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-    flat /= world_size
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = part.view_as(p)
 
 
 def pass_means(progress):
@@ -1590,7 +1498,7 @@ def main(args):
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
     if args.image_size % 32:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 32")
-    run = utils.Run(args, net="sam2", several=True)  # joins torchrun's processes; seeds ...
+    run = utils.Run(args, net="sam2")  # joins torchrun's processes; seeds; picks device ...
     if args.deterministic and run.device.type == "cuda" and "image_encoder" not in args.freeze:
         raise utils.InputError("--deterministic: bicubic resizing of position codes has no deterministic "
                                "gradient on CUDA; leave it out, or --freeze image_encoder")

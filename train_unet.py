@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.unet import NETS, STRIDE
+from nets.unet import NETS, forward, normalize
+from nets.weights import check_net, load_weights, read_weights, reset_mismatched_heads
 
 DEMO = {"model": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 6, "batch_size": 4,
         "workers": 0, "output_dir": "runs/train_unet_demo"}
@@ -81,6 +81,7 @@ def get_args_parser():
         help="for ReduceLROnPlateau, epochs (%(default)s)")
     add("--milestones", type=epoch_list, default=(1, 2), help="for MultiStepLR, epochs (1,2)")
     add("--gamma", type=non_negative, default=2 / 3, help="for MultiStepLR (2/3)")
+    add_switch("--sync-bn", help="batch statistics over all processes (CUDA under torchrun)")
     return parser
 
 
@@ -147,50 +148,17 @@ class MaskFolders(torch.utils.data.Dataset):
         return torch.stack(images), masks, indices
 
 
-def normalize(image, channels=3):
-    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics."""
-    image = image.as_subclass(torch.Tensor) / 255
-    image = v2.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return image if channels == 3 else image.mean(0, keepdim=True)
-
-
 def read_item(item):
     """(name, image path, mask paths) -> image (H, W, 3) uint8 RGB, mask (K, H, W) uint8 in {0, 1}."""
     _, image_path, mask_paths = item
     image, masks = utils.read_image(image_path), []
     for path in mask_paths:
-        mask = utils.read_mask(path, lossy=True)
+        mask = utils.read_binary_mask(path)
         if mask.shape != image.shape[:2]:
             raise utils.InputError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, but {image_path} "
                                    f"has {image.shape[1]}x{image.shape[0]}; save both at one size")
-        if mask.dtype == bool:
-            mask = mask * np.uint8(255)
-        elif mask.max() == 65535:
-            mask = mask // 257
-        # Soft edges of a resized or JPEG mask are cut at half; 0/1 masks and ids are refused
-        if mask.min() < 0 or mask.max() > 255 or 0 < mask.max() < 192 or holds_codes(mask):
-            found = ", ".join(map(str, np.unique(mask)[:5]))
-            raise utils.InputError(f"{path}: has values {found} ...; a mask holds 0 (background) and 255 "
-                                   "(object): multiply a 0/1 mask by 255, give each class a folder")
-        masks.append(mask >= 128)
+        masks.append(mask)
     return image, np.stack(masks).astype(np.uint8)
-
-
-def holds_codes(mask):
-    """Whether values between 0 and 255 fill areas of mask (H, W), as ids and grey codes do.
-
-    In a soft edge each value lies between its neighbours: hardly any window has one value only.
-    """
-    mask = mask.astype(np.uint8)
-    between = (mask > 0) & (mask < 248)
-    if not between.any():
-        return False
-    for side, lowest in ((3, 8), (5, 1)):  # JPEG blurs more at low values
-        window = np.ones((side, side), np.uint8)
-        flat = cv2.erode(mask, window) == cv2.dilate(mask, window)
-        if (flat & between & (mask >= lowest)).sum() > 0.01 * np.count_nonzero(mask):
-            return True
-    return False
 
 
 def list_images(folder, extension):
@@ -260,8 +228,22 @@ def create_loaders(args):
     train_set = MaskFolders(train_items, classes, args, train=True, augment=not args.overfit)
     val_set = MaskFolders(val_items, classes, args, train=False, augment=False)
     # Article: drops the last, smaller batch, so that few images train nothing. Here: all are seen.
-    train_loader = utils.create_loader(train_set, args, shuffle=True)
+    train_loader = utils.create_loader(train_set, args, shuffle=True,
+                                       keep=count_trained(len(train_items), args))
     return train_loader, utils.create_loader(val_set, args, shuffle=False)
+
+
+def count_trained(num_images, args):
+    """Returns how many images an epoch trains on: all, but as many in each process."""
+    world_size = utils.ranks()[1]
+    left_out = num_images % world_size
+    if left_out and not (args.test_only or args.sanity_check):
+        if num_images < world_size:
+            raise utils.InputError(f"{args.data_path}: {num_images} training images for {world_size} "
+                                   "processes; add some, or start fewer processes")
+        print(f"note: {left_out} of {num_images} training images are left out of each epoch, others "
+              "each time: no process may have more images than another")
+    return num_images - left_out
 
 
 def sanity_check(train_set, val_set, args):
@@ -304,32 +286,19 @@ def create_model(args, checkpoint=None):
                                "NestedUNet")
     model, arch = NETS[args.model](**arch), {"model": args.model, **arch}
     if checkpoint:
-        utils.check_net(checkpoint, f"--resume {args.resume}", {"net": "unet", **arch})
-        utils.load_weights(model, checkpoint["model"], f"--resume {args.resume}")
+        check_net(checkpoint, f"--resume {args.resume}", {"net": "unet", **arch})
+        load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
         free = () if args.test_only else ["num_classes"]
-        state = utils.read_weights(args.weights, {"net": "unet", **arch}, free)
+        state = read_weights(args.weights, {"net": "unet", **arch}, free)
         heads = ["final", "final1", "final2", "final3", "final4"]
-        state, fresh = utils.renew_heads(model, state, heads)
+        state, fresh = reset_mismatched_heads(model, state, heads)
         if fresh and args.test_only:
             raise utils.InputError(f"{args.weights}: other classes; give --num-classes as trained")
         if fresh:
             print(f"{args.weights}: {', '.join(fresh)} start fresh")
-        utils.load_weights(model, state, args.weights)
+        load_weights(model, state, args.weights)
     return model, arch
-
-
-def forward(model, image, dtype):
-    """Image (B, C, H, W) of any size -> list of float32 logits (B, K, H, W), the prediction last.
-
-    The net needs multiples of 16: right and lower borders are replicated, the output is cropped back.
-    """
-    height, width = image.shape[-2:]
-    padded = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        outputs = model(padded.contiguous(memory_format=torch.channels_last))
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    return [logits[..., :height, :width].float() for logits in outputs]
 
 
 # --- Loss ---
@@ -394,29 +363,25 @@ def evaluate(model, loader, run, args):
     class_iou, class_dice: over the whole set.
     """
     model.eval()
-    loss, counts = 0.0, []
-    for images, masks, _ in tqdm(loader, "validating", leave=False, disable=None):
-        utils.raise_if_stopped()
+    found = {}  # index: loss and counts of this process's images
+    for images, masks, indices in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
+        if utils.stop_asked():  # all processes leave together, below
+            break
         logits = forward(model, images.to(run.device, non_blocking=run.pinned), run.dtype)[-1]
-        for logit, mask in zip(logits, masks):
+        for index, logit, mask in zip(indices, logits, masks):
             mask = mask[None].to(run.device)  # (1, K, H, W)
             logit = F.interpolate(logit[None], mask.shape[-2:], mode="bilinear")
-            loss += criterion(logit, mask.float(), args.loss)
-            counts.append(count_pixels(logit > 0, mask > 0))
-    counts = torch.stack(counts).cpu()  # (images, K, 3)
+            loss = criterion(logit, mask.float(), args.loss)
+            found[index] = loss.cpu(), count_pixels(logit > 0, mask > 0).cpu()
+    utils.raise_if_stopped(run.device)
+    losses, counts = zip(*utils.merge_over_ranks(found).values())
+    counts = torch.stack(counts)  # (images, K, 3)
     (iou, dice), (image_iou, image_dice) = scores(counts.sum(0)), scores(counts)
-    return {"val_loss": float(loss) / len(counts),
+    return {"val_loss": float(sum(losses)) / len(counts),
             "val_iou": iou.nanmean().item(),
             "val_image_iou": image_iou.nanmean().item(),
             "val_image_dice": image_dice.nanmean().item(),
             "class_iou": iou.tolist(), "class_dice": dice.tolist()}
-
-
-def otsu_iou(dataset):
-    """val_iou of Otsu's threshold, the baseline of --demo."""
-    import demo_data
-    images, masks = zip(*[read_item(item) for item in dataset.items])
-    return demo_data.baseline_cells(images, [mask[0] for mask in masks])
 
 
 def print_table(title, figures, classes):
@@ -489,9 +454,9 @@ def train_one_epoch(model, loader, optimizer, run, args):
             loss_sum += loss.detach()
             num_images += len(images)
             counts += count_pixels(outputs[-1] > 0, masks >= 0.5)
-        if run.accepts(optimizer, loss_sum, num_images):  # the gradient is now of the mean over images
+        if run.finish_gradient(optimizer, loss_sum, num_images):  # the gradient is now of the mean over images
             run.scaler.step(optimizer)
-            run.progress["counts"] += counts.cpu()
+            run.progress["counts"] += utils.sum_over_ranks(counts).cpu()
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
@@ -503,13 +468,17 @@ def main(args):
     args.image_size = (args.input_w or args.image_size[0], args.input_h or args.image_size[1])
     if args.depth and not (args.test_only and args.deep_supervision):
         raise utils.InputError("--depth: works only together with --test-only and --deep-supervision")
-    run = utils.Run(args, net="unet")  # seeds; picks device and precision; reads --resume's checkpoint
+    run = utils.Run(args, net="unet")  # joins torchrun's processes; seeds; picks device and precision
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:
         return sanity_check(train_set, val_set, args)
 
     model, arch = create_model(args, run.checkpoint)
+    if args.sync_bn and run.device.type == "cuda" and args.world_size > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif args.sync_bn:
+        print("note: --sync-bn: only has an effect on CUDA under torchrun")
     model = model.to(run.device, memory_format=torch.channels_last)
     run.describe(args.model, model, train_set, val_set)
     if args.test_only:
@@ -542,7 +511,7 @@ def main(args):
                 plateau.step(figures["val_loss"])
             if run.is_best(figures["val_iou"]):
                 run.save_best()
-                utils.save_checkpoint(run.folder / "model.pth", model.state_dict())  # as the article
+                run.save_plain("model.pth", model.state_dict())  # as the article
             run.save_last()
             run.plot_curves(["loss", "val_loss"], ["iou", "val_iou", "val_image_iou"])
             draw_samples(model, val_set, run)
@@ -551,7 +520,8 @@ def main(args):
     print_table(f"after epoch {progress['epoch']}:", figures, val_set.classes)
     run.finish("val_iou")
     if args.demo:
-        figures["baseline_iou"] = otsu_iou(val_set)
+        import demo_data
+        figures["baseline_iou"] = demo_data.otsu_iou(map(read_item, val_set.items))
         print(f"Otsu's threshold on the same images: IoU {figures['baseline_iou']:.4f}")
     return {**figures, "best_val_iou": progress["best"]}
 

@@ -166,6 +166,20 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def numbers(least, most):
+    """Type of an option of so many numbers with commas between."""
+    def parse(text):
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = []
+        if not least <= len(values) <= most or not np.isfinite(values).all():
+            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most} numbers with commas "
+                                             "between")
+        return values
+    return parse
+
+
 def run(main, parser):
     """main(parsed arguments). Mistake or lack of memory: one line, exit 2; SIGINT 130, SIGTERM 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -213,13 +227,10 @@ class Run:
     ends with index.
     """
 
-    def __init__(self, args, net, several=False):
-        """Joins torchrun's processes, seeds, picks device and precision, reads --resume.
-
-        several: the script can train in several processes; if not, torchrun is an InputError.
-        """
+    def __init__(self, args, net):
+        """Joins torchrun's processes, seeds, picks device and precision, reads --resume."""
         self.args, self.net, self.folder = args, net, Path(args.output_dir)
-        self.device = start_process_group(pick_device(args.device), several)
+        self.device = start_process_group(pick_device(args.device))
         self.rank, args.world_size = ranks()
         torch.manual_seed(args.seed)  # of the weights; `steps` seeds each step
         if args.deterministic:
@@ -231,11 +242,11 @@ class Run:
         if args.resume and args.overwrite:
             raise InputError("--overwrite: has no effect beside --resume; give one of them")
         self.checkpoint = find_checkpoint(args.resume, self.folder)
-        place = 0  # in the run, that all processes must agree on
+        position = 0  # must be equal on all ranks
         if self.checkpoint:
-            place = 1 + self.checkpoint["epoch"] * 10**9 + self.checkpoint["step"]
-        total = sum_over_ranks(torch.tensor(place, device=self.device)).item()
-        if total != place * args.world_size:
+            position = 1 + self.checkpoint["epoch"] * 10**9 + self.checkpoint["step"]
+        total = sum_over_ranks(torch.tensor(position, device=self.device)).item()
+        if total != position * args.world_size:
             raise InputError(f"--resume {args.resume}: the processes do not see the same last.pth; all "
                              "hosts need the same --output-dir")
         if self.checkpoint:
@@ -336,19 +347,26 @@ class Run:
                 self.save_last()
         bar.close()
         torch.backends.cudnn.benchmark = False
+        if args.world_size > 1:  # each process has its own batch statistics: the first one's are kept
+            for buffer in self.parts["model"].buffers():
+                torch.distributed.broadcast(buffer, 0)
         self.seconds = time.perf_counter() - started
 
-    def accepts(self, optimizer, loss_sum, count, clip_grad=0.0):
-        """Turns the gradient of loss_sum into that of the mean over count; whether it is to be used.
+    def finish_gradient(self, optimizer, loss_sum, count, clip_grad=0.0, averaged=False):
+        """Turns the gradient of loss_sum into that of the mean over count; False: skip this step.
 
         loss_sum, count (of images, labelled pixels, objects ...): of this process's batches of the
-        step; gradient and mean are those of all processes. If either is not finite, the weights
-        would be ruined: batch statistics are put back, the step is counted, ten in a row end the run.
+        step; gradient and mean are those of all processes. averaged: DistributedDataParallel has made
+        the gradients their mean over processes. If loss or gradient is not finite, the weights would
+        be ruined: batch statistics are restored, the step is counted, ten in a row end the run.
         """
-        model, progress = self.parts["model"], self.progress
-        parameters = [p for p in model.parameters() if p.grad is not None]
+        model, progress, world_size = self.parts["model"], self.progress, self.args.world_size
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if world_size > 1 and not averaged:
+            sum_gradients(trained)
+        parameters = [p for p in trained if p.grad is not None]
         if not parameters:  # nothing in these images counts
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            parameters = trained
             for p in parameters:
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in parameters]
@@ -356,8 +374,8 @@ class Run:
         sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
                 for value in (loss_sum, count, len(self.items))]
         loss_sum, count, images = sum_over_ranks(torch.stack(sums))
-        # DistributedDataParallel took the mean over processes; if nothing counts, gradients are 0
-        torch._foreach_mul_(gradients, self.args.world_size / count.clamp(min=1e-9))
+        scale = (world_size if averaged else 1) / count.clamp(min=1e-9)  # if nothing counts, they are 0
+        torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         if clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
@@ -425,9 +443,12 @@ class Run:
         self.save("last.pth", {name: part.state_dict() for name, part in self.parts.items()})
 
     def save(self, name, states):
+        self.save_plain(name, {**self.head, **states, "args": vars(self.args), **self.progress})
+
+    def save_plain(self, name, state):
+        """A file that the article's script leaves, such as a bare state dict; by the first process."""
         if self.rank == 0:
-            save_checkpoint(self.folder / name,
-                            {**self.head, **states, "args": vars(self.args), **self.progress})
+            save_checkpoint(self.folder / name, state)
 
     @contextlib.contextmanager
     def saved_when_stopped(self):
@@ -460,6 +481,7 @@ class Run:
 
     def finish(self, name):
         """Prints the last lines: the best value of the figure `name`, and the files of --demo."""
+        wait_for_ranks()
         best, epoch = self.progress["best"], self.progress["best_epoch"]
         print(f"best {name} {best:.4f} in epoch {epoch}: {self.folder}/best.pth")
         if self.args.demo:
@@ -519,7 +541,7 @@ def check_items(check, items, args):
     tasks = [(item, args.sanity_check or i < READ_WHOLE) for i, item in enumerate(items)]
     tasks = tasks[rank::world_size]
     loader = torch.utils.data.DataLoader(
-        Checks(check, tasks), batch_size=16, collate_fn=list, worker_init_fn=outlive_signals,
+        Checks(check, tasks), batch_size=16, collate_fn=list, worker_init_fn=ignore_group_signals,
         num_workers=args.workers if len(tasks) > 1000 else 0, generator=torch.Generator())
     results = []
     for batch in tqdm(loader, "checking", leave=False, disable=hide_bar()):
@@ -541,7 +563,7 @@ def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampl
     batch_size = None if batches else batch_size or args.batch_size
     return torch.utils.data.DataLoader(
         dataset, batch_size, sampler=sampler, num_workers=args.workers,
-        worker_init_fn=outlive_signals, collate_fn=getattr(dataset, "collate", None),
+        worker_init_fn=ignore_group_signals, collate_fn=getattr(dataset, "collate", None),
         persistent_workers=args.workers > 0,  # starting workers takes seconds, except with fork
         pin_memory=pick_device(args.device).type == "cuda",
         generator=torch.Generator().manual_seed(args.seed))
@@ -577,116 +599,6 @@ def draw_demo(kind, folder, count):
 
 
 # --- Weights ---
-
-def fetch_weights(name, url, sha256=None, size=None):
-    """Path of an official file in the torch hub cache: fetched once, verified always, unzipped.
-
-    sha256: hex digest or the first part of it; size in bytes; None where it is not published.
-    """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
-    with first_rank_first():
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-            except OSError as error:  # URLError is one
-                reason = getattr(error, "reason", error)
-                raise InputError(f"--weights {name}: cannot fetch {url} ({reason}); download it "
-                                 f"elsewhere and put it at {path}") from None
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found = path.stat().st_size
-        if found != (size or found) or not digest.startswith(sha256 or ""):
-            raise InputError(f"{path}: not the published {name}: {found} bytes, sha256 {digest[:8]} "
-                             f"instead of {size or 'any'}, {sha256 or 'any'}; delete it and run "
-                             "again")
-        if path.suffix != ".zip":
-            return path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                member = next(name for name in archive.namelist() if name.endswith(path.stem))
-                path.with_suffix(".tmp").write_bytes(archive.read(member))
-        except (zipfile.BadZipFile, StopIteration):
-            raise InputError(f"{path}: not the published file; delete it and run again") from None
-        return path.with_suffix(".tmp").replace(path.with_suffix(""))
-
-
-def read_weights(path, wanted, free=()):
-    """Tensors by name: a bare state dict, {"model": ...}, or our checkpoint of the wanted net.
-
-    free: arguments of the net that may differ in our checkpoint, which is said.
-    """
-    checkpoint = load_checkpoint(path)
-    arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) and "format" in checkpoint else {}
-    for key in free:
-        if key in arch and arch[key] != wanted[key]:
-            print(f"note: {path}: trained with {key} {arch[key]}, now {wanted[key]}")
-            wanted = {**wanted, key: arch[key]}
-    check_net(checkpoint, path, wanted)
-    return state_of(checkpoint)
-
-
-def renew_heads(model, state, heads):
-    """(state with model's own tensors where the number of classes differs, the names of these).
-
-    heads: names of the last layers. The first dimension of their tensors is the classes.
-    """
-    fresh = {}
-    for key, wanted in model.state_dict().items():
-        found = state.get(key)
-        is_head = key.rpartition(".")[0] in heads and isinstance(found, torch.Tensor)
-        if is_head and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
-            fresh[key] = wanted
-    return {**state, **fresh}, [*fresh]
-
-
-def state_of(checkpoint):
-    """Tensors by name of what load_checkpoint read; {} if it is no state dict.
-
-    Prefixes are cut off that DistributedDataParallel, torch.compile and Lightning put before every key.
-    """
-    state = checkpoint if isinstance(checkpoint, dict) else {}
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    for prefix in ("module.", "_orig_mod.", "model.", "net.") * 2:
-        if state and all(str(key).startswith(prefix) for key in state):
-            state = {str(key).removeprefix(prefix): value for key, value in state.items()}
-    return {str(key): value for key, value in state.items()}
-
-
-def load_weights(model, state, path):
-    """Strictly loads the tensors that were read from path; InputError if they are another net's."""
-    known, differing = model.state_dict(), []
-    for key, wanted in known.items():
-        found = state.get(key)
-        if key not in state:
-            differing.append(f"{key} missing")
-        elif not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
-            shape = tuple(getattr(found, "shape", ()))
-            differing.append(f"{key} {shape} instead of {tuple(wanted.shape)}")
-    unknown = [f"{key} unknown" for key in state if key not in known]
-    if differing or unknown:
-        keys = ""
-        if state and not state.keys() & known.keys():
-            keys = f"; it begins with {next(iter(state))}, the net with {next(iter(known))}"
-        raise InputError(f"{path}: weights of another net than {type(model).__name__}: "
-                         f"{len(differing)} of {len(known)} tensors missing or of another shape, "
-                         f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...){keys}")
-    model.load_state_dict(state)
-
-
-def check_net(checkpoint, path, wanted):
-    """InputError unless our checkpoint is of the wanted net and arguments; bare weights pass."""
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        return
-    found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
-    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if differing:
-        holds = ", ".join(f"{key} {found[key]}" for key in differing if key in found)
-        asked = ", ".join(f"{key} {wanted[key]}" for key in differing if key in wanted)
-        raise InputError(f"{path}: holds {holds}; asked for {asked} (give the options it was "
-                         "trained with)")
-
 
 def load_checkpoint(path):
     """A checkpoint or state dict, on the CPU; verified, and never a pickle that runs code."""
@@ -735,7 +647,7 @@ def save_checkpoint(path, state):
 def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
     """{name without extension: path} of the images in folder, sorted; hidden files are left out.
 
-    wanted: the names that matter, as `composed` makes them. InputError without the folder, or with the
+    wanted: the names that matter, as `nfc` makes them. InputError without the folder, or with the
     remedy if two files have one name.
     """
     folder = Path(folder)
@@ -744,7 +656,7 @@ def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
     found = {}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         stem, ending = os.path.splitext(entry.name)
-        name = composed(stem)
+        name = nfc(stem)
         if entry.name[0] == "." or ending.lower() not in endings or entry.is_dir() \
                 or wanted is not None and name not in wanted:
             continue
@@ -763,7 +675,7 @@ def read_lines(path):
     return [line.strip() for line in lines if line.strip()]
 
 
-def composed(name):
+def nfc(name):
     """name with each accented letter as one character (NFC): macOS writes them as two."""
     return unicodedata.normalize("NFC", name)
 
@@ -821,6 +733,40 @@ def read_mask(path, lossy=False):
             raise InputError(f"{path}: colour-coded mask; {remedy}")
         mask = mask[..., 0]
     return mask if lossy else whole_numbers(path, mask)
+
+
+def read_binary_mask(path):
+    """Mask (H, W) bool of a file with 0 for background and 255 for the object, cut at half.
+
+    Takes the soft edges of a resized or JPEG mask. InputError for a 0/1 mask, ids and grey codes.
+    """
+    mask = read_mask(path, lossy=True)
+    if mask.dtype == bool:
+        return mask
+    if mask.max() == 65535:
+        mask = mask // 257
+    if mask.min() < 0 or mask.max() > 255 or 0 < mask.max() < 192 or holds_codes(mask):
+        found = ", ".join(map(str, np.unique(mask)[:5]))
+        raise InputError(f"{path}: has values {found} ...; a mask holds 0 (background) and 255 "
+                         "(object): multiply a 0/1 mask by 255, give each class a folder")
+    return mask >= 128
+
+
+def holds_codes(mask):
+    """Whether values between 0 and 255 fill areas of mask (H, W), as ids and grey codes do.
+
+    In a soft edge each value lies between its neighbours: hardly any window has one value only.
+    """
+    mask = mask.astype(np.uint8)
+    between = (mask > 0) & (mask < 248)
+    if not between.any():
+        return False
+    for side, lowest in ((3, 8), (5, 1)):  # JPEG blurs more at low values
+        window = np.ones((side, side), np.uint8)
+        flat = cv2.erode(mask, window) == cv2.dilate(mask, window)
+        if (flat & between & (mask >= lowest)).sum() > 0.01 * np.count_nonzero(mask):
+            return True
+    return False
 
 
 def whole_numbers(path, mask):
@@ -916,6 +862,45 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def sum_gradients(parameters, bucket_size=2**23):
+    """Replaces each gradient by its sum over processes, one collective per bucket of 8M numbers.
+
+    A parameter that no process has used keeps no gradient, as in a single process; a process that has
+    not used it adds zeros.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    buckets, filled = [], bucket_size
+    for p, processes in zip(parameters, sum_over_ranks(used).tolist()):
+        if not processes:
+            continue
+        if filled >= bucket_size:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(p)
+        filled += p.numel()
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in buckets:
+        flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in bucket]))
+        for p, part in zip(bucket, flat.split([p.numel() for p in bucket])):
+            p.grad.copy_(part.view_as(p))
+
+
+def merge_over_ranks(found):
+    """Returns {index: result} of all processes, sorted by index; each process gives its own part."""
+    parts = [found]
+    if torch.distributed.is_initialized():
+        parts = [None] * ranks()[1]
+        torch.distributed.all_gather_object(parts, found)
+    return dict(sorted((index, result) for part in parts for index, result in part.items()))
+
+
+def wait_for_ranks():
+    """Waits until all processes are here, as what the first one has written is read next."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 @contextlib.contextmanager
 def first_rank_first():
     """The body runs in the first process, then in the others, which find its files."""
@@ -986,7 +971,7 @@ def remember_signal(number, frame):
     _signals.append(number)
 
 
-def outlive_signals(worker):
+def ignore_group_signals(worker):
     """worker_init_fn of loaders: a signal to all processes must not end them before the step.
 
     SIGTERM of the script itself still does: so Python ends the loaders when the script ends.
@@ -1085,14 +1070,12 @@ def pick_precision(amp, device):
     return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def start_process_group(device, several=True):
+def start_process_group(device):
     """Under torchrun: joins its processes (NCCL on CUDA, else Gloo). Returns this one's device.
 
     All ranks but the first are silent on stdout from here on.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
-        raise InputError("torchrun: this script trains in a single process; start it with python")
-    if "RANK" not in os.environ or not several:
+    if "RANK" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

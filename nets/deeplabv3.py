@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.transforms import v2
 
+PIXEL_MEAN, PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet, RGB in 0..1
 ATROUS_RATES = (12, 24, 36)  # the paper's for stride 8; torchvision keeps them at MobileNet's 16
 
-# torchvision's, with 21 outputs and the auxiliary head; a name ends in the start of its sha256
-COCO_WEIGHTS = {
-    "resnet50": "https://download.pytorch.org/models/deeplabv3_resnet50_coco-cd0a2569.pth",
-    "resnet101": "https://download.pytorch.org/models/deeplabv3_resnet101_coco-586e9e4e.pth",
-    "mobilenet_v3_large":
-        "https://download.pytorch.org/models/deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+URL = "https://download.pytorch.org/models/deeplabv3_"
+COCO_WEIGHTS = {  # torchvision's, with 21 outputs and the auxiliary head; sha256: its first digits
+    "resnet50": {"name": "coco", "url": f"{URL}resnet50_coco-cd0a2569.pth", "sha256": "cd0a2569"},
+    "resnet101": {"name": "coco", "url": f"{URL}resnet101_coco-586e9e4e.pth", "sha256": "586e9e4e"},
+    "mobilenet_v3_large": {"name": "coco", "url": f"{URL}mobilenet_v3_large-fc3c493d.pth",
+                           "sha256": "fc3c493d"},
 }
 VOC_CLASSES = (  # the classes of these weights, in order
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -125,6 +127,24 @@ class DeepLabV3(nn.Module):
             logits["aux"] = self.aux_classifier(early)
         return {name: F.interpolate(x, size, mode="bilinear", align_corners=False)
                 for name, x in logits.items()}
+
+
+# --- Images in, masks out ---
+
+def normalize(image):
+    """RGB uint8 (3, H, W) -> float32 by ImageNet's statistics."""
+    return v2.functional.normalize(image / 255, PIXEL_MEAN, PIXEL_STD)
+
+
+def resize(image, side):
+    """Image (3, H, W) uint8 with its shorter side made `side` pixels."""
+    return v2.functional.resize(image, scaled_size(image, side), antialias=True)
+
+
+def scaled_size(image, side):
+    """[height, width] of image (..., H, W) once its shorter side is `side`."""
+    height, width = image.shape[-2:]
+    return [max(side, round(length * side / min(height, width))) for length in (height, width)]
 
 
 # Fresh weights; to start from ImageNet's, give the builders below weights="DEFAULT"

@@ -18,11 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
+URL = "https://github.com/yformer/EfficientSAM/raw/main/weights/"
 WEIGHTS = {  # the authors publish no hash: the only check is that every key and shape fits
-    "efficient_sam_vits":
-        "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vits.pt.zip",
-    "efficient_sam_vitt":
-        "https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
+    "efficient_sam_vits": {"name": "efficient_sam_vits", "url": f"{URL}efficient_sam_vits.pt.zip"},
+    "efficient_sam_vitt": {"name": "efficient_sam_vitt", "url": f"{URL}efficient_sam_vitt.pt"},
 }
 PRETRAINED_GRID = 14  # the pretrained position codes are 224 / 16 x 224 / 16
 
@@ -401,6 +400,64 @@ class EfficientSam(nn.Module):
         return self.predict_masks(embeddings, batched_points, batched_point_labels, True,
                                   height, width, *output)
 
+
+# --- Images in, masks out ---
+# mode is train_efficientsam.py's --preprocess: "official" stretches the image to the square; "article"
+# keeps its ratio, pads it at the right and the bottom and stretches its contrast
+
+def content_size(size, image_size, mode):
+    """[height, width] of the part of the net's square that an image of this size (H, W) fills."""
+    if mode == "official":
+        return [image_size, image_size]
+    return [max(1, round(side * image_size / max(size))) for side in size]
+
+
+def preprocess(image, image_size, mode):
+    """Image (3, H, W) uint8 -> (3, S, S) float32 in 0..1; the net subtracts ImageNet's mean."""
+    size = content_size(image.shape[1:], image_size, mode)
+    image = image / 255
+    if [*image.shape[1:]] != size:
+        image = F.interpolate(image[None], size, mode="bilinear")[0]
+    if mode == "official":
+        return image
+    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-8)
+    return F.pad(image, (0, image_size - size[1], 0, image_size - size[0]))
+
+
+def encode(model, image, dtype):
+    """Image (1, 3, S, S) float32 in 0..1 -> its embedding, which serves any number of queries."""
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        return model.get_image_embeddings(image)
+
+
+def decode(model, embedding, points, labels, dtype):
+    """Points (q, N, 2) in the square, labels (q, N) -> mask logits (q, 3, M, M), predicted IoU (q, 3)."""
+    side = model.image_size
+    with torch.autocast(embedding.device.type, dtype, enabled=dtype is not None):
+        logits, iou = model.predict_masks(embedding, points[None], labels[None], True, side, side)
+    return logits[0].float(), iou[0].float()
+
+
+def enlarge(logits, size, image_size, mode):
+    """Mask logits (q, C, M, M) -> (q, C, *size), the image's size."""
+    if mode == "article":  # the padding is cropped, at the net's own size
+        height, width = content_size(size, image_size, mode)
+        logits = F.interpolate(logits, (image_size, image_size), mode="bicubic")[..., :height, :width]
+    return F.interpolate(logits, size, mode="bicubic")
+
+
+def predict_masks(model, embedding, points, labels, size, mode, dtype):
+    """Points (Q, N, 2), labels (Q, N) -> yields first, logits (q, 3, *size), predicted IoU (q, 3).
+
+    size (H, W) is the image's own. q = 8 queries at a time, from index `first` on, to limit memory.
+    """
+    for first in range(0, len(points), 8):
+        chosen = slice(first, first + 8)
+        logits, iou = decode(model, embedding, points[chosen], labels[chosen], dtype)
+        yield first, enlarge(logits, size, model.image_size, mode), iou
+
+
+# --- Sizes ---
 
 def efficient_sam_vitt(image_size=1024):
     """EfficientSAM-Ti, 10.2 M parameters."""

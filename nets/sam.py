@@ -11,11 +11,13 @@ decoder's masks have a quarter of its side.
 Letters: B images, P prompts (each the prompt of one object), N points of a prompt or tokens, M masks,
 C width of the ViT, D width of the decoder, E = image_size / 16, S side of what attention is over.
 """
+import hashlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
 PATCH_SIZE = 16
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -214,20 +216,21 @@ class PositionEmbeddingRandom(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points, boxes, masks of P objects, each optional -> tokens (P, N, D), dense (P, D, E, E).
+    """Points, boxes, masks of B objects, each optional -> tokens (B, N, D), dense (B, D, E, E).
 
-    points: (coordinates (P, N, 2), labels (P, N)), x, y in pixels of the square, labels 1 object,
-    0 background, -1 padding: its coordinates do not matter, but attention sees it, so more of it
-    changes the masks a little (as published). boxes: (P, 4), x0, y0, x1, y1 in pixels. masks:
-    (P, 1, 4E, 4E) logits of an earlier pass. With none of the three, P is 1 and N is 0.
+    points: (coordinates (B, N, 2), labels (B, N)), x, y in pixels of the square, labels 1 object,
+    0 background, 2 and 3 the upper left and lower right corner of a box (SAM 2), -1 padding: its
+    coordinates do not matter, but attention sees it, so more of it changes the masks a little (as
+    published). boxes: (B, 4), x0, y0, x1, y1; without them one padding point is added, as in SAM's
+    training. masks: (B, 1, 4E, 4E) logits. With none of the three, B is 1 and N is 0.
     """
 
     def __init__(self, dim, grid, image_size):
         super().__init__()
-        self.grid, self.image_size = grid, image_size
+        self.dim, self.grid, self.image_size = dim, grid, image_size
+        self.mask_input_size = (4 * grid, 4 * grid)
         self.pe_layer = PositionEmbeddingRandom(dim)
-        self.point_embeddings = nn.ModuleList(  # background, object, two corners of a box
-            nn.Embedding(1, dim) for _ in range(4))
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
         self.mask_downscaling = nn.Sequential(
             nn.Conv2d(1, 4, 2, stride=2), LayerNorm2d(4), nn.GELU(),
@@ -235,45 +238,38 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def get_dense_pe(self):
-        """Position codes of the cells of the image embedding, (1, D, E, E)."""
+        """Position codes of the cells of the image features, (1, D, E, E)."""
         device = self.no_mask_embed.weight.device
         centres = (torch.arange(self.grid, device=device) + 0.5) / self.grid
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self.pe_layer(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
 
-    def position(self, coords):
-        return self.pe_layer((coords + 0.5) / self.image_size)  # 0.5: centre of the pixel
-
     def embed_points(self, coords, labels):
         labels = labels[..., None]
-        tokens = torch.where(labels == -1, self.not_a_point_embed.weight, self.position(coords))
-        for label in (0, 1):
-            tokens = tokens + (labels == label) * self.point_embeddings[label].weight
-        return tokens  # (P, N, D)
-
-    def embed_boxes(self, boxes):
-        corners = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
-        return self.position(boxes.reshape(-1, 2, 2)) + corners  # (P, 2, D)
+        tokens = self.pe_layer((coords + 0.5) / self.image_size)  # 0.5: centre of the pixel
+        tokens = torch.where(labels == -1, self.not_a_point_embed.weight, tokens)
+        for label, embedding in enumerate(self.point_embeddings):
+            tokens = tokens + (labels == label) * embedding.weight
+        return tokens  # (B, N, D)
 
     def forward(self, points=None, boxes=None, masks=None):
+        no_mask = self.no_mask_embed.weight  # (1, D)
         tokens = []
         if points is not None:
             coords, labels = points
-            if boxes is None:  # as in SAM's training, one padding point stands for the absent box
+            if boxes is None:
                 coords, labels = F.pad(coords, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
             tokens.append(self.embed_points(coords, labels))
         if boxes is not None:
-            tokens.append(self.embed_boxes(boxes))
-
-        no_mask = self.no_mask_embed.weight  # (1, D)
-        if masks is not None:
-            dense = self.mask_downscaling(masks)
-        else:
-            prompts = len(tokens[0]) if tokens else 1
-            dense = no_mask[..., None, None].expand(prompts, -1, self.grid, self.grid)
+            corners = torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 2)
+            tokens.append(self.embed_points(boxes.view(-1, 2, 2), corners))
         if not tokens:
-            tokens.append(no_mask.new_empty(len(dense), 0, no_mask.shape[1]))
-        return torch.cat(tokens, 1), dense
+            tokens.append(no_mask.new_empty(1 if masks is None else len(masks), 0, self.dim))
+        tokens = torch.cat(tokens, 1)
+        if masks is not None:
+            return tokens, self.mask_downscaling(masks)
+        dense = no_mask[..., None, None]
+        return tokens, dense.expand(len(tokens), -1, self.grid, self.grid)
 
 
 # --- Mask decoder ---
@@ -303,14 +299,14 @@ class TwoWayAttentionBlock(nn.Module):
     The self-attention of the first layer has no position codes and no residual.
     """
 
-    def __init__(self, dim, num_heads, mlp_dim, first):
+    def __init__(self, dim, num_heads, make_mlp, first):
         super().__init__()
         self.first = first
         self.self_attn = DecoderAttention(dim, num_heads)
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLPBlock(dim, mlp_dim, nn.ReLU())
+        self.mlp = make_mlp()
         self.norm3 = nn.LayerNorm(dim)
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = DecoderAttention(dim, num_heads, downsample=2)
@@ -332,17 +328,16 @@ class TwoWayAttentionBlock(nn.Module):
         return queries, keys
 
 
-# Same as nets/efficient_sam.py
 class TwoWayTransformer(nn.Module):
     """Image (B, D, E, E), its position code, tokens (B, N, D) -> tokens, image (B, E*E, D).
 
-    The position code is (1, D, E, E).
+    The position code is (1, D, E, E). make_mlp: a function that returns a block's feed-forward part.
     """
 
-    def __init__(self, depth, dim, num_heads, mlp_dim):
+    def __init__(self, depth, dim, num_heads, make_mlp):
         super().__init__()
         self.layers = nn.ModuleList(
-            TwoWayAttentionBlock(dim, num_heads, mlp_dim, i == 0) for i in range(depth))
+            TwoWayAttentionBlock(dim, num_heads, make_mlp, i == 0) for i in range(depth))
         self.final_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
@@ -368,7 +363,8 @@ class MaskDecoder(nn.Module):
     def __init__(self, dim, depth, num_heads, mlp_dim, num_multimask):
         super().__init__()
         num_masks = num_multimask + 1
-        self.transformer = TwoWayTransformer(depth, dim, num_heads, mlp_dim)
+        self.transformer = TwoWayTransformer(
+            depth, dim, num_heads, lambda: MLPBlock(dim, mlp_dim, nn.ReLU()))
         self.iou_token = nn.Embedding(1, dim)
         self.mask_tokens = nn.Embedding(num_masks, dim)
         self.output_upscaling = nn.Sequential(
@@ -474,11 +470,76 @@ class Sam(nn.Module):
         return outputs
 
 
+# --- Images in, masks out ---
+
+POINTS, BOX, BOTH = range(3)  # kinds of prompt
+
+
 def resized_size(height, width, image_size):
     """(height, width) after resizing the longest side to image_size, rounded as published."""
     scale = image_size / max(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
+
+def preprocess(image, image_size, mirrored=False):
+    """Image (3, H, W) uint8 RGB -> (3, S, S) float32: resized, normalised and padded."""
+    height, width = resized_size(*image.shape[1:], image_size)
+    image = v2.functional.resize(image, [height, width], antialias=True)
+    image = image.flip(2) if mirrored else image
+    image = v2.functional.normalize(image.float(), PIXEL_MEAN, PIXEL_STD)
+    return F.pad(image, (0, image_size - width, 0, image_size - height))
+
+
+def encode(model, images, dtype):
+    """Images (B, 3, S, S) float32 of preprocess -> embeddings (B, D, E, E) float32."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return model.image_encoder(images).float()
+
+
+def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
+    """One pass over P objects -> mask logits (P, C, M, M), predicted IoU (P, C); C is 3 or 1.
+
+    embeddings (P, D, E, E); points (P, N, 2), labels (P, N) and boxes (P, 4) in pixels of the square;
+    kinds (P,): POINTS, BOX or BOTH count; low_logits (P, 1, M, M) of an earlier pass, or None. Each
+    kind of prompt has its own number of tokens, and so a call of its own.
+    """
+    groups = [(kinds == kind).nonzero()[:, 0] for kind in (POINTS, BOX, BOTH)]
+    outputs = []
+    for kind, chosen in zip((POINTS, BOX, BOTH), groups):
+        if not len(chosen):
+            continue
+        clicks = None if kind == BOX else (points[chosen], labels[chosen])
+        corners = None if kind == POINTS else boxes[chosen]
+        earlier = None if low_logits is None else low_logits[chosen]
+        with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
+            sparse, dense = model.prompt_encoder(points=clicks, boxes=corners, masks=earlier)
+            outputs.append(model.mask_decoder(
+                image_embeddings=embeddings[chosen], image_pe=model.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
+                multimask_output=multimask))
+    order = torch.cat(groups).argsort()
+    return [torch.cat(part).float()[order] for part in zip(*outputs)]
+
+
+def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):
+    """As the article: the best of three masks, by the predicted IoU, prompts a second pass.
+
+    Returns logits (P, 3, M, M), iou (P, 3) of the first, logits (P, 1, M, M), iou (P, 1) of the second.
+    """
+    prompts = (points, labels, boxes, kinds)
+    first, first_iou = decode(model, embeddings, *prompts, None, True, dtype)
+    best = first_iou.argmax(1)[:, None, None, None]  # of each object; the article: one for all
+    chosen = torch.take_along_dim(first, best, 1).detach()
+    second, second_iou = decode(model, embeddings, *prompts, chosen, False, dtype)
+    return first, first_iou, second, second_iou
+
+
+def enlarge(model, logits, size):
+    """Mask logits (P, C, M, M) -> (P, C, *size), the image's size (H, W)."""
+    return model.postprocess_masks(logits, resized_size(*size, model.image_size), size)
+
+
+# --- Weights and sizes ---
 
 def resize_positions(state_dict, model):
     """State dict of a Sam of any image_size -> one that fits model; equal sizes: the same tensors.
@@ -498,6 +559,15 @@ def resize_positions(state_dict, model):
         elif name.endswith(("rel_pos_h", "rel_pos_w")):
             resized[name] = F.interpolate(table.T[None], len(parameter), mode="linear")[0].T
     return resized
+
+
+def hash_frozen(model):
+    """16 hex digits of the weights of both encoders."""
+    digest = hashlib.sha256()
+    for part in (model.image_encoder, model.prompt_encoder):
+        for key, value in part.state_dict().items():
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def sam_vit_b(image_size=1024):

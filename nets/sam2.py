@@ -15,10 +15,14 @@ size, E = S / 16, C width of the trunk, D width of everything else, K tokens of 
 import math
 from collections import OrderedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import v2
+
+from nets.sam import LayerNorm2d, PromptEncoder, TwoWayTransformer, join_windows, split_windows
 
 URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 WEIGHTS = {  # the authors publish no hashes; these, and the sizes, are those that users publish
@@ -34,21 +38,6 @@ BATCH_OBJECTS = 16  # that `propagate` tracks at a time
 
 
 # --- Small blocks ---
-
-# Same as nets/sam.py
-class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of (B, C, H, W)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = 1e-6
-
-    def forward(self, x):
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
 
 class MLP(nn.Module):
     """Linear layers with act between them: (..., dim) -> (..., out_dim)."""
@@ -93,24 +82,6 @@ def get_1d_sine_pe(pos_inds, dim):
 
 
 # --- Image encoder ---
-
-# Same as nets/sam.py
-def split_windows(x, size):
-    """(B, H, W, C) -> windows (B * rows * columns, size, size, C); zeros fill up the last ones."""
-    b, h, w, c = x.shape
-    x = F.pad(x, (0, 0, 0, -w % size, 0, -h % size))
-    x = x.view(b, x.shape[1] // size, size, -1, size, c)  # (B, rows, size, columns, size, C)
-    return x.transpose(2, 3).reshape(-1, size, size, c)
-
-
-# Same as nets/sam.py
-def join_windows(windows, height, width):
-    """Undoes split_windows: windows -> (B, height, width, C), without the padding."""
-    size, c = windows.shape[2:]
-    rows, columns = -(-height // size), -(-width // size)
-    x = windows.view(-1, rows, columns, size, size, c).transpose(2, 3)
-    return x.reshape(-1, rows * size, columns * size, c)[:, :height, :width]
-
 
 def pool(x):
     """Maximum over 2 x 2: (B, H, W, C) -> (B, H / 2, W / 2, C)."""
@@ -263,158 +234,7 @@ class ImageEncoder(nn.Module):
         return {"vision_features": maps[-1], "vision_pos_enc": positions, "backbone_fpn": maps}
 
 
-# --- Prompt encoder ---
-
-# Same as nets/sam.py
-class PositionEmbeddingRandom(nn.Module):
-    """Random Fourier features: coordinates (..., 2) in 0..1, x first -> (..., D)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
-
-    def forward(self, coords):
-        # Not a matrix product: autocast would do it in bfloat16, which cannot tell pixels apart
-        matrix, coords = self.positional_encoding_gaussian_matrix, 2 * coords - 1
-        angle = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
-        return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-class PromptEncoder(nn.Module):
-    """Points, boxes, masks of B objects, each optional -> tokens (B, N, D), dense (B, D, E, E).
-
-    points: (coordinates (B, N, 2), labels (B, N)), x, y in pixels of the square, labels 1 object,
-    0 background, 2 and 3 the upper left and lower right corner of a box, -1 padding: its place does
-    not matter, but attention sees it. boxes: (B, 4), x0, y0, x1, y1; without them one padding point
-    is added. SAM 2 itself gives boxes as points. masks: (B, 1, 4E, 4E) logits.
-    """
-
-    def __init__(self, dim, grid, image_size):
-        super().__init__()
-        self.dim, self.grid, self.image_size = dim, grid, image_size
-        self.mask_input_size = (4 * grid, 4 * grid)
-        self.pe_layer = PositionEmbeddingRandom(dim)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
-        self.not_a_point_embed = nn.Embedding(1, dim)
-        self.mask_downscaling = nn.Sequential(
-            nn.Conv2d(1, 4, 2, stride=2), LayerNorm2d(4), nn.GELU(),
-            nn.Conv2d(4, 16, 2, stride=2), LayerNorm2d(16), nn.GELU(), nn.Conv2d(16, dim, 1))
-        self.no_mask_embed = nn.Embedding(1, dim)
-
-    def get_dense_pe(self):
-        """Position codes of the cells of the image features, (1, D, E, E)."""
-        device = self.no_mask_embed.weight.device
-        centres = (torch.arange(self.grid, device=device) + 0.5) / self.grid
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return self.pe_layer(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
-
-    def embed_points(self, coords, labels):
-        labels = labels[..., None]
-        tokens = self.pe_layer((coords + 0.5) / self.image_size)  # 0.5: centre of the pixel
-        tokens = torch.where(labels == -1, self.not_a_point_embed.weight, tokens)
-        for label, embedding in enumerate(self.point_embeddings):
-            tokens = tokens + (labels == label) * embedding.weight
-        return tokens  # (B, N, D)
-
-    def forward(self, points=None, boxes=None, masks=None):
-        no_mask = self.no_mask_embed.weight  # (1, D)
-        tokens = []
-        if points is not None:
-            coords, labels = points
-            if boxes is None:
-                coords, labels = F.pad(coords, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-            tokens.append(self.embed_points(coords, labels))
-        if boxes is not None:
-            corners = torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 2)
-            tokens.append(self.embed_points(boxes.view(-1, 2, 2), corners))
-        if not tokens:
-            tokens.append(no_mask.new_empty(1 if masks is None else len(masks), 0, self.dim))
-        tokens = torch.cat(tokens, 1)
-        if masks is not None:
-            return tokens, self.mask_downscaling(masks)
-        dense = no_mask[..., None, None]
-        return tokens, dense.expand(len(tokens), -1, self.grid, self.grid)
-
-
 # --- Mask decoder ---
-
-# Same as nets/sam.py
-class DecoderAttention(nn.Module):
-    """Attention of q (P, N, D) over k, v (P, K, D), in D / downsample channels -> (P, N, D)."""
-
-    def __init__(self, dim, num_heads, downsample=1):
-        super().__init__()
-        inner = dim // downsample
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, inner)
-        self.k_proj = nn.Linear(dim, inner)
-        self.v_proj = nn.Linear(dim, inner)
-        self.out_proj = nn.Linear(inner, dim)
-
-    def forward(self, q, k, v):
-        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
-        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (P, heads, N, channels of a head)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-
-class TwoWayAttentionBlock(nn.Module):
-    """Tokens (B, N, D) look at themselves and the image (B, E*E, D), then the image at the tokens.
-
-    The self-attention of the first layer has no position codes and no residual.
-    """
-
-    def __init__(self, dim, num_heads, mlp_dim, first):
-        super().__init__()
-        self.first = first
-        self.self_attn = DecoderAttention(dim, num_heads)
-        self.norm1 = nn.LayerNorm(dim)
-        self.cross_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, mlp_dim, dim, num_layers=2)
-        self.norm3 = nn.LayerNorm(dim)
-        self.norm4 = nn.LayerNorm(dim)
-        self.cross_attn_image_to_token = DecoderAttention(dim, num_heads, downsample=2)
-
-    def forward(self, queries, keys, query_pe, key_pe):
-        if self.first:
-            queries = self.self_attn(queries, queries, queries)
-        else:
-            q = queries + query_pe
-            queries = queries + self.self_attn(q, q, queries)
-        queries = self.norm1(queries)
-
-        q, k = queries + query_pe, keys + key_pe
-        queries = self.norm2(queries + self.cross_attn_token_to_image(q, k, keys))
-        queries = self.norm3(queries + self.mlp(queries))
-
-        q = queries + query_pe
-        keys = self.norm4(keys + self.cross_attn_image_to_token(k, q, queries))
-        return queries, keys
-
-
-# Same as nets/sam.py
-class TwoWayTransformer(nn.Module):
-    """Image (B, D, E, E), its position code, tokens (B, N, D) -> tokens, image (B, E*E, D).
-
-    The position code is (1, D, E, E).
-    """
-
-    def __init__(self, depth, dim, num_heads, mlp_dim):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            TwoWayAttentionBlock(dim, num_heads, mlp_dim, i == 0) for i in range(depth))
-        self.final_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
-        self.norm_final_attn = nn.LayerNorm(dim)
-
-    def forward(self, image, image_pe, tokens):
-        keys, key_pe = image.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2)
-        queries = tokens
-        for layer in self.layers:
-            queries, keys = layer(queries, keys, tokens, key_pe)
-        attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys)
-        return self.norm_final_attn(queries + attended), keys
-
 
 class MaskDecoder(nn.Module):
     """Features and prompts of B objects -> masks (B, M, 4E, 4E), IoU (B, M), tokens, score (B, 1).
@@ -432,7 +252,8 @@ class MaskDecoder(nn.Module):
         super().__init__()
         self.dynamic_multimask_via_stability = dynamic_multimask_via_stability
         num_masks = num_multimask + 1
-        self.transformer = TwoWayTransformer(2, dim, 8, mlp_dim)
+        self.transformer = TwoWayTransformer(
+            2, dim, 8, lambda: MLP(dim, mlp_dim, dim, num_layers=2))
         self.iou_token = nn.Embedding(1, dim)
         self.mask_tokens = nn.Embedding(num_masks, dim)
         self.obj_score_token = nn.Embedding(1, dim)
@@ -989,6 +810,50 @@ def group_prompts(prompts, num_frames, device):
         "prompts": {t: {name: torch.stack([prompts[i][t][name] for i in objects]).to(device)
                         for name in prompt} for t, prompt in prompts[objects[0]].items()},
         "cond_frame_outputs": {}, "non_cond_frame_outputs": {}} for objects in batches]
+
+
+# --- Images in, masks out ---
+
+def resize_images(images, image_size):
+    """Images (H, W, 3) uint8 RGB of one size -> (T, 3, S, S) uint8, stretched to the net's square."""
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return v2.functional.resize(images, [image_size, image_size], antialias=True).contiguous()
+
+
+def resize_mask(mask, image_size):
+    """Mask (H, W) bool -> (1, S, S) bool: pixels covered by half; of a tiny mask the most covered."""
+    share = v2.functional.resize(mask[None].float(), [image_size, image_size], antialias=True)
+    return share >= share.max().clamp(max=0.5)
+
+
+def normalize(images):
+    """Images (..., 3, S, S) uint8 RGB -> float32, as forward_image takes them."""
+    return v2.functional.normalize(images.float(), PIXEL_MEAN, PIXEL_STD)
+
+
+def encode(model, image, dtype):
+    """Image (3, S, S) uint8 that is in no video -> its embedding: a map (1, D, E, E), two finer ones."""
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        *finer, features = model.forward_image(normalize(image)[None])["backbone_fpn"]
+        return features + model.no_mem_embed[..., None].transpose(1, 2), finer
+
+
+def decode(model, embedding, points, labels, multimask, dtype):
+    """Points (B, N, 2) in the square, labels (B, N) -> mask logits (B, C, M, M), predicted IoU (B, C).
+
+    C is 3, or 1 without multimask: the mask of clear prompts.
+    """
+    features, finer = embedding
+    with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
+        prompts = model.sam_prompt_encoder((points, labels))
+        masks, iou, _, _ = model.sam_mask_decoder(
+            features, model.sam_prompt_encoder.get_dense_pe(), *prompts, multimask, True, finer)
+    return masks.float(), iou.float()
+
+
+def enlarge(logits, size):
+    """Mask logits (B, C, M, M) -> (B, C, *size), the image's size (H, W)."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 # --- Sizes ---

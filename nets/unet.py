@@ -6,8 +6,11 @@ the 2015 paper: padded 3x3 convolutions with batch norm, half the channels, bili
 align_corners=True. Left out on purpose: nothing.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
+PIXEL_MEAN, PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet, RGB in 0..1
 CHANNELS = (32, 64, 128, 256, 512)  # of levels 0 to 4; the 2015 paper has twice as many
 STRIDE = 16                         # four poolings: input height and width must be multiples of it
 
@@ -154,6 +157,27 @@ class NestedUNet(nn.Module):
         if self.deep_supervision:
             return [self.final1(x0_1), self.final2(x0_2), self.final3(x0_3), self.final4(x0_4)]
         return self.final(x0_4)
+
+
+# --- Images in, masks out ---
+
+def normalize(image, channels=3):
+    """RGB uint8 (3, H, W) -> float32 (channels, H, W) by ImageNet's statistics; 1 channel is grey."""
+    image = v2.functional.normalize(image.as_subclass(torch.Tensor) / 255, PIXEL_MEAN, PIXEL_STD)
+    return image if channels == 3 else image.mean(0, keepdim=True)
+
+
+def forward(model, image, dtype):
+    """Image (B, C, H, W) of any size -> list of float32 logits (B, K, H, W), the prediction last.
+
+    The net needs multiples of 16: right and lower borders are replicated, the output is cropped back.
+    """
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+    with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
+        outputs = model(padded.contiguous(memory_format=torch.channels_last))
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    return [logits[..., :height, :width].float() for logits in outputs]
 
 
 # Called with num_classes= and input_channels=; they return logits, or a list with the prediction last

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import finetune_sam_decoder as script_
 import utils
+from nets import sam
 from conftest import save_grey
 
 SMALL = ["--year", "2012", "--model", "demo", "--weights", "none", "--image-size", "64", "-b", "2", "-j", "0",
@@ -121,7 +122,7 @@ def v2_share(mask):
 def test_image_and_masks_are_mirrored_together(instances):
     args = options("--data-path", instances, *SMALL, "--flip", "--no-cache", "--points", 8, "--bbox-shift", 0)
     dataset = script_.create_loaders(args)[0].dataset
-    plain = script_.preprocess(dataset.items[0], False, args)
+    plain = script_.read_input(dataset.items[0], False, args)
     seen = set()
     for epoch in range(12):
         image, points, labels, boxes, _, masks, weight, _ = dataset[epoch, 0]
@@ -154,9 +155,9 @@ def test_clicks_and_boxes_hit_the_mask_of_an_image_that_is_resized(instances):
 
 def test_images_are_prepared_as_the_official_class_prepares_them(instances):
     item = script_.find_items(voc(instances), "train", options())[0]
-    model = script_.SAMS["demo"](64)
+    model = script_.NETS["demo"](64)
     theirs = model.preprocess(torch.from_numpy(utils.read_image(item[1]).transpose(2, 0, 1).copy()).float())
-    torch.testing.assert_close(script_.preprocess(item, False, options(*SMALL)), theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(script_.read_input(item, False, options(*SMALL)), theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape, side, least", [((50, 64), 64, 0.95), ((170, 256), 256, 0.99)])
@@ -165,7 +166,7 @@ def test_a_mask_sent_through_the_nets_postprocessing_is_itself(shape, side, leas
     ids = torch.zeros(shape, dtype=torch.long)
     ids[-20:-4, 10:-10] = 1
     masks, _ = script_.cover(ids, torch.tensor([1]), SimpleNamespace(image_size=side))
-    model = script_.SAMS["demo"](side)
+    model = script_.NETS["demo"](side)
     back = model.postprocess_masks(masks[None] - 0.5, script_.resized_size(*shape, side), shape)[0] > 0
     assert script_.mask_iou(back, ids[None] == 1, ids >= 0).item() > least
 
@@ -300,7 +301,8 @@ def test_figures_of_a_hand_worked_image(monkeypatch):
     def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
         count = len(points)
         return [low.expand(count, 3 if multimask else 1, -1, -1), torch.full((count, 3 if multimask else 1), 0.75)]
-    monkeypatch.setattr(script_, "decode", decode)
+    for module in (sam, script_):
+        monkeypatch.setattr(module, "decode", decode)
     ids = torch.zeros(64, 32, dtype=torch.long)
     ids[:32, :16], ids[:, 16:] = 1, 2
     rows = script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1, 2]), None)
@@ -319,7 +321,8 @@ def test_the_second_pass_gets_the_best_mask_of_each_object(monkeypatch):
     def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
         calls.append((low_logits, multimask))
         return (first, iou) if multimask else (first[:, :1], iou[:, :1])
-    monkeypatch.setattr(script_, "decode", decode)
+    for module in (sam, script_):
+        monkeypatch.setattr(module, "decode", decode)
     script_.two_passes(None, None, None, None, None, None, None)
     assert [multimask for _, multimask in calls] == [True, False] and calls[0][0] is None
     assert calls[1][0].flatten().tolist() == [1, 3]  # mask 1 of the first object, mask 0 of the second
@@ -327,7 +330,7 @@ def test_the_second_pass_gets_the_best_mask_of_each_object(monkeypatch):
 
 def test_the_mask_prompt_reaches_the_prompt_encoder():
     torch.manual_seed(0)
-    model = script_.SAMS["demo"](64).eval()
+    model = script_.NETS["demo"](64).eval()
     points, labels, boxes = torch.full((2, 1, 2), 30.0), torch.ones(2, 1, dtype=torch.long), torch.zeros(2, 4)
     kinds = torch.tensor([script_.POINTS, script_.BOX])
     embeddings = torch.randn(2, *model.image_encoder(torch.zeros(1, 3, 64, 64)).shape[1:])
@@ -349,7 +352,8 @@ def test_each_click_sees_what_the_ones_before_have_cut_out(monkeypatch):
         calls.append((low_logits, labels.tolist(), points.clone()))
         count = 3 if multimask else 1
         return torch.full((1, count, 16, 16), 9.0 + len(calls)), torch.full((1, count), 0.5)
-    monkeypatch.setattr(script_, "decode", decode)
+    for module in (sam, script_):
+        monkeypatch.setattr(module, "decode", decode)
     ids = torch.zeros(64, 32, dtype=torch.long)
     ids[:16] = 1
     script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1]), None)
@@ -367,7 +371,8 @@ def test_boxes_reach_the_net_in_its_own_pixels(monkeypatch):
         seen.append((points.clone(), boxes.clone()))
         count = 3 if multimask else 1
         return torch.zeros(1, count, 16, 16), torch.zeros(1, count)
-    monkeypatch.setattr(script_, "decode", decode)
+    for module in (sam, script_):
+        monkeypatch.setattr(module, "decode", decode)
     script_.segment(Copy(), torch.zeros(1, 4, 4, 4), (20, 32), torch.tensor([[[8.0, 10.0]]]), torch.ones(1, 1),
                     torch.tensor([[4.0, 5.0, 16.0, 15.0]]), script_.BOX, None, None)
     assert seen[0][0].tolist() == [[[16, 20]]] and seen[0][1].tolist() == [[8, 10, 32, 30]]
@@ -380,7 +385,7 @@ def cached(folder):
 
 
 def test_the_encoder_looks_at_each_image_once_ever(instances, tmp_path, monkeypatch, capsys):
-    calls, encoder = [], script_.SAMS["demo"](64).image_encoder.__class__
+    calls, encoder = [], script_.NETS["demo"](64).image_encoder.__class__
     theirs = encoder.forward
     monkeypatch.setattr(encoder, "forward", lambda self, x: calls.append(len(x)) or theirs(self, x))
     train(instances, tmp_path / "a", "--epochs", 3)
@@ -465,7 +470,7 @@ def test_cached_and_uncached_training_end_in_nearly_the_same_decoder(instances, 
         train(instances, tmp_path / name, "--epochs", 3, *more)
     a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab")
     torch.manual_seed(41)
-    start = script_.SAMS["demo"](64).state_dict()
+    start = script_.NETS["demo"](64).state_dict()
     apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
     moved = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
     assert 0 < apart < 0.1 * moved  # embeddings are kept in half precision
@@ -502,7 +507,7 @@ def test_the_table_is_of_the_best_epoch_and_of_the_other_data(instances, tmp_pat
     assert figures["best_val_box_iou"] == figures["before"]["val_box_iou"] > figures["val_box_iou"]
     best = torch.load(tmp_path / "run/best.pth", weights_only=True)["model"]
     torch.manual_seed(41)
-    start = script_.SAMS["demo"](64).state_dict()
+    start = script_.NETS["demo"](64).state_dict()
     assert all(torch.equal(best[key], start[key]) for key in best)
 
 
@@ -521,7 +526,7 @@ def test_weight_decay_is_on_matrices_alone_and_the_rate_ends_at_the_floor():
 def test_checkpoints_hold_the_decoder_alone_with_official_keys(instances, tmp_path):
     train(instances, tmp_path / "run")
     decoder = torch.load(tmp_path / "run/decoder.pth", weights_only=True)
-    model = script_.SAMS["demo"](64)
+    model = script_.NETS["demo"](64)
     assert decoder.keys() == {key for key in model.state_dict() if key.startswith("mask_decoder.")}
     missing, unexpected = model.load_state_dict(decoder, strict=False)
     assert not unexpected and not any(key.startswith("mask_decoder.") for key in missing)
@@ -535,7 +540,7 @@ def test_only_the_named_part_is_trained(instances, tmp_path, train_what):
     train(instances, tmp_path / "run", "--train", train_what, "--weight-decay", 0.5)
     after = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
     torch.manual_seed(41)
-    before = script_.SAMS["demo"](64).state_dict()
+    before = script_.NETS["demo"](64).state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     if train_what == "all":
         assert after.keys() == before.keys() and "image_encoder.pos_embed" in changed
@@ -631,7 +636,7 @@ def test_sanity_check_prints_counts_and_draws_a_panel(instances, tmp_path, capsy
 # --- Weights ---
 
 def test_an_official_file_loads_at_another_size_and_another_net_is_refused(instances, tmp_path):
-    theirs = script_.SAMS["demo"](128)
+    theirs = script_.NETS["demo"](128)
     torch.save(theirs.state_dict(), tmp_path / "official.pth")
     model, _ = script_.create_model(options(*SMALL, "--weights", tmp_path / "official.pth"))
     assert torch.equal(model.mask_decoder.iou_token.weight, theirs.mask_decoder.iou_token.weight)
@@ -645,7 +650,7 @@ def test_an_official_file_loads_at_another_size_and_another_net_is_refused(insta
 def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
     for name in ("one", "two"):
         torch.manual_seed(len(name) + ord(name[0]))
-        torch.save(script_.SAMS["demo"](64).state_dict(), tmp_path / f"{name}.pth")
+        torch.save(script_.NETS["demo"](64).state_dict(), tmp_path / f"{name}.pth")
     figures = train(instances, tmp_path / "run", "--weights", tmp_path / "one.pth")
     tested = train(instances, tmp_path / "x", "--test-only", "--weights", tmp_path / "run/last.pth")
     assert tested == {key: figures[key] for key in tested}
@@ -658,7 +663,7 @@ def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
 
 def test_a_run_that_starts_from_its_own_best_names_the_base_it_came_from(instances, tmp_path, monkeypatch):
     torch.manual_seed(3)
-    torch.save(script_.SAMS["demo"](64).state_dict(), tmp_path / "base.pth")
+    torch.save(script_.NETS["demo"](64).state_dict(), tmp_path / "base.pth")
     monkeypatch.chdir(tmp_path)
     train(instances, "run", "--weights", "base.pth")
     train(instances, "run", "--weights", "run/best.pth", "--overwrite")
@@ -676,7 +681,7 @@ def test_a_run_that_starts_from_its_own_best_names_the_base_it_came_from(instanc
 @pytest.mark.parametrize("size", [64, 80])
 def test_a_base_that_has_changed_is_refused_wherever_it_is_read(instances, tmp_path, part, size):
     torch.manual_seed(3)
-    model = script_.SAMS["demo"](64)
+    model = script_.NETS["demo"](64)
     torch.save(model.state_dict(), tmp_path / "base.pth")
     train(instances, tmp_path / "run", "--weights", tmp_path / "base.pth")
     with torch.no_grad():

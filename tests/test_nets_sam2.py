@@ -1,9 +1,7 @@
 """SAM 2.1 against numbers of the official classes (tests/fixtures/sam2, weights by key names)."""
-import ast
 import hashlib
 import inspect
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import nn
 
 import utils
 from conftest import ROOT
-from nets import sam2
+from nets import sam2, weights
 from nets.sam2 import NETS, SAM2, WEIGHTS, LayerNorm2d, sam2_demo, sam2_hiera_tiny
 from parity_fill import fill, manifest
 from parity_inputs import discs, frames
@@ -184,9 +182,9 @@ def test_weights_are_the_four_published_files():
 def test_official_files_load_strictly(tmp_path, models):
     model = models("mini")
     torch.save({"model": model.state_dict()}, tmp_path / "sam2.1_hiera_mini.pt")
-    state = utils.read_weights(tmp_path / "sam2.1_hiera_mini.pt", {})
+    state = weights.read_weights(tmp_path / "sam2.1_hiera_mini.pt", {})
     loaded = build("mini")
-    utils.load_weights(loaded, state, "file")
+    weights.load_weights(loaded, state, "file")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
 
 
@@ -468,21 +466,6 @@ def test_eps_of_every_norm(models):
         if isinstance(module, (nn.LayerNorm, LayerNorm2d)):
             exact = name.startswith("image_encoder") or isinstance(module, LayerNorm2d)
             assert module.eps == (1e-6 if exact else 1e-5), name
-
-
-def test_blocks_shared_with_sam_are_the_same_code():
-    def definitions(name):
-        text = (ROOT / f"nets/{name}.py").read_text()
-        nodes = [node for node in ast.parse(text).body if hasattr(node, "name")]
-        return text, {node.name: node for node in nodes}
-    text, ours = definitions("sam2")
-    _, theirs = definitions("sam")
-    marked = re.findall(r"^# Same as nets/sam.py\n(?:class|def) (\w+)", text, re.M)
-    assert marked == ["LayerNorm2d", "split_windows", "join_windows", "PositionEmbeddingRandom",
-                      "DecoderAttention", "TwoWayTransformer"]
-    assert text.count("# Same as") == len(marked)
-    for name in marked:
-        assert ast.unparse(ours[name]) == ast.unparse(theirs[name]), name
 
 
 # --- Beyond the official classes ---

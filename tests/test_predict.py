@@ -288,7 +288,7 @@ def sam_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam_run")
     demo_data.write_instances(folder, 10, rings=True, size=64)
     torch.manual_seed(0)
-    torch.save(finetune_sam_decoder.SAMS["demo"](64).state_dict(), folder / "base.pth")
+    torch.save(finetune_sam_decoder.NETS["demo"](64).state_dict(), folder / "base.pth")
     figures = finetune_sam_decoder.main(finetune_sam_decoder.get_args_parser().parse_args(
         ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--model", "demo", "--image-size", "64",
          "--weights", str(folder / "base.pth"), "-b", "2", "-j", "0", "--epochs", "1", "--lr", "0", "--device", "cpu",
@@ -304,7 +304,7 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
         image, ids = voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")
         ids = script_.read_ids((name, image, ids))
         truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
-        prompts[name] = {"boxes": [script_.box_of(mask).tolist() for mask in truth[name][0]]}
+        prompts[name] = {"boxes": [finetune_sam_decoder.box_of(mask).tolist() for mask in truth[name][0]]}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
     ious = []
     for name in names:  # one object at a time, as in the mask of ids a later one lies above
@@ -320,7 +320,7 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
 def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tmp_path, monkeypatch):
     folder, _ = sam_run
     image = voc(folder, "JPEGImages/blob_0000.jpg")
-    monkeypatch.setitem(predict.WEIGHTS, "demo", {})
+    monkeypatch.setitem(sam.WEIGHTS, "demo", {})
     monkeypatch.setattr(predict, "OFFICIAL", ["demo"])
     masks = []
     for number, weights in enumerate([["run/best.pth"], ["run/best.pth", "--base", folder / "base.pth"]]):
@@ -413,17 +413,17 @@ def test_sam2_gives_what_its_net_gives(sam2_file, tmp_path, prompts, points, lab
 
 
 def test_names_of_sam2_are_official_files(sam2_file, tmp_path, monkeypatch):
-    assert [*predict.SAM2_WEIGHTS] == ["tiny", "small", "base_plus", "large"]
-    assert predict.OFFICIAL[-4:] == [*predict.SAM2_WEIGHTS]
+    assert [*sam2.WEIGHTS] == ["tiny", "small", "base_plus", "large"]
+    assert predict.OFFICIAL[-4:] == [*sam2.WEIGHTS]
     state, fetched = torch.load(sam2_file)["model"], []
     torch.save({"model": state}, tmp_path / "official.pt")
-    monkeypatch.setattr(utils, "fetch_weights", lambda **entry: fetched.append(entry) or tmp_path / "official.pt")
+    monkeypatch.setattr(weights, "fetch_weights", lambda **entry: fetched.append(entry) or tmp_path / "official.pt")
     monkeypatch.setitem(predict.SAM2S, "tiny", lambda size, **more: predict.SAM2S["demo"](size, **more))
     for options in (["--weights", "tiny"], ["--weights", str(tmp_path / "official.pt"), "--model", "tiny"]):
         loaded = predict.load_model(predict.get_args_parser().parse_args(["x", "--device", "cpu", *options]))
         assert (loaded.name, loaded.model.image_size) == ("sam2", 1024)
         assert all(torch.equal(value, state[key]) for key, value in loaded.model.state_dict().items())
-    assert fetched == [predict.SAM2_WEIGHTS["tiny"]]
+    assert fetched == [sam2.WEIGHTS["tiny"]]
     with pytest.raises(utils.InputError, match="best.pth: names its own net; leave --model out"):
         run("--weights", sam2_file, "--model", "tiny", tmp_path / "x.png")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "official.pt")
@@ -537,7 +537,7 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
     run("--weights", weights, tmp_path / "x.png", "--depth", depth, "--output-dir", tmp_path / "out")
     loaded, _ = load(weights)
     with torch.no_grad():
-        heads = loaded.model(predict.normalize(torch.from_numpy(noise(32, 32).transpose(2, 0, 1)))[None])
+        heads = loaded.model(deeplabv3.normalize(torch.from_numpy(noise(32, 32).transpose(2, 0, 1)))[None])
     masks = [(head[0, 0] > 0).numpy() for head in heads]
     assert (np.array(Image.open(tmp_path / "out/x_mask.png")) == masks[depth - 1]).all()
     assert (masks[depth - 1] != masks[3]).any()
@@ -545,7 +545,8 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
 
 @pytest.mark.parametrize("preprocess, scale", [("official", [2, 4]), ("article", [2, 2])])
 def test_prompts_follow_a_wide_image_into_the_nets_square(monkeypatch, preprocess, scale):
-    loaded = SimpleNamespace(args=SimpleNamespace(preprocess=preprocess), arch={"image_size": 64}, model=None,
+    args, net = SimpleNamespace(preprocess=preprocess, image_size=64), predict.NETS["efficient_sam"]
+    loaded = SimpleNamespace(args=args, net=net, model=None,
                              device=torch.device("cpu"), dtype=None)
     seen = []
     monkeypatch.setattr(predict, "predict_masks",
@@ -902,7 +903,8 @@ def objects_net(monkeypatch, net, ids):
     def enlarge(loaded, logits, size):
         return torch.nn.functional.interpolate(logits[..., :ids.shape[0], :ids.shape[1]], size)
 
-    record = predict.NETS[net]._replace(click=click, enlarge=enlarge)
+    record = predict.NETS[net]._replace(enlarge=enlarge)
+    monkeypatch.setattr(predict, "click", click)
     monkeypatch.setitem(predict.NETS, net, record)
     return seen
 
@@ -957,7 +959,7 @@ def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_file
     record, clicks = predict.NETS[net], torch.tensor([[7.5, 9.0], [33.0, 21.5], [1.0, 29.0]])
     with torch.no_grad():
         embedding = record.encode(loaded, noise(*size))
-        logits, iou, (height, width) = record.click(loaded, embedding, size, clicks)
+        logits, iou, (height, width) = predict.click(loaded, embedding, size, clicks)
         side = logits.shape[-1]
         content = size if preprocess != "official" else (64, 64)
         assert [height, width] == [math.ceil(side * length / max(content)) for length in content]

@@ -605,9 +605,9 @@ def test_real_folders_pass_the_sanity_check(real_data, tmp_path, capsys):
 
 
 def test_each_step_has_the_rate_of_that_step(scenes, tmp_path, monkeypatch):
-    used, accepts = [], utils.Run.accepts
-    monkeypatch.setattr(utils.Run, "accepts", lambda run, optimizer, *args: used.append(
-        optimizer.param_groups[0]["lr"]) or accepts(run, optimizer, *args))
+    used, finish = [], utils.Run.finish_gradient
+    monkeypatch.setattr(utils.Run, "finish_gradient", lambda run, optimizer, *args: used.append(
+        optimizer.param_groups[0]["lr"]) or finish(run, optimizer, *args))
     train(scenes, tmp_path / "run", "--epochs", 3, "--lr", 0.1)
     args = options("--epochs", 3, "--lr", 0.1)
     assert len(used) == 6 and used == [script_.learning_rate(args, step, 2) for step in range(6)]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import train_efficientsam as script_
 import utils
+from nets import weights
 
 SMALL = ["--model", "demo", "--image-size", "64", "-b", "2", "-j", "0", "--device", "cpu", "--lr", "0.001"]
 
@@ -154,16 +155,17 @@ def test_areas_stay_when_masks_shrink():
 @pytest.mark.parametrize("shape", [(303, 400), (10, 300), (300, 10), (128, 128)])
 def test_what_the_articles_preprocessing_pads_is_cut_off_again(shape):
     """A decoder that says 1 wherever the image was put: the whole image at its own size, nothing of the padding."""
-    args = options("--image-size", 128, "--preprocess", "article")
-    height, width = script_.content_size(shape, args)
+    height, width = script_.content_size(shape, 128, "article")
 
     class Placed:
+        image_size = 128
+
         def predict_masks(self, image, points, labels, *rest):
             logits = torch.full((1, points.shape[1], 3, 128, 128), -1.0)
             logits[..., :height, :width] = 1
             return logits, torch.zeros(1, points.shape[1], 3)
-    parts = list(script_.predict_masks(Placed(), torch.zeros(1, 3, 128, 128), torch.zeros(1, 11, 2, 2),
-                                       torch.zeros(1, 11, 2), shape, args, None))
+    parts = list(script_.predict_masks(Placed(), torch.zeros(1, 3, 128, 128), torch.zeros(11, 2, 2),
+                                       torch.zeros(11, 2), shape, "article", None))
     logits = torch.cat([logits for _, logits, _ in parts])
     assert [first for first, _, _ in parts] == [0, 8] and logits.shape == (11, 3, *shape) and (logits > 0).all()
 
@@ -328,14 +330,14 @@ def test_official_files_load_by_path_and_offline_the_url_is_told(tmp_path, monke
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(utils.InputError, match="efficient_sam_vits.pt.zip.*put it at"):
-        utils.fetch_weights("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
+        weights.fetch_weights(**script_.WEIGHTS["efficient_sam_vits"])
 
     def online(url, path, **kwargs):
         import zipfile
         with zipfile.ZipFile(path, "w") as archive:
             archive.write(tmp_path / "vitt.pt", "weights/efficient_sam_vits.pt")
     monkeypatch.setattr(torch.hub, "download_url_to_file", online)
-    path = utils.fetch_weights("efficient_sam_vits", script_.WEIGHTS["efficient_sam_vits"])
+    path = weights.fetch_weights(**script_.WEIGHTS["efficient_sam_vits"])
     assert path.name == "efficient_sam_vits.pt" and path.read_bytes() == (tmp_path / "vitt.pt").read_bytes()
 
 

@@ -174,7 +174,7 @@ def test_masks_shrink_without_a_shift_against_the_image(cells):
 def test_normalisation_happens_once_and_in_rgb():
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     image[0] = 255  # pure red
-    out = train_unet.normalize(image, 3)
+    out = script_.normalize(image, 3)
     assert out[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-5)
 
 
@@ -543,11 +543,6 @@ def test_best_pth_holds_the_weights_and_what_predicting_needs_and_no_more(cells,
     assert last.keys() - best.keys() == {"optimizer", "lr_scheduler", "scaler"} and not best.keys() - last.keys()
     assert (tmp_path / "run/best.pth").stat().st_size < 0.36 * (tmp_path / "run/last.pth").stat().st_size
     refuses(cells, "not a run's last.pth", "--weights", more=["--resume", tmp_path / "run/best.pth"])
-
-
-def test_torchrun_with_several_processes_is_refused(cells, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
-    refuses(cells, "torchrun: this script trains in a single process; start it with python")
 
 
 def test_nan_is_never_the_best(cells, tmp_path, monkeypatch):

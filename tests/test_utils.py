@@ -20,6 +20,7 @@ from PIL import Image
 
 import train_unet
 import utils
+from nets import weights
 from conftest import ROOT, save_grey
 
 STATE = {"format": 1, "model": {"weight": torch.arange(12.0).reshape(3, 4), "n": torch.tensor(3)}, "args": {"lr": 0.1}}
@@ -120,13 +121,14 @@ def test_weights_load_from_every_wrapping(tmp_path):
                   {f"module.{key}": value for key, value in source.state_dict().items()}):
         torch.save(state, tmp_path / "a.pth")
         torch.nn.init.zeros_(target.weight)
-        utils.load_weights(target, utils.read_weights(tmp_path / "a.pth", {"net": "linear"}), tmp_path / "a.pth")
+        weights.load_weights(target, weights.read_weights(tmp_path / "a.pth", {"net": "linear"}), tmp_path / "a.pth")
         assert torch.equal(source.weight, target.weight)
     whole = source.state_dict()
     for state in ({"weight": source.weight}, {**whole, "extra": source.bias}, [1], {"weight": 3, "bias": 4}):
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(utils.InputError, match="a.pth: weights of another net"):
-            utils.load_weights(target, utils.read_weights(tmp_path / "a.pth", {"net": "linear"}), tmp_path / "a.pth")
+            state = weights.read_weights(tmp_path / "a.pth", {"net": "linear"})
+            weights.load_weights(target, state, tmp_path / "a.pth")
 
 
 # --- Weights from the network (served from a file, the only thing ever mocked) ---
@@ -136,17 +138,17 @@ def test_weights_are_fetched_once_verified_always_and_offline_says_where_to_put_
     source = tmp_path / "official.pth"
     source.write_bytes(b"weights" * 1000)
     digest, size = hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_size
-    path = utils.fetch_weights("net", source.as_uri(), digest[:8], size)
+    path = weights.fetch_weights("net", source.as_uri(), digest[:8], size)
     assert path == tmp_path / "hub/checkpoints/official.pth" and path.read_bytes() == source.read_bytes()
     source.unlink()
-    assert utils.fetch_weights("net", source.as_uri(), digest, size) == path  # from the cache
-    assert utils.fetch_weights("net", source.as_uri(), None, size) == path
+    assert weights.fetch_weights("net", source.as_uri(), digest, size) == path  # from the cache
+    assert weights.fetch_weights("net", source.as_uri(), None, size) == path
     path.write_bytes(b"weightz" + path.read_bytes()[7:])
     with pytest.raises(utils.InputError, match="official.pth: not the published net.*delete it"):
-        utils.fetch_weights("net", source.as_uri(), digest, size)
+        weights.fetch_weights("net", source.as_uri(), digest, size)
     path.unlink()
     with pytest.raises(utils.InputError) as caught:
-        utils.fetch_weights("net", source.as_uri(), digest, size)
+        weights.fetch_weights("net", source.as_uri(), digest, size)
     assert source.as_uri() in str(caught.value) and str(path) in str(caught.value)
     assert not list(path.parent.iterdir())
 
@@ -565,11 +567,11 @@ def test_weights_in_the_wrappings_of_other_tools_load(tmp_path):
                  lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}):
         torch.save(wrap(net.state_dict()), tmp_path / "a.pth")
         other = torch.nn.Linear(2, 3)
-        utils.load_weights(other, utils.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
+        weights.load_weights(other, weights.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
         assert torch.equal(other.weight, net.weight)
     torch.save({"backbone.weight": net.weight}, tmp_path / "a.pth")
     with pytest.raises(utils.InputError, match="begins with backbone.weight, the net with weight"):
-        utils.load_weights(other, utils.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
+        weights.load_weights(other, weights.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
 
 
 def run_options(folder, **more):
@@ -585,13 +587,13 @@ def test_a_gradient_that_is_not_finite_is_not_used_even_if_the_loss_is(tmp_path)
     run.parts, run.progress, run.items, run.buffers = {"model": net}, {"bad_steps": 0, "skipped": 0, "images": 0,
                                                                        "loss": 0.0, "count": 0.0}, [("a.png",)], []
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    assert run.accepts(optimizer, 0.0, 0) and all(not p.grad.any() for p in net.parameters())
+    assert run.finish_gradient(optimizer, 0.0, 0) and all(not p.grad.any() for p in net.parameters())
     for step in range(9):
         for p in net.parameters():
             p.grad = torch.full_like(p, float("inf"))
-        assert not run.accepts(optimizer, 1.0, 1)
+        assert not run.finish_gradient(optimizer, 1.0, 1)
     with pytest.raises(utils.InputError, match="ten times in a row, last on a.png"):
-        run.accepts(optimizer, 1.0, 1)
+        run.finish_gradient(optimizer, 1.0, 1)
 
 
 @pytest.mark.parametrize("others", [0, 1])
