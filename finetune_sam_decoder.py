@@ -122,7 +122,7 @@ class VOCObjects(torch.utils.data.Dataset):
             if mirrored:
                 ids = ids[:, ::-1].copy()
             objects = 1 + torch.randperm(max(ids.max(), 0))[:args.max_objects]
-            objects = objects[:0] if index < 0 else objects  # it only fills up a process's last batch
+            objects = objects[:0] if index < 0 else objects  # -1 only fills up the last batch
             points, labels, boxes, kinds = sample_prompts(ids, objects.tolist(), args, self.augment)
         height, width = resized_size(*ids.shape, args.image_size)
         scale = torch.tensor([width / ids.shape[1], height / ids.shape[0]])
@@ -134,14 +134,14 @@ class VOCObjects(torch.utils.data.Dataset):
     def features(self, index, mirrored):
         if self.embeddings:
             try:
-                return load_embedding(self.embeddings[index, mirrored])
+                return load_embedding(self.embeddings[index % len(self), mirrored])
             except utils.InputError as error:
                 raise utils.InputError(f"{error}: --resume auto makes it again") from None
         return read_input(self.items[index], mirrored, self.args)
 
     @staticmethod
     def collate(batch):
-        """Objects of all images in a row, and `owner`: which image of the batch each belongs to."""
+        """Puts the objects of all images in a row; `owner`: which of the batch's images each is of."""
         if len(batch[0]) == 3:  # validation, one image
             ((features, ids, index),) = batch
             return features[None], ids[None], [index]
@@ -187,7 +187,7 @@ def sample_prompts(ids, objects, args, vary):
 
 
 def sample_points(mask, count):
-    """`count` pixels (x, y) of a mask (H, W) bool, with repetition."""
+    """Draws `count` pixels (x, y) of a mask (H, W) bool, with repetition."""
     inside = torch.from_numpy(np.argwhere(mask)[:, ::-1].copy())
     return inside[torch.randint(len(inside), (count,))].float()
 
@@ -241,38 +241,39 @@ def read_ids(item):
 
 
 def find_root(data_path, year):
-    """The folder VOC<year> in data_path or in its VOCdevkit."""
-    for root in (Path(data_path, "VOCdevkit", f"VOC{year}"), Path(data_path, f"VOC{year}")):
-        if root.is_dir():
-            return root
-    raise utils.InputError(f"{data_path}: holds neither VOCdevkit/VOC{year} nor VOC{year}; give "
-                           "--data-path the folder that holds VOCdevkit, or another --year")
+    """Returns the folder VOC<year> in data_path or in its VOCdevkit."""
+    folders = [Path(data_path, "VOCdevkit"), Path(data_path)]
+    for folder in folders:
+        if (folder / f"VOC{year}").is_dir():
+            return folder / f"VOC{year}"
+    years = sorted(path.name[3:] for folder in folders for path in folder.glob("VOC[!d]*"))
+    remedy = "give --data-path the folder that holds VOCdevkit, or another --year"
+    if years:
+        remedy = f"give --year {' or '.join(years)}"
+    raise utils.InputError(f"{data_path}: holds neither VOCdevkit/VOC{year} nor VOC{year}; {remedy}")
 
 
 def list_ids(root, name):
-    """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
+    """Returns the IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
         lines = [utils.nfc(line) for line in utils.read_lines(path)]
-    except (OSError, UnicodeDecodeError):
+    except FileNotFoundError:
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    known, ids = utils.list_images(root / "JPEGImages", wanted={*lines, *first_words(lines)}), []
-    for line, word in zip(lines, first_words(lines)):  # IDs may hold spaces; some lists have 2 columns
-        ids.append(word if word in known and line not in known else line)
+    # IDs may hold spaces, also at their ends; some lists have two columns
+    readings = [(line, line.strip(), line.split()[0]) for line in lines]
+    known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
+    ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))
     if repeated:
         print(f"note: {path} repeats {repeated} IDs; an image is used as often as it is listed")
     return ids, path
 
 
-def first_words(lines):
-    return [line.split()[0] for line in lines]
-
-
 def list_files(folder, ids, list_path):
-    """{ID: path} of the images in folder; InputError if one of the ids has none, or two."""
+    """Returns {ID: path} of the images in folder; InputError if one of the ids has none, or two."""
     found = utils.list_images(folder, wanted=set(ids))
     for item_id in ids:
         if item_id not in found:
@@ -282,7 +283,7 @@ def list_files(folder, ids, list_path):
 
 
 def find_items(root, name, args):
-    """[(ID, image path, mask path, class mask path or None)] of a list, in its order."""
+    """Returns [(ID, image path, mask path, class mask path or None)] of a list, in its order."""
     ids, path = list_ids(root, name)
     images = list_files(root / "JPEGImages", ids, path)
     masks = list_files(root / f"Segmentation{args.masks.capitalize()}", ids, path)
@@ -293,7 +294,7 @@ def find_items(root, name, args):
 
 
 def find_class_names(root):
-    """{id: name} of class_names.json in root or above it; {} without one."""
+    """Returns {id: name} of class_names.json in root or above it; {} without one."""
     for folder in (root, root.parent, root.parent.parent):
         path = folder / "class_names.json"
         if path.is_file():
@@ -307,14 +308,14 @@ def find_class_names(root):
 
 
 def check_item(item, whole):
-    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
+    """Returns whether there is an object; if not `whole`, True if the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     return bool(read_ids(item).max() > 0)
 
 
 def keep_items(items, part, args):
-    """Items without those in which no object was found; how many is reported."""
+    """Drops items without objects and reports how many."""
     found = utils.check_items(check_item, items, args)
     kept = [item for item, has_object in zip(items, found) if has_object]
     if len(kept) < len(items):
@@ -327,14 +328,14 @@ def keep_items(items, part, args):
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked items, and that of --keep-path or None."""
+    """Returns training and validation loaders over checked items, and that of --keep-path or None."""
     if not args.data_path:
         raise utils.InputError("--data-path: give the folder that holds VOCdevkit, or --demo")
     root = find_root(args.data_path, args.year)
     train_items = []  # which a test does not need
     if not args.test_only or args.overfit:
         train_items = find_items(root, args.train_set, args)[:args.limit]
-    val_items = find_items(root, args.val_set, args)[:args.limit]
+    val_items = [] if args.overfit else find_items(root, args.val_set, args)[:args.limit]
     shared = {item[0] for item in train_items} & {item[0] for item in val_items}
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
@@ -388,13 +389,13 @@ def sanity_check(train_set, val_set, args):
 
 
 def colour_ids(ids):
-    """ids (H, W) of read_ids -> 1 to 20, 0 and VOID, for drawing."""
+    """Maps ids (H, W) of read_ids to 1 to 20, 0 and VOID, for drawing."""
     ids = np.asarray(ids)
     return np.where(ids > 0, (ids - 1) % 20 + 1, np.where(ids < 0, VOID, 0))
 
 
 def draw_prompts(image, points, labels, boxes, kinds):
-    """Image (H, W, 3) uint8 with the prompts of Q objects drawn into it, in its own pixels."""
+    """Draws the prompts of Q objects, in its own pixels, into a copy of the image (H, W, 3) uint8."""
     image, size = image.copy(), max(2, len(image) // 100)
     for query, positive, box, kind in zip(points.int(), labels, boxes.int().tolist(), kinds):
         if kind != POINTS:
@@ -408,7 +409,7 @@ def draw_prompts(image, points, labels, boxes, kinds):
 # --- Model ---
 
 def create_model(args, checkpoint=None):
-    """The net, with --weights and what a checkpoint has trained, and the arguments that rebuild it."""
+    """Returns the net, with --weights and a checkpoint's trained part, and its arguments."""
     arch = {"model": args.model, "image_size": args.image_size}
     model = NETS[args.model](args.image_size)
     args.base = args.weights
@@ -430,7 +431,7 @@ def create_model(args, checkpoint=None):
 
 
 def trained_part(model, args):
-    """What checkpoints hold: the decoder, or with --train all the whole net; official keys."""
+    """Returns what checkpoints hold: the decoder, or with --train all the net; official keys."""
     if args.train == "all":
         return nn.ModuleDict(dict(model.named_children()))
     return nn.ModuleDict({"mask_decoder": model.mask_decoder})
@@ -495,7 +496,7 @@ def cache_embeddings(model, datasets, run, args):
 
 
 class Pending(torch.utils.data.Dataset):
-    """Images that have no embedding yet, ready for the encoder."""
+    """Prepares the images that have no embedding yet for the encoder."""
 
     def __init__(self, missing, args):
         self.missing, self.args = missing, args
@@ -508,7 +509,7 @@ class Pending(torch.utils.data.Dataset):
 
 
 def is_whole(path):
-    """Whether there is a good embedding; a damaged one is reported."""
+    """Returns whether there is a good embedding; a damaged one is reported."""
     if not path.exists():
         return False
     try:
@@ -520,7 +521,7 @@ def is_whole(path):
 
 
 def load_embedding(path):
-    """(D, E, E) in half precision; InputError if the file is damaged."""
+    """Reads an embedding (D, E, E) in half precision; InputError if the file is damaged."""
     found = utils.load_checkpoint(path)
     embedding = found.get("embedding") if isinstance(found, dict) else None
     if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
@@ -531,7 +532,7 @@ def load_embedding(path):
 # --- Loss ---
 
 def criterion(logits, iou, masks, weight):
-    """Of P objects: cross entropy + Dice loss of the best of C masks + squared error of iou; (P,).
+    """Returns (P,): cross entropy + Dice loss of the best of C masks + squared error of iou.
 
     Logits (P, C, M, M), the predicted iou (P, C), masks (P, M, M) in 0..1, weight (P, M, M): 0 for
     void and padding. Article: of the second pass alone; void is background; BCELoss of a sigmoid,
@@ -559,7 +560,7 @@ def soft_iou(pred, masks, weight):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Means over all objects, in [0, 1], at the images' own size; prompts are unperturbed.
+    """Returns means over all objects, in [0, 1], at the images' own size; prompts are unperturbed.
 
     val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: after 1, 3, 5 clicks,
     the first where the object's edge is farthest, each next in the middle of the largest wrong region;
@@ -590,7 +591,7 @@ def evaluate(model, loader, run, args):
 
 
 def judge(model, embedding, ids, numbers, dtype):
-    """Embedding (1, D, E, E), ids (H, W), numbers of q objects -> {figure of evaluate: (q,)}."""
+    """Embedding (1, D, E, E), ids (H, W), q object ids -> {figure of evaluate: (q,)}."""
     truth, labelled = ids == numbers[:, None, None], ids >= 0
     points, labels, boxes = clear_prompts(truth)
     logits, _, guess = segment(model, embedding, ids.shape, points, labels, boxes, BOX, None, dtype)
@@ -660,7 +661,7 @@ def middle(mask):
 
 
 def next_click(pred, truth, labelled):
-    """Masks (H, W) bool -> the middle (x, y) of the largest wrong region; 1 if it lacks, else 0.
+    """Masks (H, W) bool -> middle (x, y) of the largest wrong region, label: 1 missed, 0 too large.
 
     Where nothing is wrong, the middle of the object again.
     """
@@ -680,7 +681,7 @@ def mask_iou(pred, truth, labelled):
 
 
 def boundary_iou(pred, truth, labelled):
-    """The same of the masks' inner boundaries, 2 % of the diagonal wide (Cheng et al. 2021)."""
+    """Returns the IoU of the masks' inner boundaries, 2 % of the diagonal wide (Cheng et al. 2021)."""
     width = max(1, round(0.02 * math.hypot(*labelled.shape)))
 
     def boundary(mask):
@@ -692,7 +693,7 @@ def boundary_iou(pred, truth, labelled):
 
 
 def classes_of(item, ids, numbers):
-    """The class id that most pixels of each object have in SegmentationClass; None without one."""
+    """Returns each object's commonest class id in SegmentationClass; None without that."""
     if item[3] is None:
         return [None] * len(numbers)
     labels = torch.from_numpy(utils.read_mask(item[3]).astype(np.int64))
@@ -703,7 +704,7 @@ def classes_of(item, ids, numbers):
 
 
 def print_table(columns):
-    """{title: figures of evaluate}: a column each, in percent."""
+    """Prints {title: figures of evaluate}: one column each, in percent."""
     first = next(iter(columns.values()))
     print(f"{'':20} %" + "".join(f"{title:>16}" for title in columns))
     for name in [name for name, value in first.items() if isinstance(value, float)]:
@@ -717,7 +718,7 @@ def print_table(columns):
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: image with prompts | truth | by box | by click of the first four images."""
+    """Draws val_samples.png: image, prompts | truth | by box | by click of the first four images."""
     model.eval()
     rows = {}
     for index in range(min(4, len(dataset))):
@@ -739,7 +740,7 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
-    """AdamW; weight decay on matrices only, not on norms, biases and tokens (article: on all)."""
+    """Returns AdamW; weight decay on matrices only, not on norms, biases, tokens (article: on all)."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for name, p in model.named_parameters() if "pos" in name}  # position codes
     decayed, others = [], []
@@ -751,26 +752,26 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Rate of epoch 0, 1 ...; of the epoch alone, so that a resumed run may have more --epochs."""
+    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
     floor = min(args.min_lr, args.lr)
     return floor + (args.lr - floor) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 
 def set_learning_rate(optimizer, args, epoch):
-    """Before each epoch."""
+    """Sets the rate before each epoch."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(args, epoch)
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
     model.train()
     for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
         loss_sum, num_objects = 0.0, 0
         for batch in batches:
             features, owner, points, labels, boxes, kinds, masks, weight = [
                 part.to(run.device, non_blocking=run.pinned) for part in batch[:-1]]
-            if not len(owner):  # no object in these images, which are beyond those checked at the start
+            if not len(owner):  # empty masks beyond those checked at the start, or filled up
                 continue
             with torch.set_grad_enabled(args.train == "all"):
                 embeddings = embed(model, features, run.dtype)[owner]
@@ -781,7 +782,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_objects += len(owner)
-        if run.finish_gradient(optimizer, loss_sum, num_objects):  # the gradient is now of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects):  # now of the mean over objects
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -790,7 +791,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
 # --- Main ---
 
 def prepare_demo(args):
-    """--demo: generated rings, and a small net that has learnt other objects, as nothing is fetched."""
+    """Prepares --demo: generated rings, and a small net trained on other objects, not downloaded."""
     folder = Path(args.output_dir)
     args.data_path = args.data_path or utils.draw_demo("rings", folder / "data", 120)
     if args.weights or args.sanity_check or args.test_only:
@@ -806,13 +807,13 @@ def prepare_demo(args):
 
 
 def save_decoder(run, part):
-    """decoder.pth, as the article: the decoder's tensors alone, under their official names."""
+    """Writes decoder.pth, as the article: the decoder's tensors alone, with official names."""
     decoder = {key: value for key, value in part.state_dict().items() if key.startswith("mask_decoder.")}
     run.save_plain("decoder.pth", decoder)
 
 
 def main(args):
-    """Fine-tunes as the options say; returns the last figures, those before and the best val_box_iou."""
+    """Fine-tunes as the options say; returns the last figures, those before, the best val_box_iou."""
     if args.demo:
         prepare_demo(args)
     if not args.weights and args.model not in WEIGHTS and not (args.resume or args.sanity_check):
@@ -822,7 +823,7 @@ def main(args):
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     if not (args.point_prompt or args.box_prompt):
         raise utils.InputError("--point-prompt False: no prompts are left; keep one of the two kinds")
-    run = utils.Run(args, net="sam")  # joins torchrun's processes; seeds; picks device and precision
+    run = utils.Run(args, net="sam")  # joins torchrun's processes; seeds; device, precision
     train_loader, val_loader, keep_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:

@@ -12,6 +12,7 @@ Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, c
         (figures of each class), split.json, args.json.
 """
 import functools
+import itertools
 import json
 import time
 from collections import Counter
@@ -107,7 +108,7 @@ class VOCSegmentation(torch.utils.data.Dataset):
 
 
 def scale_flip_crop(image, label, args, augment):
-    """The article's augmentation: shorter side 0.5 to 2 times base_size, flipped or not, cropped.
+    """Applies the article's augmentation: shorter side 0.5 to 2 times base_size, flipped or not, cropped.
 
     What a small image leaves of the crop is void, in ImageNet's mean colour (article: black).
     """
@@ -146,38 +147,39 @@ def read_item(item, num_classes):
 
 
 def find_root(data_path, year):
-    """The folder VOC<year> in data_path or in its VOCdevkit."""
-    for root in (Path(data_path, "VOCdevkit", f"VOC{year}"), Path(data_path, f"VOC{year}")):
-        if root.is_dir():
-            return root
-    raise utils.InputError(f"{data_path}: holds neither VOCdevkit/VOC{year} nor VOC{year}; give "
-                           "--data-path the folder that holds VOCdevkit, or another --year")
+    """Returns the folder VOC<year> in data_path or in its VOCdevkit."""
+    folders = [Path(data_path, "VOCdevkit"), Path(data_path)]
+    for folder in folders:
+        if (folder / f"VOC{year}").is_dir():
+            return folder / f"VOC{year}"
+    years = sorted(path.name[3:] for folder in folders for path in folder.glob("VOC[!d]*"))
+    remedy = "give --data-path the folder that holds VOCdevkit, or another --year"
+    if years:
+        remedy = f"give --year {' or '.join(years)}"
+    raise utils.InputError(f"{data_path}: holds neither VOCdevkit/VOC{year} nor VOC{year}; {remedy}")
 
 
 def list_ids(root, name):
-    """IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
+    """Returns the IDs of the list ImageSets/Segmentation/NAME.txt, in its order, and its path."""
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
         lines = [utils.nfc(line) for line in utils.read_lines(path)]
-    except (OSError, UnicodeDecodeError):
+    except FileNotFoundError:
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    known, ids = utils.list_images(root / "JPEGImages", wanted={*lines, *first_words(lines)}), []
-    for line, word in zip(lines, first_words(lines)):  # IDs may hold spaces; some lists have 2 columns
-        ids.append(word if word in known and line not in known else line)
+    # IDs may hold spaces, also at their ends; some lists have two columns
+    readings = [(line, line.strip(), line.split()[0]) for line in lines]
+    known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
+    ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))
     if repeated:
         print(f"note: {path} repeats {repeated} IDs; an image is used as often as it is listed")
     return ids, path
 
 
-def first_words(lines):
-    return [line.split()[0] for line in lines]
-
-
 def list_files(folder, ids, list_path):
-    """{ID: path} of the images in folder; InputError if one of the ids has none, or two."""
+    """Returns {ID: path} of the images in folder; InputError if one of the ids has none, or two."""
     found = utils.list_images(folder, wanted=set(ids))
     for item_id in ids:
         if item_id not in found:
@@ -187,7 +189,7 @@ def list_files(folder, ids, list_path):
 
 
 def find_items(root, name):
-    """[(ID, image path, label path)] of a list, in its order."""
+    """Returns [(ID, image path, label path)] of a list, in its order."""
     ids, path = list_ids(root, name)
     images = list_files(root / "JPEGImages", ids, path)
     labels = list_files(root / "SegmentationClass", ids, path)
@@ -195,7 +197,7 @@ def find_items(root, name):
 
 
 def find_classes(root, num_classes):
-    """Names of classes 0..num_classes: of class_names.json in root or above it, of VOC, or numbers."""
+    """Returns the names of classes 0..num_classes: of class_names.json in root or above it, of VOC, or numbers."""
     for folder in (root, root.parent, root.parent.parent):
         path = folder / "class_names.json"
         if not path.is_file():
@@ -215,7 +217,7 @@ def find_classes(root, num_classes):
 
 
 def check_item(item, whole, num_classes):
-    """Whether there is a class; if not `whole`, True once the sizes agree. InputError if bad."""
+    """Returns whether there is a class; if not `whole`, True if the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     label = read_item(item, num_classes)[1]
@@ -223,7 +225,7 @@ def check_item(item, whole, num_classes):
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked items."""
+    """Returns training and validation loaders over checked items."""
     if args.demo and not args.data_path:
         args.data_path = utils.draw_demo("scenes", Path(args.output_dir, "data"), 100)
     if not args.data_path:
@@ -232,7 +234,7 @@ def create_loaders(args):
     train_items = []  # which a test does not need
     if not args.test_only or args.overfit:
         train_items = find_items(root, args.train_set)[:args.limit]
-    val_items = find_items(root, args.val_set)[:args.limit]
+    val_items = [] if args.overfit else find_items(root, args.val_set)[:args.limit]
     shared = {item[0] for item in train_items} & {item[0] for item in val_items}
     if args.overfit:
         train_items = val_items = train_items[:args.overfit]
@@ -253,7 +255,7 @@ def create_loaders(args):
 
 
 def count_trained(num_images, args):
-    """How many images an epoch trains on: as many in each process, and no batch of a single one.
+    """Returns how many images an epoch trains on: as many in each process, and no batch of a single one.
 
     Article: a last batch of one image is an error. Here it is left out, another image each epoch.
     """
@@ -299,7 +301,7 @@ def sanity_check(train_set, val_set, args):
     for index in range(min(8, len(train_set))):
         image, label = read_item(train_set.items[index], args.num_classes)
         seen, seen_label, _ = train_set[0, index]
-        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1, to be looked at
+        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1
         seen = np.ascontiguousarray((seen * 255).byte().permute(1, 2, 0))
         rows[train_set.items[index][0]] = [image, utils.overlay(image, label),
                                            utils.overlay(seen, seen_label.numpy())]
@@ -312,7 +314,7 @@ def sanity_check(train_set, val_set, args):
 # --- Model ---
 
 def create_model(args, checkpoint=None):
-    """The net, with the weights of checkpoint or --weights, and the arguments that rebuild it."""
+    """Returns the net, with weights of checkpoint or --weights, and the arguments that rebuild it."""
     arch = {"backbone": args.model, "num_classes": args.num_classes + 1, "aux": args.aux}
     model = deeplabv3(**arch)
     if args.weights == "none":  # MobileNet's own 0.01 leaves statistics hundreds of steps behind
@@ -330,7 +332,7 @@ def create_model(args, checkpoint=None):
 
 
 def load_pretrained(model, args, wanted):
-    """--weights into model; of weights of other classes all but the last layer of each head.
+    """Loads --weights; of weights of other classes all but the last layer of each head.
 
     These layers start fresh, as does an auxiliary head that the file lacks, and a line says so; one
     that --aux False does not need is left out. The backbone must be this one.
@@ -359,7 +361,7 @@ def load_pretrained(model, args, wanted):
 # --- Loss ---
 
 def criterion(outputs, label):
-    """Mean cross entropy over the labelled pixels, of "out" plus half that of "aux"; 0 if all is void.
+    """Returns the mean cross entropy over the labelled pixels, of "out" plus half that of "aux"; 0 if all is void.
 
     Logits (B, K, H, W), label (B, H, W) in 0..K-1 and 255 -> scalar.
     """
@@ -399,7 +401,7 @@ def scores(counts):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Loss, and `scores` under val_..., at the images' own size, over all processes."""
+    """Returns the loss, and `scores` as val_..., at the images' own size, over all processes."""
     model.eval()
     num_classes = args.num_classes + 1
     losses = {}  # index: summed over labelled pixels
@@ -432,7 +434,7 @@ def predict(model, image, dtype, size):
 
 
 def naive_scores(train_items, val_items, num_classes):
-    """mIoU in [0, 1] of the commonest class everywhere, and of the commonest class of each place.
+    """Returns the mIoU of the commonest class everywhere, and of the commonest class of each place.
 
     Baselines that ignore the image. Places are the cells of a 64x64 grid laid over every image.
     """
@@ -455,7 +457,7 @@ def naive_scores(train_items, val_items, num_classes):
 
 
 def table(title, figures, classes):
-    """Text for the screen and record_mAP.txt: means in [0, 1], figures of each class in percent."""
+    """Returns the text for the screen and record_mAP.txt: means in [0, 1], figures of each class in percent."""
     means = {key: value for key, value in figures.items() if isinstance(value, float)}
     lines = [title + "".join(f"  {key} {value:.4f}" for key, value in means.items()),
              f"  {'class, %':>15}  {'IoU':>6}  {'Dice':>6}  {'accuracy':>8}  {'pixels':>12}"]
@@ -467,7 +469,7 @@ def table(title, figures, classes):
 
 
 def write_record(run, name, text, figures):
-    """record_mAP.txt, which the article names but does not write: table and confusion matrix."""
+    """Writes record_mAP.txt, which the article names but does not write: table, confusion matrix."""
     if run.rank == 0:
         matrix = "\n".join(" ".join(f"{count:10}" for count in row) for row in figures["counts"])
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -477,12 +479,12 @@ def write_record(run, name, text, figures):
 
 
 def write_results(run, path, figures):
-    """The article's results*.txt: one entry per epoch (from 0), in percent."""
+    """Writes the article's results*.txt: one entry per epoch (from 0), in percent."""
     if run.rank == 0:
         accuracy = [f"{100 * value:.1f}" for value in figures["class_accuracy"]]
         iou = [f"{100 * value:.1f}" for value in figures["class_iou"]]
         head = f"[epoch: {run.progress['epoch']}]\n"
-        before = path.read_text().partition(head)[0] if path.exists() else ""
+        before = path.read_text(encoding="utf-8").partition(head)[0] if path.exists() else ""
         path.write_text(f"{before}{head}train_loss: {run.mean_loss():.4f}\nlr: {run.learning_rate():.6f}\n"
                         f"global correct: {100 * figures['val_accuracy']:.1f}\n"
                         f"average row correct: {accuracy}\nIoU: {iou}\n"
@@ -491,7 +493,7 @@ def write_results(run, path, figures):
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: image | truth | prediction of the first four images."""
+    """Draws val_samples.png: image | truth | prediction of the first four images."""
     model.eval()
     rows = {}
     for index in range(min(4, len(dataset))):
@@ -506,7 +508,7 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
-    """SGD; the auxiliary head learns ten times as fast, as in the article."""
+    """Returns SGD; the auxiliary head learns ten times as fast, as in the article."""
     rest = [*model.backbone.parameters(), *model.classifier.parameters()]
     groups = [{"params": [p for p in rest if p.requires_grad], "scale": 1.0}]
     if model.aux_classifier is not None:
@@ -516,7 +518,7 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, step, steps_per_epoch):
-    """Rate of step 0, 1 ...: up from a thousandth in the first epoch, then (1 - done)**0.9 down to 0.
+    """Returns the rate of step 0, 1 ...: up from a thousandth in the first epoch, then (1 - done)**0.9 down to 0.
 
     Of the step alone, so that a resumed run may have more --epochs. Article: a single epoch never
     ends its warm-up, and one step past the planned end the rate is a complex number.
@@ -529,13 +531,13 @@ def learning_rate(args, step, steps_per_epoch):
 
 
 def set_learning_rate(optimizer, args, step, steps_per_epoch):
-    """Before each step."""
+    """Sets the rate before each step."""
     for group in optimizer.param_groups:
         group["lr"] = group["scale"] * learning_rate(args, step, steps_per_epoch)
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
     model.train()
     if args.freeze == "backbone":
         model.backbone.eval()
@@ -564,7 +566,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
 
 def main(args):
     """Trains as the options say; returns the last validation figures and the best val_miou."""
-    run = utils.Run(args, net="deeplabv3")  # joins torchrun's processes; seeds; picks device and precision
+    run = utils.Run(args, net="deeplabv3")  # joins torchrun's processes; seeds; device, precision
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:

@@ -131,7 +131,7 @@ class NpyDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(batch):
-        """Each stacked; an image with fewer objects is filled up with queries that say nothing."""
+        """Stacks each; an image with fewer objects gets empty queries, which do not count."""
         most, filled = max(len(valid) for *_, valid, _ in batch), []
         for image, points, labels, masks, valid, index in batch:
             extra = most - len(valid)
@@ -198,7 +198,7 @@ def read_item(item):
 
 
 def find_items(data_path):
-    """[(name, image path, mask path)] sorted by name."""
+    """Returns [(name, image path, mask path)] sorted by name."""
     images, masks = [utils.list_images(Path(data_path, sub), {*utils.IMAGES, ".npy"})
                      for sub in ("imgs", "gts")]
     if not images:
@@ -212,14 +212,14 @@ def find_items(data_path):
 
 
 def check_item(item, whole):
-    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
+    """Returns whether there is an object; if not `whole`, True if the sizes agree. InputError if bad."""
     if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
         return True
     return bool(read_item(item)[1].any())
 
 
 def keep_items(items, part, args):
-    """Items without those in which no object was found; how many is reported."""
+    """Drops items without objects and reports how many."""
     found = utils.check_items(check_item, items, args)
     kept = [item for item, has_object in zip(items, found) if has_object]
     if len(kept) < len(items):
@@ -232,7 +232,7 @@ def keep_items(items, part, args):
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked items."""
+    """Returns training and validation loaders over checked items."""
     if args.demo and not args.data_path:
         args.data_path = utils.draw_demo("objects", Path(args.output_dir, "data"), 200)
     if not args.data_path:
@@ -278,12 +278,12 @@ def sanity_check(train_set, val_set, args):
 
 
 def color_ids(ids):
-    """Ids of any size -> 1..20, and 0, for drawing."""
+    """Maps ids of any size to 1..20, and 0 to 0, for drawing."""
     return np.where(ids > 0, (ids - 1) % 20 + 1, 0)
 
 
 def draw_prompts(image, points, labels):
-    """Image (H, W, 3) uint8 with boxes and clicks (Q, N, 2), labels (Q, N), drawn into it."""
+    """Draws boxes and clicks (Q, N, 2), labels (Q, N), into a copy of the image (H, W, 3) uint8."""
     image = image.copy()
     for query, kinds in zip(points, labels):
         query = query.astype(int)
@@ -298,7 +298,7 @@ def draw_prompts(image, points, labels):
 # --- Model ---
 
 def create_model(args, checkpoint=None):
-    """The net, with the weights of checkpoint or --weights, and the arguments that rebuild it."""
+    """Returns the net, with weights of checkpoint or --weights, and the arguments that rebuild it."""
     arch = {"model": args.model, "image_size": args.image_size}
     model = NETS[args.model](args.image_size)
     if checkpoint:
@@ -319,7 +319,7 @@ def create_model(args, checkpoint=None):
 # --- Loss ---
 
 def criterion(logits, iou, masks, valid, args):
-    """Sum over objects of Dice + cross entropy of the best mask (or all) + squared error of iou.
+    """Returns the sum over objects of Dice + cross entropy of the best mask (or all) + squared error of iou.
 
     Logits (B, Q, 3, M, M), the net's own iou (B, Q, 3), masks (B, Q, M, M) in 0..1, valid (B, Q) bool
     -> scalar. Each mask has its own Dice and IoU; the article's MONAI call takes three masks as one
@@ -346,7 +346,7 @@ def mask_iou(pred, mask):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Means over all objects, in [0, 1], at the images' own size; boxes and clicks are unperturbed.
+    """Returns means over all objects, in [0, 1], at the images' own size; boxes and clicks are unperturbed.
 
     val_iou, val_dice: of the mask that the net rates best; val_oracle_iou: of the best of its three;
     val_iou_error: how far its own guess is off; box_iou: of the filled box, the baseline.
@@ -391,7 +391,7 @@ def print_table(title, figures):
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: image with prompts | truth | prediction of the first four images."""
+    """Draws val_samples.png: image with prompts | truth | prediction of the first four images."""
     model.eval()
     rows, args = {}, dataset.args
     for index in range(min(4, len(dataset))):
@@ -415,7 +415,7 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
-    """AdamW, weight decay on matrices only: embeddings of unused prompts would fade away."""
+    """Returns AdamW, weight decay on matrices only: embeddings of unused prompts would fade away."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decayed, others = [], []
     for p in model.parameters():
@@ -426,19 +426,19 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Rate of epoch 0, 1 ...; of the epoch alone, so that a resumed run may have more --epochs."""
+    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
     return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 
 def set_learning_rate(optimizer, args, epoch):
-    """Before each epoch; --scheduler plateau has its own way, in main."""
+    """Sets the rate before each epoch; --scheduler plateau has its own way, in main."""
     if args.scheduler == "cosine":
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
     model.train()
     for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
         loss_sum, num_objects = 0.0, 0
@@ -468,7 +468,7 @@ def main(args):
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
-    run = utils.Run(args, net="efficient_sam")  # joins torchrun's processes; seeds; picks device ...
+    run = utils.Run(args, net="efficient_sam")  # joins torchrun's processes; seeds; device, precision
     if args.deterministic and run.device.type == "cuda":
         raise utils.InputError("--deterministic: bicubic resizing has no deterministic gradient on "
                                "CUDA; leave it out")

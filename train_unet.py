@@ -162,13 +162,13 @@ def read_item(item):
 
 
 def list_images(folder, extension):
-    """{name without extension: path} of the folder's images, with an extension of these alone."""
+    """Returns {name without extension: path} of the folder's images that have this extension."""
     endings = {f".{extension.lower().lstrip('.')}"} if extension else utils.IMAGES
     return utils.list_images(folder, endings, remedy="remove one, or give --img-ext or --mask-ext")
 
 
 def find_items(data_path, args):
-    """[(name, image path, [mask path of each class])] sorted by name, and the class names."""
+    """Returns [(name, image path, [mask path per class])] sorted by name, and the class names."""
     root = Path(data_path, "masks")
     images = list_images(Path(data_path, "images"), args.img_ext)
     if not images:
@@ -203,14 +203,14 @@ def find_items(data_path, args):
 
 
 def check_item(item, whole):
-    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
+    """Returns whether there is an object; if not `whole`, True if the sizes agree. InputError if bad."""
     if not whole and len({utils.image_size(path) for path in (item[1], *item[2])}) == 1:
         return True
     return bool(read_item(item)[1].any())
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked items."""
+    """Returns training and validation loaders over checked items."""
     if args.demo and not args.data_path:
         args.data_path = utils.draw_demo("cells", Path(args.output_dir, "data"), 60)
     if not args.data_path:
@@ -264,7 +264,7 @@ def sanity_check(train_set, val_set, args):
     for index in range(min(8, len(train_set))):
         image, mask = read_item(train_set.items[index])
         seen, seen_mask, _ = train_set[0, index]
-        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1, to be looked at
+        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1
         seen = np.ascontiguousarray((seen * 255).byte().expand(3, -1, -1).permute(1, 2, 0))
         rows[train_set.items[index][0]] = [image, draw_mask(image, mask),
                                            draw_mask(seen, seen_mask.numpy() >= 0.5)]
@@ -277,7 +277,7 @@ def sanity_check(train_set, val_set, args):
 # --- Model ---
 
 def create_model(args, checkpoint=None):
-    """The net, with the weights of checkpoint or --weights, and the arguments that rebuild it."""
+    """Returns the net, with weights of checkpoint or --weights, and the arguments that rebuild it."""
     arch = {"num_classes": args.num_classes, "input_channels": args.input_channels}
     if args.model == "NestedUNet":
         arch["deep_supervision"] = args.deep_supervision
@@ -304,7 +304,7 @@ def create_model(args, checkpoint=None):
 # --- Loss ---
 
 def criterion(outputs, mask, loss):
-    """The named loss, averaged over outputs (deep supervision) and over the images of the batch.
+    """Returns the named loss, averaged over outputs (deep supervision) and the images of the batch.
 
     Logits (B, K, H, W), one tensor or a list, and mask (B, K, H, W) in [0, 1] -> scalar.
     """
@@ -313,14 +313,14 @@ def criterion(outputs, mask, loss):
 
 
 def bce_dice_loss(logits, mask, smooth=1e-5):
-    """0.5 * binary cross entropy + 1 - Dice of each image, its classes flattened together, averaged."""
+    """Returns the mean over images of 0.5 * binary cross entropy + 1 - Dice (classes flattened together)."""
     prob, target = logits.sigmoid().flatten(1), mask.flatten(1)
     dice = (2 * (prob * target).sum(1) + smooth) / (prob.sum(1) + target.sum(1) + smooth)
     return 0.5 * F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice.mean()
 
 
 def lovasz_hinge_loss(logits, mask):
-    """Lovasz hinge of each image, its classes flattened together, averaged.
+    """Returns the Lovasz hinge of each image, its classes flattened together, averaged.
 
     Berman et al. 2018, arXiv:1705.08790: hinge errors are weighed, largest first, by how much each
     further wrong pixel lowers the Jaccard index. It is defined for 0 and 1: mask is cut at half.
@@ -356,7 +356,7 @@ def scores(counts):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Loss and scores in [0, 1] at the images' own size: nothing depends on the batch size.
+    """Returns loss and scores in [0, 1] at the images' own size: nothing depends on the batch size.
 
     val_iou: pixels counted over the whole set, then the mean over classes. val_image_iou,
     val_image_dice: of each class in each image, then the mean, without those in neither mask.
@@ -392,7 +392,7 @@ def print_table(title, figures, classes):
 
 
 def draw_mask(image, mask):
-    """Image (H, W, 3) with mask (K, H, W) tinted, one colour per class."""
+    """Tints mask (K, H, W) in a copy of the image (H, W, 3), one colour per class."""
     for k, class_mask in enumerate(mask, 1):
         image = utils.overlay(image, class_mask.astype(int) * k)
     return image
@@ -400,7 +400,7 @@ def draw_mask(image, mask):
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: image | truth | prediction of the first four images."""
+    """Draws val_samples.png: image | truth | prediction of the first four images."""
     model.eval()
     rows = {}
     for index in range(min(4, len(dataset))):
@@ -424,7 +424,7 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Rate of epoch 0, 1 ...; of the epoch alone, so that a resumed run may have more --epochs."""
+    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
     if args.scheduler == "CosineAnnealingLR":
         floor = min(args.min_lr, args.lr)
         return floor + (args.lr - floor) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
@@ -434,14 +434,14 @@ def learning_rate(args, epoch):
 
 
 def set_learning_rate(optimizer, args, epoch):
-    """Before each epoch; ReduceLROnPlateau has its own way, in main."""
+    """Sets the rate before each epoch; ReduceLROnPlateau has its own way, in main."""
     if args.scheduler != "ReduceLROnPlateau":
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
     model.train()
     for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
         loss_sum, num_images, counts = 0.0, 0, 0
@@ -454,7 +454,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             loss_sum += loss.detach()
             num_images += len(images)
             counts += count_pixels(outputs[-1] > 0, masks >= 0.5)
-        if run.finish_gradient(optimizer, loss_sum, num_images):  # the gradient is now of the mean over images
+        if run.finish_gradient(optimizer, loss_sum, num_images):  # now of the mean over images
             run.scaler.step(optimizer)
             run.progress["counts"] += utils.sum_over_ranks(counts).cpu()
         run.scaler.update()
@@ -468,7 +468,7 @@ def main(args):
     args.image_size = (args.input_w or args.image_size[0], args.input_h or args.image_size[1])
     if args.depth and not (args.test_only and args.deep_supervision):
         raise utils.InputError("--depth: works only together with --test-only and --deep-supervision")
-    run = utils.Run(args, net="unet")  # joins torchrun's processes; seeds; picks device and precision
+    run = utils.Run(args, net="unet")  # joins torchrun's processes; seeds; device, precision
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:

@@ -1,19 +1,20 @@
 """What every script needs and no article teaches. Data, losses, metrics and loops are in the scripts.
 
-Command line    ArgumentParser  Obsolete  number  run  InputError  Stopped
-A training run  Run: device, precision, seeds, resume, checkpoints, log, signals
+Command line    ArgumentParser  Obsolete  number  numbers  run  InputError  Stopped
+A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
 Data            split_items  check_items  create_loader  seeded  draw_demo
-Weights         fetch_, read_, load_weights  renew_heads  check_net  load_checkpoint  save_checkpoint
-Images          list_images  read_lines  composed  read_image  read_mask  image_size
+Images          list_images  read_lines  nfc  read_image  read_mask  read_binary_mask  image_size
                 save_image  save_mask  overlay  save_panel
-Processes       ranks  sum_over_ranks  first_rank_first  stop_asked  raise_if_stopped  hide_bar
-Below them      what these are made of; some scripts call a few of them too
+Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_rank_first
+                stop_asked  raise_if_stopped  hide_bar
+Internals       scripts call a few
 """
 import argparse
 import codecs
 import contextlib
 import copy
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -66,11 +67,11 @@ class InputError(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT has come; raised by `raise_if_stopped` where it is safe to save."""
+    """Raised by raise_if_stopped after SIGTERM or SIGINT, where it is safe to save."""
 
 
 class Obsolete(argparse.Action):
-    """An article's option without effect here: accepted; its help, which says so, is printed."""
+    """Accepts an article's option that has no effect here and prints its help."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if os.environ.get("RANK", "0") == "0":
@@ -78,9 +79,9 @@ class Obsolete(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors of one line; no abbreviations; --batch-size may be spelt --batch_size or -batch_size.
+    """Takes --batch_size and -batch_size for --batch-size; no abbreviations; errors are one line.
 
-    With --demo the settings in `demo` take the place of the defaults.
+    With --demo the settings in `demo` replace the defaults.
     """
 
     def __init__(self, description, usage="%(prog)s [options]", demo=None):
@@ -90,7 +91,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.demo = demo or {}
 
     def add_switch(self, *names, default=False, help):
-        """An on/off option: --aux, --aux True and --aux False all mean what they say."""
+        """Adds an on/off option: --aux, --aux True and --aux False all mean what they say."""
         self.add_argument(*names, nargs="?", const=True, default=default, type=switch,
                           metavar="BOOL", help=help)
 
@@ -102,7 +103,7 @@ class ArgumentParser(argparse.ArgumentParser):
                                "bf16, fp16 or off (%(default)s)")
 
     def add_run_options(self, output_dir):
-        """The options of every training script that no article teaches."""
+        """Adds the options shared by all training scripts."""
         add, add_switch = self.add_argument, self.add_switch
         add_switch("--demo", help="train on generated data with small settings; no download")
         add_switch("--sanity-check", help="read the whole data set, print counts, "
@@ -141,7 +142,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def known_spelling(self, word):
-        """-batch_size or --batch_size=4 -> --batch-size or --batch-size=4; else word itself."""
+        """Returns --batch-size=4 for -batch_size=4 and --batch_size=4, and other words unchanged."""
         name, equals, value = word.partition("=")
         if re.match(r"-[\d.]", name):  # a value, as in --box -1,2,3,4
             return " " + word  # the space stops argparse from taking it for an option
@@ -155,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """Type of an int or float option within bounds: number(int, 1) takes 1, 2 ...; never nan, inf."""
+    """Returns the type of an int or float option within bounds: number(int, 1) takes 1, 2 ...; no nan."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
@@ -167,7 +168,7 @@ def number(kind, low, high=math.inf):
 
 
 def numbers(least, most):
-    """Type of an option of so many numbers with commas between."""
+    """Returns the type of an option of `least` to `most` numbers with commas between."""
     def parse(text):
         try:
             values = [float(value) for value in text.split(",")]
@@ -181,7 +182,10 @@ def numbers(least, most):
 
 
 def run(main, parser):
-    """main(parsed arguments). Mistake or lack of memory: one line, exit 2; SIGINT 130, SIGTERM 143."""
+    """Calls main(parsed arguments) as a command: exits with 2, 130 (SIGINT) or 143 (SIGTERM).
+
+    User errors and out-of-memory end in one line and exit status 2.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember_signal)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
@@ -193,11 +197,11 @@ def run(main, parser):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(0)
-    except OSError as error:  # a folder that cannot be written, a full disk: the system's words
+    except OSError as error:  # a folder that cannot be written, a full disk: the OS's message
         if error.errno is None:
             raise
-        parser.error(f"{error.filename or 'output'}: {error.strerror}; free space, or give another "
-                     "file or folder")
+        remedy = "free space, or give" if error.errno == errno.ENOSPC else "look at it, or give"
+        parser.error(f"{error.filename or 'output'}: {error.strerror}; {remedy} another file or folder")
     except Stopped:
         leave_process_group()
         number = (_signals or [signal.SIGTERM])[0]  # another process may have got it
@@ -216,15 +220,14 @@ def run(main, parser):
 # --- A training run ---
 
 class Run:
-    """One run of a training script: device, progress, folder. It never calls the script.
+    """Keeps the books of one training run: device, progress, folder. It never calls the script.
 
     device; dtype of autocast, None for float32; scaler: a GradScaler; pinned: whether copies to the
     device may be non_blocking; checkpoint: what --resume continues, or None. progress: epoch, step,
     best ... and the sums of the running epoch over all processes: images, loss, count (what the mean
     loss is over), skipped steps, and those that the script adds. Every checkpoint holds it.
-    A data set has `items`, whose first member is a name and whose second the image's path or those
-    of a video's frames, and `classes` (names); it is indexed by (epoch, index), and what it returns
-    ends with index.
+    A data set has `classes` (names) and `items`: tuples that begin with a name and the image's path
+    (of a video: its frames' paths). It is indexed by (epoch, index); what it returns ends with index.
     """
 
     def __init__(self, args, net):
@@ -253,7 +256,7 @@ class Run:
             args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
 
     def describe(self, name, model, train_set, val_set):
-        """Prints the start line: parameters, images, device; args.data_hash is set."""
+        """Sets args.data_hash and prints the start line: parameters, images, device."""
         self.args.data_hash = f"{data_hash(train_set.items)}+{data_hash(val_set.items)}"
         precision = str(self.dtype or torch.float32)
         if self.dtype is None and self.args.amp == "auto" and has_bf16(self.device):
@@ -266,7 +269,7 @@ class Run:
               f"{self.args.world_size}, {precision}, torch {torch.__version__}")
 
     def check_test(self, same):
-        """InputError unless --test-only has weights and the options `same` are as in training."""
+        """Checks that --test-only has weights, and that the options `same` are as in training."""
         args, checkpoint = self.args, self.checkpoint
         if not checkpoint and (args.weights == "none" or args.resume):
             raise InputError("--test-only: nothing to test; give --weights or --resume a checkpoint")
@@ -283,7 +286,7 @@ class Run:
                   "on")
 
     def start(self, arch, train_set, val_set, sums=None, **parts):
-        """Restores what --resume continues, makes the folder ready, returns progress.
+        """Restores what --resume continues, prepares the folder and returns progress.
 
         sums: further entries of progress, which start anew each epoch. parts: the model, the
         optimizer and whatever else has a state_dict that checkpoints are to hold.
@@ -309,7 +312,7 @@ class Run:
         return self.progress
 
     def is_over(self):
-        """Whether --epochs are done, or --early-stopping says that it is enough."""
+        """Returns whether --epochs are done or --early-stopping ends the run."""
         epoch, patience = self.progress["epoch"], self.args.early_stopping
         if 0 < patience <= epoch - self.progress["best_epoch"]:
             print(f"early stopping: no better validation score in {patience} epochs")
@@ -317,7 +320,7 @@ class Run:
         return epoch >= self.args.epochs
 
     def steps(self, loader):
-        """Yields the --accumulate batches of each optimizer step left of this epoch, as a list.
+        """Yields, for each remaining step of the epoch, its --accumulate batches.
 
         A batch ends with the indices of its items, -1 for one that only fills up. Between steps: the
         progress bar, last.pth every --save-every steps, Stopped once a signal has come to any process.
@@ -398,7 +401,7 @@ class Run:
         return False
 
     def mean_loss(self):
-        """Of the epoch so far, over the images, labelled pixels or objects that count."""
+        """Mean loss of the epoch so far, over the images, labelled pixels or objects that count."""
         return self.progress["loss"] / (self.progress["count"] or math.nan)
 
     def learning_rate(self):
@@ -407,8 +410,8 @@ class Run:
     def end_epoch(self, figures, show):
         """Prints the figures named in show, writes all of them to log.csv and begins the next epoch.
 
-        figures: numbers; lists and dicts (figures of each class) are left out of the log. From here
-        on progress["epoch"] is one more, and loss and sums are those of the next epoch.
+        figures: numbers; lists and dicts (figures of each class) are left out of the log. Afterwards
+        progress["epoch"] is one more, and loss and sums are those of the next epoch.
         """
         progress, epoch = self.progress, self.progress["epoch"] + 1
         numbers = {name: float(value) for name, value in figures.items()
@@ -428,31 +431,31 @@ class Run:
         progress.update(epoch=epoch, **copy.deepcopy(self.sums))
 
     def is_best(self, value):
-        """Whether value is the highest so far; if so it is remembered, with its epoch."""
+        """Returns whether value is the highest so far, and remembers the highest with its epoch."""
         if not value > self.progress["best"]:  # NaN is never the best
             return False
         self.progress.update(best=value, best_epoch=self.progress["epoch"])
         return True
 
     def save_best(self):
-        """best.pth, the file to share: the weights and what predict.py needs."""
+        """Writes best.pth, the file to share: the weights and what predict.py needs."""
         self.save("best.pth", {"model": self.parts["model"].state_dict()})
 
     def save_last(self):
-        """last.pth, which --resume continues to the bit."""
+        """Writes last.pth, which --resume continues to the bit."""
         self.save("last.pth", {name: part.state_dict() for name, part in self.parts.items()})
 
     def save(self, name, states):
         self.save_plain(name, {**self.head, **states, "args": vars(self.args), **self.progress})
 
     def save_plain(self, name, state):
-        """A file that the article's script leaves, such as a bare state dict; by the first process."""
+        """Writes a file that the article's script leaves, such as a bare state dict."""
         if self.rank == 0:
             save_checkpoint(self.folder / name, state)
 
     @contextlib.contextmanager
     def saved_when_stopped(self):
-        """A signal that `steps` or `raise_if_stopped` notices inside saves last.pth first."""
+        """Saves last.pth when a signal stops the block (see steps and raise_if_stopped)."""
         try:
             yield
         except Stopped:
@@ -460,7 +463,7 @@ class Run:
             raise
 
     def plot_curves(self, *groups):
-        """curves.png: one plot for each group of columns of log.csv, over the epochs."""
+        """Draws curves.png: one plot for each group of columns of log.csv, over the epochs."""
         if self.rank:
             return
         import matplotlib  # late: it takes a second
@@ -491,7 +494,7 @@ class Run:
 # --- Data ---
 
 def split_items(items, args, val_items=None):
-    """Training and validation items: val_items (--val-path), else by --split, else 80:20 by --seed.
+    """Returns training and validation items: val_items (--val-path), or by --split, or 80:20 by --seed.
 
     Then --limit. Items begin with their name. The 80:20 is what sklearn's train_test_split draws:
     seed 41 is the article's split. InputError if a part is empty or an image is in both.
@@ -502,7 +505,7 @@ def split_items(items, args, val_items=None):
     if val_items is None and args.split:
         by_name = {item[0]: item for item in items}
         try:
-            split = json.loads(Path(args.split).read_text())
+            split = json.loads(Path(args.split).read_text(encoding="utf-8"))
             train_items = [by_name[name] for name in split["train"]]
             val_items = [by_name[name] for name in split["val"]]
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -514,6 +517,9 @@ def split_items(items, args, val_items=None):
         train_items = [items[i] for i in sorted(order[num_val:])]
         val_items = [items[i] for i in sorted(order[:num_val])]
     train_items, val_items = train_items[:args.limit], val_items[:args.limit]
+    if args.overfit:  # which needs no split: a single item will do
+        train_items = (train_items or items)[:args.overfit]
+        return train_items, train_items
 
     def paths_of(items):  # of the images, and of the videos' first frames
         firsts = [item[1][0] if isinstance(item[1], tuple) else item[1] for item in items]
@@ -526,13 +532,11 @@ def split_items(items, args, val_items=None):
         raise InputError(f"{path}: {len(train_items)} training and {len(val_items)} validation images, "
                          f"{len(shared)} in both; each needs some, none may be in both: add images, or "
                          "give --val-path or another --split")
-    if args.overfit:
-        train_items = val_items = train_items[:args.overfit]
     return train_items, val_items
 
 
 def check_items(check, items, args):
-    """[whether it has an object] of all items; check(item, whole) returns it, or raises InputError.
+    """Returns, for each item, whether it contains an object: check(item, whole), which may raise InputError.
 
     whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
     sizes suffice. --workers processes check a large data set, and each of torchrun's its share.
@@ -554,10 +558,10 @@ def check_items(check, items, args):
 
 
 def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):
-    """DataLoader of this process's share; its randomness derives from (seed, epoch, index) alone.
+    """Returns the DataLoader of this process's share; its order derives from (seed, epoch) alone.
 
-    sampling: keep and pad of EpochSampler; or batches: a sampler of lists of keys, as of
-    train_sam2.py. The data set's `collate`, if any, makes the batches.
+    sampling: keep and pad of EpochSampler; or batches: a sampler of lists of keys, as train_sam2.py
+    has. The data set's `collate`, if any, makes the batches.
     """
     sampler = batches or EpochSampler(len(dataset), args.seed, shuffle, *ranks(), **sampling)
     batch_size = None if batches else batch_size or args.batch_size
@@ -571,7 +575,7 @@ def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampl
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Inside, torch's CPU generator, which transforms use, depends on these numbers alone.
+    """Seeds torch's CPU generator, which transforms use, with these numbers within the block.
 
     On one thread, as in loader processes: a sum by two threads can differ in its last bit.
     """
@@ -586,7 +590,7 @@ def seeded(*numbers):
 
 
 def draw_demo(kind, folder, count):
-    """--demo: writes the generated data set of this kind; returns its folder."""
+    """Writes the generated data set of --demo and returns its folder."""
     try:
         import demo_data
     except ImportError:
@@ -598,10 +602,10 @@ def draw_demo(kind, folder, count):
     return str(folder)
 
 
-# --- Weights ---
+# --- Checkpoints ---
 
 def load_checkpoint(path):
-    """A checkpoint or state dict, on the CPU; verified, and never a pickle that runs code."""
+    """Returns a checkpoint or state dict, on the CPU: verified, and never a pickle that runs code."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -621,7 +625,7 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(path, state):
-    """torch.save to a temporary name, fsync, rename: path is always the old file or the new."""
+    """Saves to a temporary name, then renames it: path is always the whole old file or the whole new."""
     path, temporary, buffer = Path(path), Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
     torch.save(state, buffer)
     try:
@@ -645,10 +649,10 @@ def save_checkpoint(path, state):
 # --- Images ---
 
 def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
-    """{name without extension: path} of the images in folder, sorted; hidden files are left out.
+    """Returns {name without extension: path} of the images in folder, sorted, without hidden files.
 
-    wanted: the names that matter, as `nfc` makes them. InputError without the folder, or with the
-    remedy if two files have one name.
+    wanted: the names that matter, as `nfc` returns them. InputError if there is no such folder, or
+    with the remedy if two files have one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -668,20 +672,27 @@ def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
 
 
 def read_lines(path):
-    """Lines of a text file that are not empty, stripped; UTF-8, or UTF-16 with its mark."""
+    """Returns a text file's lines that are not blank; UTF-8, or UTF-16 with a byte order mark.
+
+    Spaces at both ends are kept, as a name may have them; bytes that are not UTF-8 become surrogates,
+    as in the names that the OS gives.
+    """
     data = Path(path).read_bytes()
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    lines = data.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    try:
+        text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: neither UTF-8 nor UTF-16 text; save it as UTF-8") from None
+    return [line for line in re.split("\r?\n", text) if line.strip()]
 
 
 def nfc(name):
-    """name with each accented letter as one character (NFC): macOS writes them as two."""
+    """Returns name with each accented letter as one character (NFC): macOS writes them as two."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_image(path):
-    """Image file of any mode, or .npy array (H, W) or (H, W, 1, 3 or 4) -> RGB uint8 (H, W, 3).
+    """Reads an image file of any mode, or a .npy array (H, W) or (H, W, 1, 3 or 4) -> RGB uint8 (H, W, 3).
 
     EXIF rotation is applied, transparency left out. 8 bits stay as they are; 16-bit files and
     other integers are scaled by their own range; floats in an array are 0..1 (a little more or less,
@@ -707,7 +718,7 @@ def read_image(path):
 
 
 def read_mask(path, lossy=False):
-    """Mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files, .npy.
+    """Reads a mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files, .npy.
 
     InputError if it is colour-coded, transparent or, without lossy, of a format that changes ids.
     """
@@ -736,7 +747,7 @@ def read_mask(path, lossy=False):
 
 
 def read_binary_mask(path):
-    """Mask (H, W) bool of a file with 0 for background and 255 for the object, cut at half.
+    """Reads a mask of 0 (background) and 255 (object) -> bool (H, W), cut at half.
 
     Takes the soft edges of a resized or JPEG mask. InputError for a 0/1 mask, ids and grey codes.
     """
@@ -753,7 +764,7 @@ def read_binary_mask(path):
 
 
 def holds_codes(mask):
-    """Whether values between 0 and 255 fill areas of mask (H, W), as ids and grey codes do.
+    """Returns whether values between 0 and 255 fill areas of mask (H, W), as ids and grey codes do.
 
     In a soft edge each value lies between its neighbours: hardly any window has one value only.
     """
@@ -770,7 +781,7 @@ def holds_codes(mask):
 
 
 def whole_numbers(path, mask):
-    """Ids stored as floats -> int64; InputError if some are not whole. Other types as they are."""
+    """Converts ids stored as floats to int64, and leaves other types; InputError if some are not whole."""
     if mask.dtype.kind == "f":
         if (mask != np.round(mask)).any():
             raise InputError(f"{path}: ids must be whole numbers; save it as integers")
@@ -828,7 +839,7 @@ def overlay(image, mask):
 
 
 def save_panel(path, rows, titles, side=256):
-    """PNG of {name: RGB images}, one row each, one title per column; by the first process."""
+    """Writes a PNG of {name: RGB images}: a row for each name, a title for each column."""
     strips = []
     for name, images in rows.items():
         sizes = [[max(1, round(side * length / max(image.shape[:2]))) for length in image.shape[1::-1]]
@@ -849,14 +860,14 @@ def save_panel(path, rows, titles, side=256):
 # --- Processes ---
 
 def ranks():
-    """(rank of this process, number of processes): (0, 1) without torchrun."""
+    """Returns (rank of this process, number of processes): (0, 1) without torchrun."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def sum_over_ranks(tensor):
-    """The sum of this tensor over all processes, in place; alone, the tensor itself."""
+    """Sums the tensor over all processes, in place, and returns it."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -903,7 +914,7 @@ def wait_for_ranks():
 
 @contextlib.contextmanager
 def first_rank_first():
-    """The body runs in the first process, then in the others, which find its files."""
+    """Runs the block in the first process, then in the others, which find its files."""
     rank, world_size = ranks()
     if rank:
         torch.distributed.barrier()
@@ -913,14 +924,14 @@ def first_rank_first():
 
 
 def stop_asked():
-    """Whether SIGTERM or SIGINT has come to this process."""
+    """Returns whether SIGTERM or SIGINT has come to this process."""
     return bool(_signals)
 
 
 def raise_if_stopped(device=None):
-    """Raises Stopped if SIGTERM or SIGINT has come; called where what is saved is whole.
+    """Raises Stopped if SIGTERM or SIGINT has come; called where it is safe to save.
 
-    With a device: if one has come to any process, and then in all; each must call it equally often.
+    With a device: in all processes if it has come to any; each must call it equally often.
     """
     stopped = stop_asked()
     if device is not None and ranks()[1] > 1:
@@ -930,11 +941,11 @@ def raise_if_stopped(device=None):
 
 
 def hide_bar():
-    """For tqdm's `disable`: a bar only on the first rank, and where stderr is a terminal."""
+    """Returns tqdm's `disable`: a bar only on the first rank, and where stderr is a terminal."""
     return True if os.environ.get("RANK", "0") != "0" else None
 
 
-# --- Below: what the functions above are made of; some scripts call a few of them too ---
+# --- Internals; scripts call a few ---
 
 def switch(text):
     """Type of on/off options, as to Python bool("False") is True."""
@@ -983,19 +994,19 @@ def ignore_group_signals(worker):
 
 
 def obey_parent():
-    """Ends this process at a SIGTERM that its parent has sent; others are ignored."""
+    """Ends this process at a SIGTERM from its parent, and ignores others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def mix(*numbers):
-    """A seed made of these numbers."""
+    """Returns a seed made of these numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
 class Checks(torch.utils.data.Dataset):
-    """[i] -> check(*tasks[i]), so that loader processes do it."""
+    """Runs check(*tasks[i]) in loader processes."""
 
     def __init__(self, check, tasks):
         self.check, self.tasks = check, tasks
@@ -1010,8 +1021,8 @@ class Checks(torch.utils.data.Dataset):
 class EpochSampler(torch.utils.data.Sampler):
     """Yields (epoch, index) in an order given by (seed, epoch) alone; rank r of n takes every n-th.
 
-    set_epoch(epoch, skip) leaves out the first items, which an interrupted epoch has trained on.
-    For ranks with equally many: keep only so many of each epoch, or pad it with (epoch, -1).
+    set_epoch(epoch, skip) leaves out the first items, which an interrupted epoch has trained on. So
+    that all ranks have equally many: keep only that many of each epoch, or pad it with (epoch, -1).
     """
 
     def __init__(self, num_items, seed, shuffle=True, rank=0, world_size=1, keep=None, pad=False):
@@ -1037,7 +1048,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def pick_device(text):
-    """--device: auto takes cuda, then mps, then cpu; a number N means cuda:N."""
+    """Returns the device of --device: auto takes cuda, then mps, then cpu; a number N means cuda:N."""
     if text == "auto":
         text = "mps" if torch.backends.mps.is_available() else "cpu"
         text = "cuda" if torch.cuda.is_available() else text
@@ -1055,13 +1066,13 @@ def pick_device(text):
 
 
 def has_bf16(device):
-    """Whether device is a processor whose bf16 instructions PyTorch uses."""
+    """Returns whether device is a CPU whose bf16 instructions PyTorch uses."""
     asked = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile")]
     return device.type == "cpu" and any(supported() for supported in asked)
 
 
 def pick_precision(amp, device):
-    """--amp -> (autocast dtype or None for float32, GradScaler); only fp16 scales the loss."""
+    """Returns (autocast dtype or None for float32, GradScaler) of --amp; only fp16 scales the loss."""
     if amp == "fp16" and device.type != "cuda":
         raise InputError(f"--amp fp16: needs CUDA, device is {device}; give bf16 or off")
     if amp == "auto":
@@ -1071,7 +1082,7 @@ def pick_precision(amp, device):
 
 
 def start_process_group(device):
-    """Under torchrun: joins its processes (NCCL on CUDA, else Gloo). Returns this one's device.
+    """Joins torchrun's processes, if any (NCCL on CUDA, else Gloo), and returns this one's device.
 
     All ranks but the first are silent on stdout from here on.
     """
@@ -1102,7 +1113,7 @@ def leave_process_group():
 
 
 def peak_memory_mb(device):
-    """Most memory used since the start: of a CUDA device, else resident (nan but on Linux)."""
+    """Returns the most memory used so far: of a CUDA device, else resident (nan except on Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")  # getrusage would count what the parent process had in use
@@ -1111,7 +1122,7 @@ def peak_memory_mb(device):
 
 
 def find_checkpoint(resume, output_dir):
-    """The checkpoint of --resume: a path, or auto for output_dir/last.pth if there is one."""
+    """Returns the checkpoint of --resume (a path, or auto: output_dir/last.pth), or None."""
     if not resume:
         return None
     last = Path(output_dir if resume == "auto" else resume, "last.pth")
@@ -1119,7 +1130,8 @@ def find_checkpoint(resume, output_dir):
         return None
     checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
     needed = {"format", "model", "optimizer", "args", "epoch", "step"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys() \
+            or not all(isinstance(checkpoint[key], dict) for key in ("model", "optimizer", "args")):
         raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with "
                          "--weights")
     if checkpoint["format"] != FORMAT:
@@ -1129,7 +1141,7 @@ def find_checkpoint(resume, output_dir):
 
 
 def check_resume(checkpoint, args):
-    """InputError if an option that shapes the run, all but MAY_CHANGE, is not what it was."""
+    """Checks that the options that shape the run, all but MAY_CHANGE, are as they were."""
     for key, value in json.loads(json.dumps(vars(args))).items():
         before = json.loads(json.dumps(checkpoint["args"].get(key, value)))  # an option may be new
         if key not in MAY_CHANGE and before != value:
@@ -1138,14 +1150,14 @@ def check_resume(checkpoint, args):
 
 
 def option_of(key):
-    """What the user calls the entry `key` of args."""
+    """Returns the user's name for the entry `key` of args."""
     words = {"data_hash": "images of data hash", "world_size": "torchrun --nproc_per_node",
              "base_hash": "base weights of hash"}
     return words.get(key, "--" + key.replace("_", "-"))
 
 
 def lock_folder(folder):
-    """Makes and locks folder; returns the open lock file. InputError if another process has it."""
+    """Makes and locks folder, returns the open lock file; InputError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     if fcntl:  # the lock ends with this process, however that ends
@@ -1158,7 +1170,7 @@ def lock_folder(folder):
 
 
 def prepare_folder(args, split):
-    """Removes stale temporaries, refuses an earlier run's folder; args.json and split.json."""
+    """Removes stale temporary files, refuses an earlier run's folder, writes args.json and split.json."""
     folder = Path(args.output_dir)
     for stale in [*folder.glob("*.pth.*.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
@@ -1166,7 +1178,7 @@ def prepare_folder(args, split):
     resumed = args.resume == "auto" or args.resume and folder.resolve() in (source, source.parent)
     if any((folder / name).exists() for name in ("last.pth", "best.pth")) and not resumed:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            earlier = json.loads((folder / "args.json").read_text())["args"]
+            earlier = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
             args.overwrite |= args.demo and earlier["demo"]
         if not args.overwrite:
             raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace "
@@ -1179,12 +1191,12 @@ def prepare_folder(args, split):
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "git": git}
     settings = {"args": vars(args), "versions": versions}
-    (folder / "args.json").write_text(json.dumps(settings, indent=1))
-    (folder / "split.json").write_text(json.dumps(split, indent=1))
+    (folder / "args.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / "split.json").write_text(json.dumps(split, indent=1), encoding="utf-8")
 
 
 def data_hash(items):
-    """Eight hex digits of the names and sizes, not the contents, of all files in nested lists."""
+    """Returns eight hex digits of the names and sizes (not the contents) of all files in nested lists."""
     digest = hashlib.sha256()
     for item in items:
         if isinstance(item, (list, tuple)):
@@ -1196,11 +1208,11 @@ def data_hash(items):
 
 
 def log_row(path, row):
-    """Writes row to a csv in place of its epoch and later ones; returns all rows."""
+    """Writes row to a csv in place of its epoch's and later rows, and returns all rows."""
     rows = []
     if Path(path).exists():
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
         except (KeyError, ValueError):
             raise InputError(f"{path}: not as this script left it; move it away and --resume "
@@ -1208,7 +1220,7 @@ def log_row(path, row):
     rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value)
                  for key, value in row.items()})
     columns = dict.fromkeys(key for row in reversed(rows) for key in row)  # of older versions too
-    with open(f"{path}.tmp", "w", newline="") as file:
+    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -1218,7 +1230,7 @@ def log_row(path, row):
 
 @contextlib.contextmanager
 def open_image(path):
-    """The opened image file; whatever PIL raises about a bad one becomes one line."""
+    """Opens an image file; whatever PIL raises about a bad one becomes an InputError."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a preview
@@ -1235,7 +1247,7 @@ def open_image(path):
 
 
 def read_file(path):
-    """Pixels of an image file: RGB uint8 (H, W, 3); of more than 8 bits as stored."""
+    """Returns an image file's pixels: RGB uint8 (H, W, 3); more than 8 bits as stored."""
     with open_image(path) as image:
         pixels = read_deep(path, image)
         if pixels is not None:
@@ -1247,7 +1259,7 @@ def read_file(path):
 
 
 def read_deep(path, image):
-    """Pixels as stored of an opened file of more than 8 bits, (H, W) or (H, W, 3 or 4); else None."""
+    """Returns the pixels of an opened file of more than 8 bits, (H, W) or (H, W, 3 or 4); else None."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
     # PIL names 16 bits in the mode, as I;16, or only in what it will decode from, as RGB;16B
     deep = image.mode in ("I", "F") or ";16" in image.mode + str(image.tile[:1])
@@ -1270,7 +1282,7 @@ def read_deep(path, image):
 
 
 def read_array(path, header_only=False):
-    """The array in a .npy file; InputError if it holds Python objects, which could run code.
+    """Returns the array in a .npy file; InputError if it holds Python objects, which could run code.
 
     header_only: memory-mapped, which reads the header and looks at the file's size.
     """

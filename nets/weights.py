@@ -69,7 +69,7 @@ def state_of(checkpoint):
     Strips the prefixes that DistributedDataParallel, torch.compile and Lightning put before every key.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict", "net"):
         state = state[key] if isinstance(state.get(key), dict) else state
     for prefix in ("module.", "_orig_mod.", "model.", "net.") * 2:
         if state and all(str(key).startswith(prefix) for key in state):

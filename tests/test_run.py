@@ -1,0 +1,125 @@
+"""What utils.Run does for every training script: bad steps, stopping early, files, what is resumed and what refused.
+
+train_unet.py with a thin net stands for all of them.
+"""
+import math
+
+import pytest
+import torch
+
+import train_unet
+import utils
+from test_train_unet import SMALL, refuses, thin, train  # noqa: F401 (thin: a fixture of all tests)
+
+
+def test_early_stopping_counts_from_the_best_epoch(cells, tmp_path, capsys):
+    train(cells, tmp_path / "run", "--epochs", 9, "--lr", 0, "--early_stopping", 2)
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 1 + 3  # lr 0: only epoch 1 improves (BN settles)
+    assert "early stopping" in capsys.readouterr().out
+
+
+def test_a_nan_loss_is_skipped_and_counted_and_weights_stay_finite(cells, tmp_path, monkeypatch, capsys):
+    calls, true_criterion = [], train_unet.criterion
+
+    def criterion(outputs, mask, loss):
+        calls.append(1)
+        return true_criterion(outputs, mask, loss) * (float("nan") if len(calls) == 2 else 1)
+    monkeypatch.setattr(train_unet, "criterion", criterion)
+    figures = train(cells, tmp_path / "run", "--epochs", 1, "-b", 2)
+    state = torch.load(tmp_path / "run/last.pth", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in state.values()) and math.isfinite(figures["val_loss"])
+    assert "1 of 4 steps skipped" in capsys.readouterr().out
+    assert state["conv0_0.bn1.num_batches_tracked"] == 3  # the running statistics of the bad step are taken back too
+
+
+def test_ten_nan_losses_in_a_row_end_the_run_naming_the_images(cells, tmp_path, monkeypatch):
+    true_criterion = train_unet.criterion
+    monkeypatch.setattr(train_unet, "criterion", lambda *a: true_criterion(*a) * float("nan"))
+    with pytest.raises(utils.InputError, match=r"ten times in a row, last on cell_\d"):
+        train(cells, tmp_path / "run", "--epochs", 9, "-b", 4)  # two steps an epoch: the count goes on across epochs
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    before = (tmp_path / "run/last.pth").read_bytes()
+    with pytest.raises(utils.InputError, match="--resume auto.*--overwrite"):
+        train(cells, tmp_path / "run", "--epochs", 1)
+    assert (tmp_path / "run/last.pth").read_bytes() == before
+    train(cells, tmp_path / "run", "--epochs", 2, "--overwrite")
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
+
+
+def test_another_split_of_the_same_images_is_not_resumed(cells, tmp_path):
+    names = [f"cell_{i}" for i in range(10)]
+    for file, first in (("a.json", 7), ("b.json", 6)):
+        (tmp_path / file).write_text(utils.json.dumps({"train": names[:first], "val": names[first:]}))
+    train(cells, tmp_path / "run", "--epochs", 1, "--split", tmp_path / "a.json")
+    with pytest.raises(utils.InputError, match="images of data hash"):
+        train(cells, tmp_path / "run", "--epochs", 2, "--split", tmp_path / "b.json", "--resume", "auto")
+
+
+def test_a_run_is_continued_by_its_folders_name(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    train(cells, tmp_path / "run", "--epochs", 2, "--resume", tmp_path / "run")
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
+
+
+def test_resuming_from_bare_weights_or_into_another_run(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    train(cells, tmp_path / "b", "--epochs", 1)
+    with pytest.raises(utils.InputError, match="model.pth: not a run's last.pth.*--weights"):
+        train(cells, tmp_path / "a", "--epochs", 2, "--resume", tmp_path / "a/model.pth")
+    with pytest.raises(utils.InputError, match="there is a run here"):
+        train(cells, tmp_path / "b", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
+    train(cells, tmp_path / "c", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
+
+
+def test_a_last_pth_of_format_1_is_refused_in_one_line_and_its_weights_load(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "a/last.pth", weights_only=True)
+    utils.save_checkpoint(tmp_path / "old.pth", {**checkpoint, "format": 1, "best": {"val_iou": 0.5, "epoch": 1}})
+    refuses(cells, "--resume", "another version of these scripts", "--weights", more=["--resume", tmp_path / "old.pth"])
+    figures = [train(cells, tmp_path / "x", "--test-only", "--weights", path)
+               for path in (tmp_path / "old.pth", tmp_path / "a/best.pth")]
+    assert figures[0] == figures[1]
+
+
+def test_best_pth_holds_the_weights_and_what_predicting_needs_and_no_more(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    best, last = (torch.load(tmp_path / f"run/{name}.pth", weights_only=True) for name in ("best", "last"))
+    assert last.keys() - best.keys() == {"optimizer", "lr_scheduler", "scaler"} and not best.keys() - last.keys()
+    assert (tmp_path / "run/best.pth").stat().st_size < 0.36 * (tmp_path / "run/last.pth").stat().st_size
+    refuses(cells, "not a run's last.pth", "--weights", more=["--resume", tmp_path / "run/best.pth"])
+
+
+def test_nan_is_never_the_best(cells, tmp_path, monkeypatch):
+    true_evaluate, ious = train_unet.evaluate, iter([math.nan, 0.2, math.nan])
+    monkeypatch.setattr(train_unet, "evaluate", lambda *a: {**true_evaluate(*a), "val_iou": next(ious)})
+    figures = train(cells, tmp_path / "run", "--epochs", 3, "--limit", 2)
+    best = torch.load(tmp_path / "run/best.pth", weights_only=True)
+    assert figures["best_val_iou"] == 0.2 and best["best_epoch"] == 2
+
+
+def test_resuming_with_other_settings_is_refused_by_name(cells, tmp_path):
+    train(cells, tmp_path / "run", "--epochs", 1)
+    for more, word in ((["--lr", 0.5], "--lr 0.001, now 0.5"), (["-b", 2], "--batch-size 4, now 2"),
+                       (["--seed", 3], "--seed 41")):
+        with pytest.raises(utils.InputError, match=word):
+            train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto", *more)
+    (cells / "images/cell_0.png").unlink(), (cells / "masks/0/cell_0.png").unlink()
+    with pytest.raises(utils.InputError, match="images of data hash"):
+        train(cells, tmp_path / "run", "--epochs", 2, "--resume", "auto")
+
+
+def test_a_mistake_found_in_a_loader_process_is_one_line_too(cells, tmp_path, monkeypatch, script):
+    """A file that is spoilt after the check: read by a worker, named by the script, exit status 2."""
+    code = f"""
+import sys, train_unet, utils
+utils.check_items = lambda check, items, args: [True]
+sys.argv = ["train_unet.py", "--data-path", {str(cells)!r}, "--output-dir", {str(tmp_path / 'run')!r},
+            *{SMALL!r}, "-j", "2", "--epochs", "1"]
+utils.run(train_unet.main, train_unet.get_args_parser())"""
+    (cells / "images/cell_1.png").write_bytes(b"spoilt")
+    done = script("-c", code)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"train_unet.py: error: {cells}/images/cell_1.png: not an image that can be read"
