@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_scripts import SCRIPTS
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/README.md"]
-RUN = r"(?:(?:venv/bin/)?python|torchrun(?: --?[\w-]+ [\w.:]+)+)"
+RUN = r"(?:(?:venv/bin/)?python|torchrun(?: --?[\w-]+ [\w.:$]+)+)"
 SCRIPT = "(?:train|finetune|predict|demo_data|benchmark|convert_labels|annotate)"
 
 

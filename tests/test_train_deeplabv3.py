@@ -190,6 +190,24 @@ def test_voc_root_is_found_from_its_parent_and_in_itself(scenes):
     assert script_.find_root(scenes, "2012") == script_.find_root(scenes / "VOCdevkit", "2012") == voc(scenes)
 
 
+def test_the_years_that_are_there_are_named(scenes):
+    with pytest.raises(utils.InputError, match="holds neither VOCdevkit/VOC2007 nor VOC2007; give --year 2012$"):
+        script_.find_root(scenes, "2007")
+    (scenes / "VOCdevkit/VOC2010").mkdir()
+    with pytest.raises(utils.InputError, match="give --year 2010 or 2012$"):
+        script_.find_root(scenes, "2007")
+
+
+def test_ids_with_spaces_at_their_ends_and_overfitting_without_a_list_to_validate_on(scenes, tmp_path):
+    root = voc(scenes)
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (root / folder / f"s1.{ending}").rename(root / folder / f" s1 .{ending}")
+    (root / "ImageSets/Segmentation/train.txt").write_text(" s1 \ns2 \n s3\n")
+    assert [item[0] for item in script_.find_items(root, "train")] == [" s1 ", "s2", "s3"]
+    (root / "ImageSets/Segmentation/val.txt").unlink()
+    assert train(scenes, tmp_path / "run", "--epochs", 1, "--overfit", 2)["val_loss"] > 0
+
+
 def test_class_names(scenes):
     assert script_.find_classes(voc(scenes), 2) == ["0", "1", "2"]
     assert script_.find_classes(voc(scenes), 20)[15] == "person"

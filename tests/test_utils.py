@@ -564,7 +564,9 @@ def test_weights_in_the_wrappings_of_other_tools_load(tmp_path):
     net = torch.nn.Linear(2, 3)
     for wrap in (lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3},
                  lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-                 lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}):
+                 lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+                 lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "loss": 0.5},
+                 lambda state: {"net": state, "acc": 90.1}):
         torch.save(wrap(net.state_dict()), tmp_path / "a.pth")
         other = torch.nn.Linear(2, 3)
         weights.load_weights(other, weights.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
@@ -572,6 +574,47 @@ def test_weights_in_the_wrappings_of_other_tools_load(tmp_path):
     torch.save({"backbone.weight": net.weight}, tmp_path / "a.pth")
     with pytest.raises(utils.InputError, match="begins with backbone.weight, the net with weight"):
         weights.load_weights(other, weights.read_weights(tmp_path / "a.pth", {}), tmp_path / "a.pth")
+
+
+def test_a_run_whose_model_is_no_dictionary_is_not_resumed(tmp_path):
+    state = {"format": utils.FORMAT, "model": {}, "optimizer": {}, "args": {"weights": "none"}, "epoch": 2, "step": 5}
+    for part in ("model", "optimizer", "args"):
+        utils.save_checkpoint(tmp_path / "last.pth", {**state, part: [1]})
+        with pytest.raises(utils.InputError, match="not a run's last.pth"):
+            utils.Run(run_options(tmp_path, resume="auto"), "linear")
+
+
+def test_a_list_is_read_back_as_it_was_written(tmp_path):
+    """Names with spaces at their ends, a no-break space, line separators that are no newline, bytes that are no UTF-8."""
+    names = ["a ", " b", "c d", "\u00a0e", "f\u2028g", "h\x85i", "\udcff", "j"]
+    for newline in ("\n", "\r\n"):
+        text = newline.join([names[0], "", "  ", *names[1:]]) + newline
+        (tmp_path / "list.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert utils.read_lines(tmp_path / "list.txt") == names
+    (tmp_path / "list.txt").write_bytes("\ufeffa\nb".encode("utf-16-le"))
+    assert utils.read_lines(tmp_path / "list.txt") == ["a", "b"]
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(utils.InputError, match="list.txt: neither UTF-8 nor UTF-16 text; save it as UTF-8"):
+        utils.read_lines(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("reason, words", [
+    ("FileNotFoundError(2, 'No such file', 'x.png')", "x.png: No such file; look at it, or give another file"),
+    ("OSError(28, 'No space left on device', 'x.png')", "x.png: No space left on device; free space, or give another")])
+def test_an_error_of_the_system_names_the_remedy_that_fits(script, reason, words):
+    done = script("-c", f"import sys, utils\nsys.argv = ['x.py']\ndef main(args): raise {reason}\n"
+                  "utils.run(main, utils.ArgumentParser('x'))")
+    assert done.returncode == 2 and done.stderr.startswith(f"x.py: error: {words}")
+
+
+def test_overfitting_needs_no_split():
+    args = SimpleNamespace(split=None, val_path=None, seed=41, limit=None, overfit=3, data_path="data")
+    assert utils.split_items([("a", "a.png")], args) == ([("a", "a.png")],) * 2
+    items = [(str(i), f"{i}.png") for i in range(10)]
+    train, val = utils.split_items(items, args)
+    assert train == val and len(train) == 3
+    with pytest.raises(utils.InputError, match="0 training and 1 validation images"):
+        utils.split_items(items[:1], SimpleNamespace(**{**vars(args), "overfit": None}))
 
 
 def run_options(folder, **more):
@@ -605,9 +648,9 @@ def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkey
     monkeypatch.setattr(utils, "sum_over_ranks", lambda place: place + others * (place - 1))
     args = run_options(tmp_path, resume="auto")
     with pytest.raises(utils.InputError, match="the processes do not see the same last.pth"):
-        utils.Run(args, "linear", several=True)
+        utils.Run(args, "linear")
     monkeypatch.setattr(utils, "sum_over_ranks", lambda place: 2 * place)
-    assert utils.Run(args, "linear", several=True).checkpoint["epoch"] == 2
+    assert utils.Run(args, "linear").checkpoint["epoch"] == 2
 
 
 def test_what_is_random_on_the_device_depends_on_seed_epoch_step_and_rank(tmp_path, monkeypatch):
