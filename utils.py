@@ -10,18 +10,17 @@ Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_r
 Internals       scripts call a few
 """
 import argparse
-import codecs
 import contextlib
 import copy
 import csv
 import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -36,11 +35,6 @@ import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import cv2
 import numpy as np
@@ -105,6 +99,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_run_options(self, output_dir):
         """Adds the options shared by all training scripts."""
         add, add_switch = self.add_argument, self.add_switch
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use; not on macOS, Windows
+            cores = len(os.sched_getaffinity(0))
         add_switch("--demo", help="train on generated data with small settings; no download")
         add_switch("--sanity-check", help="read the whole data set, print counts, "
                                           "write sanity_check.png; no training")
@@ -120,7 +117,7 @@ class ArgumentParser(argparse.ArgumentParser):
             help="also save last.pth every N steps, 0 only after each epoch (%(default)s)")
         add("--early-stopping", type=int, default=-1, metavar="N",
             help="stop after N epochs without a better validation score, -1 never (%(default)s)")
-        add("-j", "--workers", "--num-workers", type=number(int, 0), default=min(4, num_cores()),
+        add("-j", "--workers", "--num-workers", type=number(int, 0), default=min(4, cores),
             help="loader processes, 0 for none (%(default)s)")
         self.add_device_options()
         add("--seed", type=number(int, 0, 2**32 - 1), default=41,
@@ -466,11 +463,10 @@ class Run:
         """Draws curves.png: one plot for each group of columns of log.csv, over the epochs."""
         if self.rank:
             return
-        import matplotlib  # late: it takes a second
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.5), squeeze=False)
-        for axis, names in zip(axes[0], groups):
+        from matplotlib.figure import Figure  # late: it takes a second
+        figure = Figure(figsize=(5 * len(groups), 3.5))
+        axes = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axis, names in zip(axes, groups):
             for name in names:
                 values = [float(row.get(name) or "nan") for row in self.rows]
                 axis.plot([int(row["epoch"]) for row in self.rows], values, ".-", label=name)
@@ -480,7 +476,6 @@ class Run:
             axis.legend()
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=100)
-        plt.close(figure)
 
     def finish(self, name):
         """Prints the last lines: the best value of the figure `name`, and the files of --demo."""
@@ -545,16 +540,20 @@ def check_items(check, items, args):
     tasks = [(item, args.sanity_check or i < READ_WHOLE) for i, item in enumerate(items)]
     tasks = tasks[rank::world_size]
     loader = torch.utils.data.DataLoader(
-        Checks(check, tasks), batch_size=16, collate_fn=list, worker_init_fn=ignore_group_signals,
-        num_workers=args.workers if len(tasks) > 1000 else 0, generator=torch.Generator())
+        tasks, batch_size=16, collate_fn=functools.partial(check_batch, check),
+        num_workers=args.workers if len(tasks) > 1000 else 0, worker_init_fn=ignore_group_signals,
+        generator=torch.Generator())
     results = []
     for batch in tqdm(loader, "checking", leave=False, disable=hide_bar()):
         raise_if_stopped()
         results += batch
-    nccl = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
-    found = torch.zeros(len(items), device="cuda" if nccl else "cpu")
-    found[rank::world_size] = torch.tensor(results, dtype=torch.float32, device=found.device)
-    return sum_over_ranks(found).bool().tolist()
+    found = dict(zip(range(rank, len(items), world_size), results))
+    return list(merge_over_ranks(found).values())
+
+
+def check_batch(check, tasks):
+    """Runs in loader processes, as the collate_fn of check_items: tasks are (item, whole)."""
+    return [check(item, whole) for item, whole in tasks]
 
 
 def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):
@@ -606,22 +605,18 @@ def draw_demo(kind, folder, count):
 
 def load_checkpoint(path):
     """Returns a checkpoint or state dict, on the CPU: verified, and never a pickle that runs code."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # torch.load itself checks no CRC
-                    raise InputError(f"{path}: damaged (checksum differs); restore it from a copy")
-        with warnings.catch_warnings(action="ignore"):  # about pickles, before they are refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+    reason = "damaged (checksum differs); restore it from a copy"
+    try:  # the zip's checksums first, which torch.load does not look at
+        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None:
+            with warnings.catch_warnings(action="ignore"):  # about pickles, before they are refused
+                return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError:
-        raise
+        reason = "no such file"
     except Exception as error:  # the readers raise a dozen types on damaged or hostile bytes
         reason = "not a checkpoint, or a damaged one (restore it from a copy)"
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             reason = "holds Python objects that could run code (save a plain state dict)"
-        raise InputError(f"{path}: {reason}") from None
+    raise InputError(f"{path}: {reason}")
 
 
 def save_checkpoint(path, state):
@@ -678,7 +673,7 @@ def read_lines(path):
     as in the names that the OS gives.
     """
     data = Path(path).read_bytes()
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError:
@@ -722,20 +717,19 @@ def read_mask(path, lossy=False):
 
     InputError if it is colour-coded, transparent or, without lossy, of a format that changes ids.
     """
+    mode, remedy = None, "save one value per pixel (grey or palette PNG)"
     if Path(path).suffix.lower() == ".npy":
         mask = read_array(path)
         if mask.ndim != 2:
             raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
-        return mask if lossy else whole_numbers(path, mask)
-    remedy = "save one value per pixel (grey or palette PNG)"
-    with open_image(path) as image:
-        if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP") and not lossy:
-            raise InputError(f"{path}: {image.format} can change ids near edges; {remedy}")
-        mode, mask = image.mode, read_deep(path, image)
-        if mask is None:
-            mask = np.array(ImageOps.exif_transpose(image))
-    has_alpha = mode == "LA" or (mode != "CMYK" and mask.ndim == 3 and mask.shape[2] == 4)
-    if has_alpha:
+    else:
+        with open_image(path) as image:
+            if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP") and not lossy:
+                raise InputError(f"{path}: {image.format} can change ids near edges; {remedy}")
+            mode, mask = image.mode, read_deep(path, image)
+            if mask is None:
+                mask = np.array(ImageOps.exif_transpose(image))
+    if mode == "LA" or (mode != "CMYK" and mask.ndim == 3 and mask.shape[2] == 4):
         if (mask[..., -1] != mask[0, 0, -1]).any():
             raise InputError(f"{path}: mask with transparency; {remedy}")
         mask = mask[..., :-1]
@@ -743,7 +737,11 @@ def read_mask(path, lossy=False):
         if mode == "CMYK" or (mask != mask[..., :1]).any():
             raise InputError(f"{path}: colour-coded mask; {remedy}")
         mask = mask[..., 0]
-    return mask if lossy else whole_numbers(path, mask)
+    if mask.dtype.kind == "f" and not lossy:
+        if (mask != np.round(mask)).any():
+            raise InputError(f"{path}: ids must be whole numbers; save it as integers")
+        mask = mask.astype(np.int64)
+    return mask
 
 
 def read_binary_mask(path):
@@ -780,15 +778,6 @@ def holds_codes(mask):
     return False
 
 
-def whole_numbers(path, mask):
-    """Converts ids stored as floats to int64, and leaves other types; InputError if some are not whole."""
-    if mask.dtype.kind == "f":
-        if (mask != np.round(mask)).any():
-            raise InputError(f"{path}: ids must be whole numbers; save it as integers")
-        mask = mask.astype(np.int64)
-    return mask
-
-
 def image_size(path):
     """(width, height) from the header alone, after EXIF rotation."""
     if Path(path).suffix.lower() == ".npy":
@@ -815,12 +804,8 @@ def save_mask(path, mask):
 
 def palette():
     """PASCAL VOC's colours, (256, 3) uint8: 0 black, 1 dark red, ... 255 cream."""
-    ids = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+    bits = np.arange(256)[:, None] >> np.arange(3)  # red has bits 0, 3, 6 of the id, green 1, 4, 7
+    return ((bits & 1) << 7 | (bits & 8) << 3 | (bits & 64) >> 1).astype(np.uint8)
 
 
 def overlay(image, mask):
@@ -963,10 +948,7 @@ def amp_mode(text):
     return mode
 
 
-def num_cores():
-    """How many processor cores this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    return len(allowed(0)) if allowed else os.cpu_count()
+
 
 
 def is_out_of_memory(error):
@@ -987,35 +969,20 @@ def ignore_group_signals(worker):
 
     SIGTERM of the script itself still does: so Python ends the loaders when the script ends.
     """
+    def obey_parent():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: tells the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def obey_parent():
-    """Ends this process at a SIGTERM from its parent, and ignores others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 def mix(*numbers):
     """Returns a seed made of these numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
-
-
-class Checks(torch.utils.data.Dataset):
-    """Runs check(*tasks[i]) in loader processes."""
-
-    def __init__(self, check, tasks):
-        self.check, self.tasks = check, tasks
-
-    def __len__(self):
-        return len(self.tasks)
-
-    def __getitem__(self, index):
-        return self.check(*self.tasks[index])
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -1160,12 +1127,14 @@ def lock_folder(folder):
     """Makes and locks folder, returns the open lock file; InputError if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
-    if fcntl:  # the lock ends with this process, however that ends
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process is writing there; end that one, or give another "
-                             "--output-dir") from None
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+    except ImportError:  # Windows
+        pass
+    except OSError:
+        raise InputError(f"{folder}: another process is writing there; end that one, or give another "
+                         "--output-dir") from None
     return file
 
 
@@ -1188,11 +1157,11 @@ def prepare_folder(args, split):
     command, git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "numpy": np.__version__, "git": git}
     settings = {"args": vars(args), "versions": versions}
-    (folder / "args.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    (folder / "split.json").write_text(json.dumps(split, indent=1), encoding="utf-8")
+    for name, content in (("args.json", settings), ("split.json", split)):
+        (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def data_hash(items):
