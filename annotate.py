@@ -221,7 +221,7 @@ class Session:
         size, embeddings = self.embed(index)
         queries = self.read_queries(item.name, {item.name: item.entries()})
         mask = np.zeros(size, np.uint8)
-        parts = loaded.net.predict(loaded, embeddings[0], size, queries)
+        parts = predict.predict_queries(loaded, embeddings[0], size, queries)
         for k, (masks, _, best) in enumerate(predict.each_object(parts), 1):
             mask[masks[best]] = k
         for path in (mask_path, copy):
@@ -260,7 +260,7 @@ class Session:
         shown, loaded = screen_size(size), self.nets[which]
         (points, labels), = predict.read_entry(json.loads(entry))
         points = [[x * shown[1] / size[1], y * shown[0] / size[0]] for x, y in points]
-        parts = loaded.net.predict(loaded, embeddings[which], shown, [(points, labels)])
+        parts = predict.predict_queries(loaded, embeddings[which], shown, [(points, labels)])
         (masks, scores, best), = predict.each_object(parts)
         return np.packbits(masks[best]), scores[best]
 

@@ -1,4 +1,4 @@
-"""Masks and overlays of images, from a checkpoint of one of the training scripts or an official one.
+"""Writes masks and overlays of images, from a training script's checkpoint or an official one.
 
     python predict.py --weights runs/train_unet/best.pth images/ --output-dir out
     python predict.py --weights runs/train_deeplabv3/best.pth images/ --flip --scales 0.75,1,1.25
@@ -17,6 +17,7 @@ object; the --points together are one, or belong to a single box. --prompts give
 in pixels: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one
 per object, as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what
 the net is sure of, each object once.
+Copying: this script, utils.py and the folder nets/; for --coco convert_labels.py too.
 """
 import csv
 import functools
@@ -36,7 +37,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import ops, tv_tensors
+from torchvision import ops
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -99,7 +100,7 @@ def get_args_parser():
 # --- Data ---
 
 def find_inputs(inputs):
-    """Paths of all images and arrays named, each once; those that a list names may be missing."""
+    """Returns every image path named, once; files that a list names may be missing."""
     paths, kinds = [], {*utils.IMAGES, ".npy"}
     for text in inputs:
         if Path(text).is_dir():
@@ -111,40 +112,49 @@ def find_inputs(inputs):
             found = [text]
         else:
             found = sorted(glob.glob(text, recursive=True))
-        if not found and Path(text).is_dir():
-            raise utils.InputError(f"{text}: a folder without images; for those in its folders give a "
-                                   f'glob: "{text}/*/*.png"')
         if not found:
-            raise utils.InputError(f"{text}: no such image, folder or glob")
+            reason = "no such image, folder or glob"
+            if Path(text).is_dir():
+                reason = ("a folder without images; for those in its folders give a glob: "
+                          f'"{text}/*/*.png"')
+            raise utils.InputError(f"{text}: {reason}")
         paths += map(Path, found)
     return [*dict.fromkeys(paths)]
 
 
 def read_list(path):
-    """Paths in a text file, one per line; not its blank lines nor those that begin with #."""
+    """Returns the paths that a text file lists, one per line; lines that begin with # are comments."""
     try:
         lines = utils.read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one path per "
                                "line") from None
-    names = [line for line in lines if not line.startswith("#")]
-    return [path.parent / name if (path.parent / name).exists() else Path(name) for name in names]
+    paths = []
+    for line in lines:
+        if not line.lstrip().startswith("#"):
+            name = line.strip()  # unless a file has these spaces in its name
+            known = [path.parent / line, Path(line), path.parent / name]
+            paths.append(next((place for place in known if place.exists()), Path(name)))
+    return paths
 
 
 def name_outputs(paths, endings):
-    """A name for each path: no NAME + ending is another's, on file systems that ignore case too."""
+    """Returns a unique output name per path, also on file systems that ignore case or composition."""
+    def key(name):
+        return utils.nfc(name).casefold()
+
     names = [path.stem for path in paths]
     for num_folders in range(19):  # first the extension, then one folder more each time
-        counts = Counter(name.casefold() for name in names)
+        counts = Counter(map(key, names))
         for i, path in enumerate(paths):
-            if counts[names[i].casefold()] > 1:
+            if counts[key(names[i])] > 1:
                 folders = path.absolute().parts[1:-1]
                 folders = folders[-num_folders:] if num_folders else ()
                 names[i] = "_".join([*folders, path.name.replace(".", "_")])
     taken = set()
     for i, name in enumerate(names):
         number = 1
-        while taken & (files := {(names[i] + ending).casefold() for ending in endings}):
+        while taken & (files := {key(names[i] + ending) for ending in endings}):
             number += 1
             names[i] = f"{name}_{number}"
         taken |= files
@@ -170,7 +180,7 @@ def read_batches(inputs, size, bad):
 
 
 def read_image(path):
-    """Image file or .npy array -> RGB uint8 (H, W, 3); InputError whatever is wrong with it."""
+    """Returns an image file or .npy array as RGB uint8 (H, W, 3); InputError whatever is wrong."""
     try:
         return utils.read_image(path)
     except utils.InputError:
@@ -185,19 +195,21 @@ def read_image(path):
 class Net(NamedTuple):
     """What this script has to know of a net; NETS has one of each."""
     build: Callable            # the "arch" of a checkpoint -> the net
-    predict: Callable          # see predict_unet; with prompts see predict_efficient_sam
     required_option: str       # option of its training that predicting needs
-    overlapping: bool = False  # its classes may overlap: a sigmoid for each, ids from 1
-    encode: Callable = None    # this and the next three of nets that need prompts; see those of
-    click: Callable = None     # EfficientSAM
-    enlarge: Callable = None
-    content: Callable = None   # [height, width] that an image of this size fills of its square
-    max_points: int = 0        # of one object, corners of its box included
+    predict: Callable = None   # of nets without prompts: see predict_unet
+    overlapping: bool = False  # their classes may overlap: a sigmoid for each, ids from 1
+    encode: Callable = None    # of nets with prompts, as the next four: see encode_efficient_sam
+    decode: Callable = None    # see decode_efficient_sam
+    click: Callable = None     # the same, but the three masks of a single pass, and their scores
+    enlarge: Callable = None   # (loaded, mask logits, size) -> (q, C, *size), the image's (H, W)
+    content: Callable = None   # (loaded, size) -> [height, width] it fills of the net's square
+    together: int = 1          # queries that are decoded at once
+    max_points: int = 64       # of a query, corners of its box included
     min_iou: float = 0.88      # what --min-iou is if not given, as the authors set it
 
 
 class Loaded(NamedTuple):
-    """A net with its weights, and its checkpoint's name of the net, arguments, options and classes."""
+    """A net with its weights, and what its checkpoint says: name, arguments, options, classes."""
     model: torch.nn.Module
     net: Net
     name: str
@@ -209,12 +221,13 @@ class Loaded(NamedTuple):
 
 
 def load_model(args):
-    """The net that --weights holds."""
+    """Returns the net that --weights holds."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
     path = args.weights
     if path == "coco" and not args.model:
-        raise utils.InputError(f"--weights coco: of which net? give --model ({', '.join(OFFICIAL)})")
+        raise utils.InputError(f"--weights coco: of which net? give --model "
+                               f"({', '.join(OFFICIAL)})")
     name = args.model or (path if path in OFFICIAL else None)
     checkpoint = official_checkpoint(path, name) if name else utils.load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"format", "net"} <= checkpoint.keys():
@@ -227,7 +240,7 @@ def load_model(args):
     try:
         trained_with = SimpleNamespace(**checkpoint["args"])
         getattr(trained_with, net.required_option)
-        torch.manual_seed(checkpoint["args"].get("seed", 0))  # --weights none: a frozen part is drawn
+        torch.manual_seed(checkpoint["args"].get("seed", 0))  # draws what was frozen untrained
         model = net.build(**checkpoint["arch"])
         if checkpoint["net"] == "sam":
             load_sam(model, path, args.base)
@@ -241,14 +254,14 @@ def load_model(args):
                                f"({' '.join(str(error).split())[:200]})") from None
     if args.depth:
         if not checkpoint["arch"].get("deep_supervision"):
-            raise utils.InputError(f"--depth: is for NestedUNet trained with --deep-supervision; {path} "
-                                   "is not; leave it out")
+            raise utils.InputError("--depth: is for NestedUNet trained with --deep-supervision; "
+                                   f"{path} is not; leave it out")
         model.forward = functools.partial(model.forward, depth=args.depth)
     return loaded
 
 
 def official_checkpoint(path, name):
-    """An official file, or any bare weights of this net, as a checkpoint of ours."""
+    """Returns an official file, or any bare weights of this net, as a checkpoint of ours."""
     arch, args = {"model": name, "image_size": 1024}, {"image_size": 1024, "preprocess": "official"}
     ours = {"format": 0, "net": "sam", "classes": [], "arch": arch, "args": args}
     if name in sam.WEIGHTS:  # load_sam reads the file
@@ -267,7 +280,8 @@ def official_checkpoint(path, name):
         num_classes = len(state["classifier.4.bias"])
     except (KeyError, TypeError):
         raise utils.InputError(f"{path}: not weights of {name}: has no classifier.4.bias") from None
-    arch = {"backbone": backbone, "num_classes": num_classes, "aux": "aux_classifier.4.bias" in state}
+    has_aux = "aux_classifier.4.bias" in state
+    arch = {"backbone": backbone, "num_classes": num_classes, "aux": has_aux}
     classes = [str(k) for k in range(num_classes)]
     if num_classes == len(deeplabv3.VOC_CLASSES):
         classes = deeplabv3.VOC_CLASSES
@@ -277,22 +291,25 @@ def official_checkpoint(path, name):
 
 # --- Prediction ---
 
+def as_tensor(image):
+    """Returns an image (H, W, 3) uint8 as a tensor (3, H, W)."""
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
 def predict_unet(loaded, images, scale):
-    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each, resized as train_unet.py validates."""
+    """Returns logits (K, h, w) per image (H, W, 3) uint8, resized as train_unet.py validates."""
     width, height = [max(32, round(scale * side)) for side in loaded.args.image_size]
     resized = []
     for image in images:
-        image = tv_tensors.Image(image.transpose(2, 0, 1))
-        image = v2.functional.resize(image, [height, width], antialias=True)
+        image = v2.functional.resize(as_tensor(image), [height, width], antialias=True)
         resized.append(unet.normalize(image, loaded.arch["input_channels"]))
     return [*unet.forward(loaded.model, torch.stack(resized).to(loaded.device), loaded.dtype)[-1]]
 
 
 def predict_deeplabv3(loaded, images, scale):
-    """RGB (H, W, 3) uint8 each -> logits (K, h, w) each, resized as train_deeplabv3.py validates."""
+    """Returns logits (K, h, w) per image (H, W, 3) uint8, resized as train_deeplabv3.py validates."""
     side = max(32, round(scale * loaded.args.base_size))
-    resized = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images]
-    resized = [deeplabv3.normalize(deeplabv3.resize(image, side)) for image in resized]
+    resized = [deeplabv3.normalize(deeplabv3.resize(as_tensor(image), side)) for image in images]
     outputs = [None] * len(images)
     for shape in {image.shape for image in resized}:
         places = [i for i, image in enumerate(resized) if image.shape == shape]
@@ -306,7 +323,7 @@ def predict_deeplabv3(loaded, images, scale):
 
 @torch.no_grad()
 def predict_averaged(loaded, images, args):
-    """RGB (H, W, 3) uint8 each -> yields logits (K, H, W) of the mean probability of all views.
+    """Yields, per image (H, W, 3) uint8, logits (K, H, W) of the mean probability of its views.
 
     Views are --scales and --flip. The net's own outputs are there for the whole batch; those of the
     image's size for one image at a time.
@@ -335,7 +352,7 @@ def predict_averaged(loaded, images, args):
 
 
 def predict_tiled(loaded, image, args):
-    """RGB (H, W, 3) uint8 -> logits (K, H, W) on the CPU; overlapping tiles are done as images.
+    """Returns logits (K, H, W), on the CPU, of an image (H, W, 3) uint8 that is cut into tiles.
 
     Memory: 3 bytes per pixel for the image, 4 (K + 1) for the logits and their weights, and a batch
     of tiles. What comes after, mask and overlay, adds about 12 bytes per pixel.
@@ -348,7 +365,7 @@ def predict_tiled(loaded, image, args):
         tiles = [image[rows, columns] for *_, rows, columns in places]
         return torch.stack([*predict_averaged(loaded, tiles, args)])
 
-    blank = torch.zeros(()).expand(1, 1, height, width)  # no memory; MONAI wants the image as float32
+    blank = torch.zeros(()).expand(1, 1, height, width)  # no memory; MONAI wants float32
     size = [min(args.tile, height), min(args.tile, width)]
     overlap = 0.25 if args.overlap is None else args.overlap
     return sliding_window_inference(
@@ -357,17 +374,17 @@ def predict_tiled(loaded, image, args):
 
 
 def predict_batch(loaded, images, args):
-    """RGB (H, W, 3) uint8 each -> logits (K, H, W) of each; larger images are cut into tiles."""
+    """Returns an iterable of logits (K, H, W), one per image; larger ones are cut into tiles."""
     if args.tile and max(images[0].shape) > args.tile:
         return [predict_tiled(loaded, images[0], args)]
     return predict_averaged(loaded, images, args)
 
 
 def write_classes(logits, image, loaded, prefix, annotate):
-    """Mask of the most probable class, overlay. Returns [class, pixels, ""] of each class.
+    """Writes mask and overlay; returns [class, pixels, ""] of each class.
 
-    Classes that may overlap are numbered from 1, 0 is where none has a probability above 0.5; if
-    there are several, each also gets a mask of its own.
+    The mask holds the most probable class. Classes that may overlap are numbered from 1, 0 is where
+    none has a probability above 0.5; if there are several, each also gets a mask of its own.
     """
     overlapping, masks = loaded.net.overlapping, []
     for rows in logits.split(256, 1):  # so many rows at a time, for memory
@@ -390,7 +407,7 @@ def write_classes(logits, image, loaded, prefix, annotate):
 
 
 def read_prompts(name, given, args, max_points):
-    """[(points [[x, y]], labels)] of an image, one per object, by --prompts or --box and --point.
+    """Returns the queries of an image, [(points [[x, y]], labels)]: one per object.
 
     Each box is an object; the points are one more or, beside a single box, belong to it. In a list
     each entry is read so.
@@ -410,8 +427,8 @@ def read_prompts(name, given, args, max_points):
     if not queries:
         if args.prompts:
             names = ", ".join(list(given)[:3])
-            raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a name "
-                                   "has no extension")
+            raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a "
+                                   "name has no extension")
         raise utils.InputError(f"--box: no prompts for {name}; give --box, --point, --prompts "
                                "or --everything")
     if max(len(labels) for _, labels in queries) > max_points:
@@ -421,7 +438,7 @@ def read_prompts(name, given, args, max_points):
 
 
 def read_entry(entry):
-    """{"boxes": ..., "points": ...} -> its queries, as read_prompts; ValueError ... if not so."""
+    """Returns the queries of {"boxes": ..., "points": ...}, as read_prompts; or a ValueError ..."""
     if entry.keys() - {"boxes", "points"}:
         raise ValueError(f"it has {', '.join(entry)}")
     boxes = [[*map(float, box)] for box in entry.get("boxes", [])]
@@ -440,143 +457,148 @@ def read_entry(entry):
 
 
 def check_prompts(name, queries, shape):
-    """InputError if any lie outside the image of this shape (H, W, 3)."""
+    """Raises InputError if any lie outside the image of this shape (H, W, 3)."""
     corners = np.array([point for points, _ in queries for point in points])
     empty = any(labels[0] == 2 and not np.less(*points[:2]).all() for points, labels in queries)
     if empty or not ((corners >= 0) & (corners <= [shape[1], shape[0]])).all():
-        raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} pixels, "
-                               "or a box is empty (x0,y0 is its upper left corner, x1,y1 the lower right "
-                               "one)")
+        raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} "
+                               "pixels, or a box is empty (x0,y0 is its upper left corner, x1,y1 the "
+                               "lower right one)")
 
-
-def to_square(loaded, points, size):
-    """Points (..., 2) in an image of this size (H, W) -> in the net's square."""
-    height, width = loaded.net.content(loaded, size)
-    return points * torch.tensor([width / size[1], height / size[0]])
-
-
-def queries_in_square(loaded, queries, size):
-    """Yields points (1, N, 2) in the net's square and labels (1, N) of each query, on its device."""
-    for points, labels in queries:
-        points = to_square(loaded, torch.tensor([points]), size)
-        yield points.to(loaded.device), torch.tensor([labels], device=loaded.device)
-
-
-# EfficientSAM. The functions of the other nets take and return the same.
 
 def encode_efficient_sam(loaded, image):
-    """RGB (H, W, 3) uint8 -> its embedding, which the functions below take."""
-    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    image = efficient_sam.preprocess(image, loaded.model.image_size, loaded.args.preprocess)
+    """Returns the embedding of an image (H, W, 3) uint8, which the functions below take."""
+    size, mode = loaded.model.image_size, loaded.args.preprocess
+    image = efficient_sam.preprocess(as_tensor(image), size, mode)
     return efficient_sam.encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
 
 
-def click_efficient_sam(loaded, embedding, points, labels):
-    """Single clicks (q, 1, 2) in the square, labels (q, 1) -> logits (q, 3, M, M), scores (q, 3)."""
-    return efficient_sam.decode(loaded.model, embedding, points, labels, loaded.dtype)
+def decode_efficient_sam(loaded, embedding, points, labels):
+    """Returns mask logits (q, C, M, M), scores (q, C) and index of the best (q,) of q queries.
 
-
-def enlarge_efficient_sam(loaded, logits, size):
-    """Mask logits (q, C, M, M) -> (q, C, *size), the image's size."""
-    return efficient_sam.enlarge(logits, size, loaded.model.image_size, loaded.args.preprocess)
-
-
-def predict_efficient_sam(loaded, embedding, size, queries):
-    """Embedding of an image of this size (H, W) and its queries, as train_efficientsam.py validates.
-
-    Yields mask logits (q, C, H, W), scores (q, C), index of the best (q,); C is 3.
+    points (q, N, 2) are in the net's square, labels (q, N). As in validation; C is 3.
     """
-    most = max(len(labels) for _, labels in queries)
-    points = torch.full((len(queries), most, 2), -1.0, device=loaded.device)
-    labels = torch.full((len(queries), most), -1, device=loaded.device)
-    for i, (coords, kinds) in enumerate(queries_in_square(loaded, queries, size)):
-        points[i, :kinds.shape[1]] = coords[0]
-        labels[i, :kinds.shape[1]] = kinds[0]
-    parts = efficient_sam.predict_masks(loaded.model, embedding, points, labels, size,
-                                        loaded.args.preprocess, loaded.dtype)
-    for _, logits, scores in parts:
-        yield logits, scores, scores.argmax(1)
+    logits, scores = efficient_sam.decode(loaded.model, embedding, points, labels, loaded.dtype)
+    return logits, scores, scores.argmax(1)
 
 
 def encode_sam(loaded, image):
-    image = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    image = sam.preprocess(image, loaded.model.image_size)
+    """Returns the embedding of an image (H, W, 3) uint8."""
+    image = sam.preprocess(as_tensor(image), loaded.model.image_size)
     return sam.encode(loaded.model, image[None].to(loaded.device), loaded.dtype)
 
 
+def decode_sam(loaded, embedding, points, labels):
+    """Returns, with C 4, the mask of the second pass, the best, and the three of the first."""
+    corner = labels[0] >= 2  # of the box
+    kind = sam.BOTH
+    if corner.all() or not corner.any():
+        kind = sam.BOX if corner.any() else sam.POINTS
+    first, first_scores, second, second_scores = sam.two_passes(
+        loaded.model, embedding, points[:, ~corner], labels[:, ~corner],
+        points[:, corner].reshape(-1, 4), torch.tensor([kind]), loaded.dtype)
+    logits, scores = torch.cat([second, first], 1), torch.cat([second_scores, first_scores], 1)
+    return logits, scores, torch.tensor([0])
+
+
 def click_sam(loaded, embedding, points, labels):
+    """Returns the three masks of the first pass and their scores."""
     embeddings = embedding.expand(len(points), -1, -1, -1)
     kinds = torch.full((len(points),), sam.POINTS)
-    return sam.decode(loaded.model, embeddings, points, labels, None, kinds, None, True, loaded.dtype)
-
-
-def enlarge_sam(loaded, logits, size):
-    return sam.enlarge(loaded.model, logits, size)
-
-
-def predict_sam(loaded, embedding, size, queries):
-    """Two passes, as finetune_sam_decoder.py validates.
-
-    C is 4: the mask of the second pass, which is the best, and the three of the first.
-    """
-    for points, labels in queries_in_square(loaded, queries, size):
-        corner = labels[0] >= 2  # of the box
-        kind = sam.BOTH
-        if corner.all() or not corner.any():
-            kind = sam.BOX if corner.any() else sam.POINTS
-        first, first_scores, second, second_scores = sam.two_passes(
-            loaded.model, embedding, points[:, ~corner], labels[:, ~corner],
-            points[:, corner].reshape(-1, 4), torch.tensor([kind]), loaded.dtype)
-        logits = enlarge_sam(loaded, torch.cat([second, first], 1), size)
-        yield logits, torch.cat([second_scores, first_scores], 1), torch.tensor([0])
+    return sam.decode(
+        loaded.model, embeddings, points, labels, None, kinds, None, True, loaded.dtype)
 
 
 def encode_sam2(loaded, image):
+    """Returns the embedding of an image (H, W, 3) uint8."""
     image = sam2.resize_images([image], loaded.model.image_size)[0]
     return sam2.encode(loaded.model, image.to(loaded.device), loaded.dtype)
 
 
+def decode_sam2(loaded, embedding, points, labels):
+    """Returns, with C 4, the mask of clear prompts and the three of one click.
+
+    The best is the first, as train_sam2.py validates, but after a single click that of the three
+    which the net rates highest, as in the official image predictor.
+    """
+    one, score = sam2.decode(loaded.model, embedding, points, labels, False, loaded.dtype)
+    three, scores = click_sam2(loaded, embedding, points, labels)
+    best = 1 + scores.argmax(1) if labels.shape[1] == 1 else torch.tensor([0])
+    return torch.cat([one, three], 1), torch.cat([score, scores], 1), best
+
+
 def click_sam2(loaded, embedding, points, labels):
+    """Returns the three masks of one click and their scores."""
     return sam2.decode(loaded.model, embedding, points, labels, True, loaded.dtype)
 
 
-def enlarge_sam2(loaded, logits, size):
-    return sam2.enlarge(logits, size)
+NETS = {
+    "unet": Net(lambda model, **arch: unet.NETS[model](**arch), "image_size", predict_unet,
+                overlapping=True),
+    "deeplabv3": Net(deeplabv3.deeplabv3, "base_size", predict_deeplabv3),
+    "efficient_sam": Net(
+        lambda model, image_size: efficient_sam.NETS[model](image_size), "preprocess",
+        encode=encode_efficient_sam, decode=decode_efficient_sam,
+        click=lambda *query: decode_efficient_sam(*query)[:2],
+        enlarge=lambda loaded, logits, size: efficient_sam.enlarge(
+            logits, size, loaded.model.image_size, loaded.args.preprocess),
+        content=lambda loaded, size: efficient_sam.content_size(
+            size, loaded.model.image_size, loaded.args.preprocess),
+        together=8, max_points=6),
+    "sam": Net(
+        lambda model, image_size: sam.NETS[model](image_size), "image_size",
+        encode=encode_sam, decode=decode_sam, click=click_sam,
+        enlarge=lambda loaded, logits, size: sam.enlarge(loaded.model, logits, size),
+        content=lambda loaded, size: sam.resized_size(*size, loaded.model.image_size)),
+    "sam2": Net(
+        lambda model, image_size: sam2.NETS[model](image_size, dynamic_multimask_via_stability=True),
+        "image_size", encode=encode_sam2, decode=decode_sam2, click=click_sam2,
+        enlarge=lambda loaded, logits, size: sam2.enlarge(logits, size),
+        content=lambda loaded, size: [loaded.model.image_size] * 2, min_iou=0.8),
+}
 
 
-def predict_sam2(loaded, embedding, size, queries):
-    """As the official image predictor; C is 4: the mask of clear prompts, the three of one click.
+def predict_queries(loaded, embedding, size, queries):
+    """Yields mask logits (q, C, H, W), scores (q, C) and the index of the best (q,) of q queries.
 
-    The best is the first, as train_sam2.py validates, but after a single click that of the three
-    which the net rates highest.
+    size (H, W) is that of the image, queries are as read_prompts returns them, in its pixels.
     """
-    for points, labels in queries_in_square(loaded, queries, size):
-        one_mask, one_score = sam2.decode(loaded.model, embedding, points, labels, False, loaded.dtype)
-        three_masks, scores = sam2.decode(loaded.model, embedding, points, labels, True, loaded.dtype)
-        best = 1 + scores.argmax(1) if labels.shape[1] == 1 else torch.tensor([0])
-        logits = enlarge_sam2(loaded, torch.cat([one_mask, three_masks], 1), size)
-        yield logits, torch.cat([one_score, scores], 1), best
+    for first in range(0, len(queries), loaded.net.together):
+        chosen = queries[first:first + loaded.net.together]
+        most = max(len(labels) for _, labels in chosen)
+        points = [points + [[-1, -1]] * (most - len(points)) for points, _ in chosen]
+        labels = [labels + [-1] * (most - len(labels)) for _, labels in chosen]
+        points = to_square(loaded, torch.tensor(points), size)
+        labels = torch.tensor(labels, device=loaded.device)
+        logits, scores, best = loaded.net.decode(loaded, embedding, points, labels)
+        yield loaded.net.enlarge(loaded, logits, size), scores, best
+
+
+def to_square(loaded, points, size):
+    """Returns points (..., 2) in an image of this size (H, W) as those in the net's square."""
+    height, width = loaded.net.content(loaded, size)
+    return (points * torch.tensor([width / size[1], height / size[0]])).to(loaded.device)
 
 
 def click(loaded, embedding, size, clicks):
-    """Clicks (q, 2) in pixels of an image of this size -> what find_everything looks through.
+    """Returns what single clicks (q, 2) on an image of this size (H, W) show, for find_everything.
 
-    Mask logits (q, 3, M, M) as decoded, the net's own IoU (q, 3), and how many of the M rows and
-    columns show the image; the others are padding.
+    That is mask logits (q, 3, M, M), scores (q, 3), and how many of the M rows and columns show the
+    image; the others are padding.
     """
-    points = to_square(loaded, clicks, size)[:, None].to(loaded.device)
     labels = torch.ones(len(clicks), 1, dtype=torch.long, device=loaded.device)
-    logits, iou = loaded.net.click(loaded, embedding, points, labels)
-    return logits, iou, [math.ceil(logits.shape[-1] * length / loaded.model.image_size)
-                         for length in loaded.net.content(loaded, size)]
+    points = to_square(loaded, clicks, size)[:, None]
+    logits, scores = loaded.net.click(loaded, embedding, points, labels)
+    return logits, scores, [math.ceil(logits.shape[-1] * length / loaded.model.image_size)
+                            for length in loaded.net.content(loaded, size)]
 
 
 def find_everything(loaded, image, args):
-    """Every object of an image once, the largest first; yields as a net's predict, C being 1.
+    """Yields every object of an image once, the largest first, as predict_queries; C is 1.
 
-    As the official SamAutomaticMaskGenerator, without its crops: clicks on a grid; of the three masks
-    of each those that the net rates well and whose area hardly depends on the threshold; of those with
-    nearly the same box (IoU above 0.7) the one rated best. All this at the decoder's own size.
+    As the official SamAutomaticMaskGenerator, without its crops: clicks on a grid; of the three
+    masks of each those that the net rates well and whose area hardly depends on the threshold; of
+    those with nearly the same box (IoU above 0.7) the best rated. All at the decoder's own size.
     """
     size, steps = image.shape[:2], (torch.arange(args.everything) + 0.5) / args.everything
     clicks = torch.cartesian_prod(steps, steps).flip(1) * torch.tensor([size[1], size[0]])
@@ -590,7 +612,8 @@ def find_everything(loaded, image, args):
         good = (iou >= args.min_iou) & (stability >= args.min_stability) & (shown > 0).any(2).any(1)
         masks.append(logits[good])
         scores.append(iou[good])
-        boxes.append(ops.masks_to_boxes(shown[good] > 0) + torch.tensor([0, 0, 1, 1], device=iou.device))
+        corners = torch.tensor([0, 0, 1, 1], device=iou.device)
+        boxes.append(ops.masks_to_boxes(shown[good] > 0) + corners)
     masks, scores = torch.cat(masks), torch.cat(scores)
     found = []
     for k in ops.nms(torch.cat(boxes), scores, 0.7).tolist():
@@ -599,14 +622,15 @@ def find_everything(loaded, image, args):
         if mask.any():
             found.append((mask, scores[k]))
         if len(found) == 254:
-            print("note: 254 objects, as many as a palette mask can hold; others, rated lower, are left out")
+            print("note: 254 objects, as many as a palette mask can hold; others, rated lower, are "
+                  "left out")
             break
     for mask, score in sorted(found, key=lambda found_mask: -np.count_nonzero(found_mask[0])):
         yield torch.from_numpy(mask)[None, None], score[None, None], torch.tensor([0])
 
 
 def drop_small(mask, least):
-    """Mask (H, W) bool without holes, and then without regions, of fewer pixels than `least`."""
+    """Returns mask (H, W) bool without holes, then without regions, of fewer than `least` pixels."""
     for value in (False, True):
         _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8))
         small = stats[:, cv2.CC_STAT_AREA] < least
@@ -615,19 +639,22 @@ def drop_small(mask, least):
 
 
 def each_object(parts):
-    """What a net's predict yields -> masks (C, H, W) bool, C scores, best's number of each."""
-    for logits, scores, chosen in parts:
-        yield from zip((logits > 0).cpu().numpy(), scores.tolist(), chosen.tolist())
+    """Yields masks (C, H, W) bool, C scores and the best's index per query of predict_queries."""
+    for logits, scores, best in parts:
+        yield from zip((logits > 0).cpu().numpy(), scores.tolist(), best.tolist())
 
 
 def write_objects(parts, image, prefix, annotate, all_masks):
-    """Mask of object ids 1, 2 ... (a later one lies above), overlay; returns [object, pixels, score]."""
+    """Writes mask and overlay; returns [object, pixels, score] of each object.
+
+    The mask holds ids 1, 2 ...; a later object lies above an earlier one.
+    """
     ids, rows = np.zeros(image.shape[:2], np.uint8), []
     for k, (masks, scores, best) in enumerate(each_object(parts), 1):
         ids[masks[best]] = k
         annotate(1, masks[best], round(scores[best], 4))
         rows.append([f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
-        if all_masks:  # the last three: with SAM and SAM 2 another mask is before them
+        if all_masks:  # the last three: SAM and SAM 2 put another mask first
             for i, (mask, score) in enumerate(zip(masks[-3:], scores[-3:]), 1):
                 utils.save_image(f"{prefix}_{k}_{i}.png", mask * np.uint8(255))
                 rows.append([f"object {k} mask {i}", int(mask.sum()), f"{score:.4f}"])
@@ -636,38 +663,18 @@ def write_objects(parts, image, prefix, annotate, all_masks):
     return rows
 
 
-NETS = {
-    "unet": Net(lambda model, **arch: unet.NETS[model](**arch), predict_unet, "image_size",
-                overlapping=True),
-    "deeplabv3": Net(deeplabv3.deeplabv3, predict_deeplabv3, "base_size"),
-    "efficient_sam": Net(
-        lambda model, image_size: efficient_sam.NETS[model](image_size), predict_efficient_sam,
-        "preprocess", False, encode_efficient_sam, click_efficient_sam, enlarge_efficient_sam,
-        lambda loaded, size: efficient_sam.content_size(size, loaded.model.image_size,
-                                                        loaded.args.preprocess), max_points=6),
-    "sam": Net(
-        lambda model, image_size: sam.NETS[model](image_size), predict_sam, "image_size",
-        False, encode_sam, click_sam, enlarge_sam,
-        lambda loaded, size: sam.resized_size(*size, loaded.model.image_size), max_points=64),  # any number
-    "sam2": Net(
-        lambda model, image_size: sam2.NETS[model](image_size, dynamic_multimask_via_stability=True),
-        predict_sam2, "image_size", False, encode_sam2, click_sam2, enlarge_sam2,
-        lambda loaded, size: [loaded.model.image_size] * 2, max_points=64, min_iou=0.8),
-}
-
-
 # --- Main ---
 
 def check_options(args, loaded):
-    """InputError for an option that is not for this net, or not beside another."""
+    """Raises InputError for an option that is not for this net or beside another; sets defaults."""
     dense = {"--flip": args.flip, "--scales": args.scales != [1.0], "--tile": args.tile}
     prompts = {"--box": args.box, "--point": args.point, "--prompts": args.prompts,
                "--all-masks": args.all_masks, "--everything": args.everything}
-    wanted = "nets without prompts" if loaded.net.encode else "nets with prompts"
-    for option, given in (dense if loaded.net.encode else prompts).items():
+    others, kind = (dense, "without") if loaded.net.encode else (prompts, "with")
+    for option, given in others.items():
         if given:
-            raise utils.InputError(f"{option}: is for {wanted}; {args.weights} is {loaded.name}; leave "
-                                   "it out")
+            raise utils.InputError(f"{option}: is for nets {kind} prompts; {args.weights} is "
+                                   f"{loaded.name}; leave it out")
     if not all(0.1 <= scale <= 10 for scale in args.scales):
         raise utils.InputError(f"--scales {args.scales}: must be from 0.1 to 10")
     if args.base and loaded.name != "sam":
@@ -675,12 +682,15 @@ def check_options(args, loaded):
     if args.overlap is not None and not args.tile:
         raise utils.InputError("--overlap: is of tiles; give --tile too")
     if args.prompts and (args.box or args.point):
-        raise utils.InputError("--prompts: takes the place of --box and --point; give one or the other")
+        raise utils.InputError("--prompts: takes the place of --box and --point; give one or the "
+                               "other")
     if args.everything:
         others = [option for option, given in prompts.items() if given and option != "--everything"]
         if others:
-            raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} out")
-    for option, value in (("min_iou", loaded.net.min_iou), ("min_stability", 0.95), ("min_pixels", 25)):
+            raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} "
+                                   "out")
+    defaults = {"min_iou": loaded.net.min_iou, "min_stability": 0.95, "min_pixels": 25}
+    for option, value in defaults.items():
         if getattr(args, option) is None:
             setattr(args, option, value)
         elif not args.everything:
@@ -689,19 +699,12 @@ def check_options(args, loaded):
 
 
 def plan_outputs(paths, loaded, args):
-    """[(name, path)], prompts by name, errors; InputError if a file must not be written."""
+    """Returns [(name, path)], queries by name, errors; InputError if a file must not be written."""
     endings, prompts, queries, bad = ["_mask.png", "_overlay.png"], {}, {}, []
     if loaded.net.overlapping and len(loaded.classes) > 1:
         endings += [f"_mask_{name}.png" for name in loaded.classes]
     if args.prompts:
-        try:
-            prompts = dict(json.loads(Path(args.prompts).read_text(encoding="utf-8")))
-            if {"images", "annotations"} <= prompts.keys():
-                raise ValueError('a COCO json; wanted is {"NAME": {"boxes": [...], "points": [...]}}')
-            prompts = {utils.nfc(name): entries for name, entries in prompts.items()}
-        except (OSError, ValueError, TypeError) as error:
-            raise utils.InputError(f"{args.prompts}: no json of prompts that can be read "
-                                   f"({error})") from None
+        prompts = read_all_prompts(args.prompts)
     inputs = [*zip(name_outputs(paths, endings), paths)]
     files = [name + ending for name, _ in inputs for ending in endings] + ["areas.csv"]
     if args.coco:
@@ -709,8 +712,7 @@ def plan_outputs(paths, loaded, args):
     if loaded.net.encode and not args.everything:
         for name, _ in inputs:
             try:
-                queries[name] = read_prompts(utils.nfc(name), prompts, args,
-                                             loaded.net.max_points)
+                queries[name] = read_prompts(utils.nfc(name), prompts, args, loaded.net.max_points)
             except utils.InputError as error:
                 bad.append(str(error))
         inputs = [(name, path) for name, path in inputs if name in queries]
@@ -727,8 +729,44 @@ def plan_outputs(paths, loaded, args):
     return inputs, queries, bad
 
 
+def read_all_prompts(path):
+    """Returns the entries of --prompts, by name."""
+    try:
+        prompts = dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
+        if {"images", "annotations"} <= prompts.keys():
+            raise ValueError('a COCO json; wanted is {"NAME": {"boxes": [...], "points": [...]}}')
+        return {utils.nfc(name): entries for name, entries in prompts.items()}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise utils.InputError(f"{path}: no json of prompts that can be read ({error})") from None
+
+
+def cut_out(loaded, name, image, queries, args):
+    """Returns the objects of an image, as predict_queries yields them."""
+    if args.everything:
+        return find_everything(loaded, image, args)
+    check_prompts(name, queries[name], image.shape)
+    embedding = loaded.net.encode(loaded, image)
+    return predict_queries(loaded, embedding, image.shape[:2], queries[name])
+
+
+def predict_and_write(batch, loaded, queries, annotate, args):
+    """Predicts and writes a batch of images; yields name, path, image and areas of each."""
+    if loaded.net.encode:
+        outputs = [cut_out(loaded, name, image, queries, args) for name, _, image in batch]
+    else:
+        outputs = predict_batch(loaded, [image for *_, image in batch], args)
+    for (name, path, image), output in zip(batch, outputs):
+        utils.raise_if_stopped()
+        prefix = Path(args.output_dir, name)
+        if loaded.net.encode:
+            rows = write_objects(output, image, prefix, annotate, args.all_masks)
+        else:
+            rows = write_classes(output, image, loaded, prefix, annotate)
+        yield name, path, image, rows
+
+
 def write_tables(output_dir, areas, images, annotations, loaded, args):
-    """areas.csv and, with --coco, annotations.json."""
+    """Writes areas.csv and, with --coco, annotations.json."""
     path = output_dir / "areas.csv"
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *areas])
@@ -736,47 +774,23 @@ def write_tables(output_dir, areas, images, annotations, loaded, args):
         names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
         names.pop(0, None)  # the background
         names = {1: "object"} if loaded.net.encode else names
-        import_convert_labels().write_coco(output_dir / "annotations.json", images, names, annotations)
+        path = output_dir / "annotations.json"
+        import_convert_labels().write_coco(path, images, names, annotations)
 
 
 def import_convert_labels():
-    """The script that knows COCO's format; late, as only --coco needs it."""
+    """Returns the script that knows COCO's format; late, as only --coco needs it."""
     try:
         import convert_labels
     except ImportError:
-        raise utils.InputError("--coco: convert_labels.py is not beside this script; copy it too, or "
-                               "leave --coco out") from None
+        raise utils.InputError("--coco: convert_labels.py is not beside this script; copy it too, "
+                               "or leave --coco out") from None
     return convert_labels
-
-
-def run_classes(batch, loaded, annotate, args):
-    """Predicts and writes a batch of images; yields name, path, image, areas of each."""
-    images = [image for *_, image in batch]
-    for (name, path, image), logits in zip(batch, predict_batch(loaded, images, args)):
-        utils.raise_if_stopped()
-        prefix = Path(args.output_dir, name)
-        yield name, path, image, write_classes(logits, image, loaded, prefix, annotate)
-
-
-def run_prompts(batch, loaded, annotate, args, queries):
-    """Cuts out what the queries show in one image; yields as run_classes."""
-    (name, path, image), = batch
-    check_prompts(name, queries[name], image.shape)
-    embedding, prefix = loaded.net.encode(loaded, image), Path(args.output_dir, name)
-    parts = loaded.net.predict(loaded, embedding, image.shape[:2], queries[name])
-    yield name, path, image, write_objects(parts, image, prefix, annotate, args.all_masks)
-
-
-def run_everything(batch, loaded, annotate, args):
-    """Cuts out all objects of one image; yields as run_classes."""
-    (name, path, image), = batch
-    parts, prefix = find_everything(loaded, image, args), Path(args.output_dir, name)
-    yield name, path, image, write_objects(parts, image, prefix, annotate, all_masks=False)
 
 
 @torch.no_grad()
 def main(args):
-    """Predicts every input; returns {"images": how many}. A bad file is reported, the others are done."""
+    """Predicts every input; returns {"images": how many}. Bad files are named when the rest is done."""
     loaded = load_model(args)
     check_options(args, loaded)
     paths = find_inputs(args.inputs)
@@ -784,38 +798,33 @@ def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
-
     coco = import_convert_labels() if args.coco else None
 
-    def annotate(category, mask, score=None):  # an object of the image that comes next in images
+    def annotate(category, mask, score=None):  # an object of the image now being processed
         if coco:
             coco.annotate(annotations, args.coco, len(images) + 1, category, mask, score)
 
     size = 1 if loaded.net.encode or args.tile else args.batch_size
-    batches = read_batches(inputs, size, bad)
-    run_batch = run_classes
-    if loaded.net.encode:
-        run_batch = functools.partial(run_prompts, queries=queries)
-        if args.everything:
-            run_batch = run_everything
     try:
+        batches = read_batches(inputs, size, bad)
         for batch in tqdm(batches, total=math.ceil(len(inputs) / size), leave=False, disable=None):
+            done = predict_and_write(batch, loaded, queries, annotate, args)
             try:
-                for name, path, image, found in run_batch(batch, loaded, annotate, args):
-                    total = image.shape[0] * image.shape[1]
-                    areas += [[name, label, pixels, pixels / total, score]
-                              for label, pixels, score in found]
+                for name, path, image, rows in done:
+                    height, width = image.shape[:2]
+                    areas += [[name, label, pixels, pixels / (height * width), score]
+                              for label, pixels, score in rows]
                     images.append({"id": len(images) + 1, "file_name": path.as_posix(),
-                                   "width": image.shape[1], "height": image.shape[0]})
+                                   "width": width, "height": height})
             except utils.InputError as error:
                 bad.append(str(error))
             except (RuntimeError, MemoryError) as error:
                 if not utils.is_out_of_memory(error):
                     raise
-                done = {image["file_name"] for image in images}
-                advice = "--tile, a smaller -b" if not loaded.net.encode else "--everything 16"
+                written = {image["file_name"] for image in images}
+                advice = "--everything 16" if loaded.net.encode else "--tile, a smaller -b"
                 bad += [f"{path}: out of memory; try {advice}, or --amp bf16"
-                        for _, path, _ in batch if path.as_posix() not in done]
+                        for _, path, _ in batch if path.as_posix() not in written]
     finally:  # however it ends: what has been written is listed
         write_tables(output_dir, areas, images, annotations, loaded, args)
     if len(paths) == 1:
@@ -826,8 +835,8 @@ def main(args):
     if empty and args.everything:
         print(f"note: nothing found in {empty} images; try a lower --min-iou or --min-stability")
     seconds = time.perf_counter() - started
-    print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s: {output_dir}/*_mask.png, "
-          "*_overlay.png, areas.csv" + (", annotations.json" if args.coco else ""))
+    files = "*_mask.png, *_overlay.png, areas.csv" + (", annotations.json" if args.coco else "")
+    print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s: {output_dir}/{files}")
     if bad:
         message = "; ".join(bad[:10])
         if len(bad) > 10:

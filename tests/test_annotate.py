@@ -30,10 +30,9 @@ CLICK, BACKGROUND, BOX = [30, 20, 1], [70, 40, 0], [10, 5, 50, 45]
 
 def save_net(path, net, seed):
     """A checkpoint of a small net that was not trained; its masks have both values."""
-    nets = {"efficient_sam": predict.EFFICIENT_SAMS, "sam": predict.SAMS, "sam2": predict.SAM2S}[net]
     arch = {"model": "demo", "image_size": 64}
     torch.manual_seed(seed)
-    model = nets["demo"](64)
+    model = predict.NETS[net].build(**arch)
     torch.save({"format": 2, "net": net, "arch": arch, "classes": [], "model": model.state_dict(),
                 "args": {"preprocess": "article", "image_size": 64, "seed": seed}}, path)
     return path

@@ -13,6 +13,7 @@ from PIL import Image
 import predict
 import train_unet
 import utils
+from nets import deeplabv3, efficient_sam, sam, sam2, unet, weights
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,7 @@ def sam_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam_run")
     demo_data.write_instances(folder, 10, rings=True, size=64)
     torch.manual_seed(0)
-    torch.save(finetune_sam_decoder.NETS["demo"](64).state_dict(), folder / "base.pth")
+    torch.save(sam.NETS["demo"](64).state_dict(), folder / "base.pth")
     figures = finetune_sam_decoder.main(finetune_sam_decoder.get_args_parser().parse_args(
         ["--data-path", str(folder), "--output-dir", str(folder / "run"), "--model", "demo", "--image-size", "64",
          "--weights", str(folder / "base.pth"), "-b", "2", "-j", "0", "--epochs", "1", "--lr", "0", "--device", "cpu",
@@ -304,7 +305,7 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
         image, ids = voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")
         ids = script_.read_ids((name, image, ids))
         truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
-        prompts[name] = {"boxes": [finetune_sam_decoder.box_of(mask).tolist() for mask in truth[name][0]]}
+        prompts[name] = {"boxes": [script_.box_of(mask).tolist() for mask in truth[name][0]]}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
     ious = []
     for name in names:  # one object at a time, as in the mask of ids a later one lies above
@@ -333,7 +334,7 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
     assert np.array_equal(*masks)
     other = tmp_path / "other.pth"
     torch.manual_seed(1)
-    torch.save(predict.SAMS["demo"](64).state_dict(), other)
+    torch.save(sam.NETS["demo"](64).state_dict(), other)
     with pytest.raises(utils.InputError, match="trained on other base weights"):
         run("--weights", folder / "run/best.pth", "--base", other, image, "--point", "30,30")
     args = predict.get_args_parser().parse_args(["x", "--weights", str(folder / "run/decoder.pth"), "--device", "cpu"])
@@ -368,7 +369,7 @@ def sam2_file(tmp_path_factory):
     """A checkpoint of train_sam2.py's kind, not trained."""
     path = tmp_path_factory.mktemp("sam2") / "best.pth"
     torch.manual_seed(0)
-    model = predict.SAM2S["demo"](64)
+    model = sam2.NETS["demo"](64)
     torch.nn.init.ones_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias)  # objects are there
     torch.save({"format": 2, "net": "sam2", "arch": {"model": "demo", "image_size": 64}, "classes": [],
                 "args": {"image_size": 64}, "model": model.state_dict()}, path)
@@ -377,11 +378,11 @@ def sam2_file(tmp_path_factory):
 
 def sam2_by_hand(path, image, points, labels):
     """Masks (3, H, W) bool, IoU (3,) as the tracker gives them on a first frame: one, or three after one click."""
-    model = predict.SAM2S["demo"](64, dynamic_multimask_via_stability=True).eval()
+    model = sam2.NETS["demo"](64, dynamic_multimask_via_stability=True).eval()
     model.load_state_dict(torch.load(path)["model"])
     x = torch.nn.functional.interpolate(torch.tensor(image.transpose(2, 0, 1))[None].float(), (64, 64),
                                         mode="bilinear", antialias=True).round()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (predict.PIXEL_MEAN, predict.PIXEL_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (sam2.PIXEL_MEAN, sam2.PIXEL_STD))
     _, feats, positions, sizes = model._prepare_backbone_features(model.forward_image((x - mean) / std))
     scale = torch.tensor([64 / image.shape[1], 64 / image.shape[0]])
     prompt = {"point_coords": torch.tensor([points]) * scale, "point_labels": torch.tensor([labels])}
@@ -418,7 +419,7 @@ def test_names_of_sam2_are_official_files(sam2_file, tmp_path, monkeypatch):
     state, fetched = torch.load(sam2_file)["model"], []
     torch.save({"model": state}, tmp_path / "official.pt")
     monkeypatch.setattr(weights, "fetch_weights", lambda **entry: fetched.append(entry) or tmp_path / "official.pt")
-    monkeypatch.setitem(predict.SAM2S, "tiny", lambda size, **more: predict.SAM2S["demo"](size, **more))
+    monkeypatch.setitem(sam2.NETS, "tiny", sam2.NETS["demo"])
     for options in (["--weights", "tiny"], ["--weights", str(tmp_path / "official.pt"), "--model", "tiny"]):
         loaded = predict.load_model(predict.get_args_parser().parse_args(["x", "--device", "cpu", *options]))
         assert (loaded.name, loaded.model.image_size) == ("sam2", 1024)
@@ -509,7 +510,7 @@ def test_tiles_are_predicted_as_images_of_their_own_and_blended_where_they_overl
     assert (upper > 1e-3).all() and lower[0, 0] < lower[0, 1] and lower[1, 0] > lower[1, 1]  # the nearer one prevails
 
 
-def test_a_image_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny, tmp_path):
+def test_an_image_no_larger_than_the_tile_is_done_whole_and_a_thin_one_too(tiny, tmp_path):
     for name, size in (("small", (30, 64)), ("thin", (20, 200)), ("even", (64, 64))):
         Image.fromarray(noise(*size)).save(tmp_path / f"{name}.png")
     run("--weights", tiny, tmp_path, "--tile", "64", "--output-dir", tmp_path / "a")
@@ -545,19 +546,19 @@ def test_depth_cuts_a_deeply_supervised_net_short(tmp_path, depth):
 
 @pytest.mark.parametrize("preprocess, scale", [("official", [2, 4]), ("article", [2, 2])])
 def test_prompts_follow_a_wide_image_into_the_nets_square(monkeypatch, preprocess, scale):
-    args, net = SimpleNamespace(preprocess=preprocess, image_size=64), predict.NETS["efficient_sam"]
-    loaded = SimpleNamespace(args=args, net=net, model=None,
-                             device=torch.device("cpu"), dtype=None)
+    loaded = SimpleNamespace(args=SimpleNamespace(preprocess=preprocess), net=predict.NETS["efficient_sam"],
+                             model=SimpleNamespace(image_size=64), device=torch.device("cpu"), dtype=None)
     seen = []
-    monkeypatch.setattr(predict, "predict_masks",
-                        lambda model, image, points, labels, size, *rest: [(0, seen.extend([image, points, size]),
-                                                                           torch.zeros(1, 3))])
-    monkeypatch.setattr(predict, "encode", lambda model, image, dtype: image)
-    embedding = predict.encode_efficient_sam(loaded, noise(16, 32))
-    [*predict.predict_efficient_sam(loaded, embedding, (16, 32), [([[3, 5], [20, 12]], [2, 3])])]
-    image, points, size = seen
-    assert image.shape == (1, 3, 64, 64) and tuple(size) == (16, 32)
-    assert points.tolist() == [[[[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]]]
+    monkeypatch.setattr(efficient_sam, "decode", lambda model, image, points, labels, dtype: (
+        seen.extend([image, points, labels]), (torch.zeros(2, 3, 16, 16), torch.zeros(2, 3)))[1])
+    monkeypatch.setattr(efficient_sam, "encode", lambda model, image, dtype: image)
+    embedding = predict.NETS["efficient_sam"].encode(loaded, noise(16, 32))
+    queries = [([[3, 5], [20, 12]], [2, 3]), ([[1, 2]], [1])]
+    (logits, scores, best), = predict.predict_queries(loaded, embedding, (16, 32), queries)
+    image, points, labels = seen
+    assert image.shape == (1, 3, 64, 64) and logits.shape == (2, 3, 16, 32) and labels.tolist() == [[2, 3], [1, -1]]
+    assert points[0].tolist() == [[3 * scale[0], 5 * scale[1]], [20 * scale[0], 12 * scale[1]]]
+    assert points[1, 0].tolist() == [scale[0], 2 * scale[1]]
     assert (image[..., 32:, :] == 0).all() == (preprocess == "article")
     predict.check_prompts("x", [([[30, 15]], [1])], (16, 32, 3))
     with pytest.raises(utils.InputError, match="outside its 32x16 pixels"):
@@ -617,20 +618,16 @@ def test_a_list_file_names_images_beside_it_or_here(tiny, tmp_path, monkeypatch)
         "a_mask.png", "b_mask.png", "c d_mask.png"]
 
 
-@pytest.mark.parametrize("array, image", [
+@pytest.mark.parametrize("array, expected", [
     (np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20, np.arange(12).reshape(2, 2, 3) * 20),
     (np.array([[0, 1], [0.5, 1]]), [[0, 255], [128, 255]]), (np.array([[0, 1.6], [200, 255]]), [[0, 2], [200, 255]]),
     (np.array([[-100, -90], [50, 100]], np.int16), [[0, 13], [191, 255]]),
     (np.array([[False, True]]), [[0, 255]]), (np.full((1, 2, 4), 7, np.uint8), np.full((1, 2, 3), 7))])
-def test_arrays_are_read_as_in_training(tmp_path, array, image):
-    import train_efficientsam
+def test_arrays_are_images_of_their_own_range(tmp_path, array, expected):
     np.save(tmp_path / "x.npy", array)
-    np.save(tmp_path / "ids.npy", np.ones(array.shape[:2], int))
-    image = predict.read_image(tmp_path / "x.npy")
-    image = np.array(image)
-    assert image.dtype == np.uint8 and (image == (image if image.ndim == 3 else image[..., None])).all()
-    trained, _ = train_efficientsam.read_item(("x", tmp_path / "x.npy", tmp_path / "ids.npy"))
-    assert (image == trained).all() and image.flags.c_contiguous and image.flags.writeable
+    image, expected = predict.read_image(tmp_path / "x.npy"), np.array(expected)
+    assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
+    assert (image == (expected if expected.ndim == 3 else expected[..., None])).all()
 
 
 @pytest.mark.parametrize("array, words", [
@@ -744,8 +741,8 @@ def test_options_reach_the_net(tiny, tmp_path, monkeypatch):
     theirs, seen = monai.inferers.sliding_window_inference, []
     monkeypatch.setattr(monai.inferers, "sliding_window_inference", lambda *args, **more: (
         seen.append(args[2:5:2]), theirs(*args, **more))[1])
-    normal, dtypes = predict.forward, set()
-    monkeypatch.setattr(predict, "forward", lambda model, batch, dtype: (
+    normal, dtypes = unet.forward, set()
+    monkeypatch.setattr(unet, "forward", lambda model, batch, dtype: (
         dtypes.add((dtype, len(batch))), normal(model, batch, dtype))[1])
     run("--weights", tiny, tmp_path / "x.png", tmp_path / "x.png", "--tile", 64, "-b", 3, "--overlap", 0.5, "--amp",
         "bf16", "--output-dir", tmp_path / "out")
@@ -965,7 +962,7 @@ def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_file
         assert [height, width] == [math.ceil(side * length / max(content)) for length in content]
         enlarged = record.enlarge(loaded, logits, size)
         for k, point in enumerate(clicks.tolist()):
-            (one, scores, _), = record.predict(loaded, embedding, size, [([point], [1])])
+            (one, scores, _), = predict.predict_queries(loaded, embedding, size, [([point], [1])])
             assert (one[0, -3:] - enlarged[k]).abs().max() < 1e-3 and (scores[0, -3:] - iou[k]).abs().max() < 1e-4
 
 
