@@ -73,10 +73,7 @@ class Obsolete(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Takes --batch_size and -batch_size for --batch-size; no abbreviations; errors are one line.
-
-    With --demo the settings in `demo` replace the defaults.
-    """
+    """Takes --batch_size and -batch_size for --batch-size; demo: the defaults with --demo."""
 
     def __init__(self, description, usage="%(prog)s [options]", demo=None):
         super().__init__(
@@ -140,13 +137,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def known_spelling(self, word):
         """Returns --batch-size=4 for -batch_size=4 and --batch_size=4, and other words unchanged."""
-        name, equals, value = word.partition("=")
-        if re.match(r"-[\d.]", name):  # a value, as in --box -1,2,3,4
+        if re.match(r"-[\d.]", word):  # a value, as in --box -1,2,3,4
             return " " + word  # the space stops argparse from taking it for an option
-        known = "--" + name.lstrip("-").replace("_", "-")
-        if not name.startswith("-") or name in self._option_string_actions:
-            return word
-        return known + equals + value if known in self._option_string_actions else word
+        name, equals, value = word.partition("=")
+        known, options = "--" + name.lstrip("-").replace("_", "-"), self._option_string_actions
+        if name.startswith("-") and name not in options and known in options:
+            return known + equals + value
+        return word
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -179,10 +176,7 @@ def numbers(least, most):
 
 
 def run(main, parser):
-    """Calls main(parsed arguments) as a command: exits with 2, 130 (SIGINT) or 143 (SIGTERM).
-
-    User errors and out-of-memory end in one line and exit status 2.
-    """
+    """Calls main(parsed arguments); user errors and lack of memory are one line and exit status 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember_signal)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
@@ -201,9 +195,8 @@ def run(main, parser):
         parser.error(f"{error.filename or 'output'}: {error.strerror}; {remedy} another file or folder")
     except Stopped:
         leave_process_group()
-        number = (_signals or [signal.SIGTERM])[0]  # another process may have got it
-        name = signal.Signals(number).name
-        parser.exit(128 + number, f"{parser.prog}: stopped by {name}\n")
+        number = signal.Signals((_signals or [signal.SIGTERM])[0])  # another process may have got it
+        parser.exit(128 + number, f"{parser.prog}: stopped by {number.name}\n")
     except (RuntimeError, MemoryError) as error:
         if "RANK" in os.environ and "peer" in str(error):  # Gloo: another process is gone
             rank = os.environ["RANK"]
@@ -245,12 +238,11 @@ class Run:
         position = 0  # must be equal on all ranks
         if self.checkpoint:
             position = 1 + self.checkpoint["epoch"] * 10**9 + self.checkpoint["step"]
+            args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
         total = sum_over_ranks(torch.tensor(position, device=self.device)).item()
         if total != position * args.world_size:
             raise InputError(f"--resume {args.resume}: the processes do not see the same last.pth; all "
                              "hosts need the same --output-dir")
-        if self.checkpoint:
-            args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
 
     def describe(self, name, model, train_set, val_set):
         """Sets args.data_hash and prints the start line: parameters, images, device."""
@@ -279,8 +271,7 @@ class Run:
                 raise InputError(f"{option_of(key)} {now}: trained with {before}; give that")
         before = trained_with.get("data_hash", args.data_hash)
         if before.partition("+")[2] != args.data_hash.partition("+")[2]:  # of the validation images
-            print("note: other images or another split than in training: some may have been trained "
-                  "on")
+            print("note: other images or another split than in training: some may have been trained on")
 
     def start(self, arch, train_set, val_set, sums=None, **parts):
         """Restores what --resume continues, prepares the folder and returns progress.
@@ -288,10 +279,9 @@ class Run:
         sums: further entries of progress, which start anew each epoch. parts: the model, the
         optimizer and whatever else has a state_dict that checkpoints are to hold.
         """
-        self.sums = {"step": 0, "images": 0, "loss": 0.0, "count": 0.0, "skipped": 0}
-        self.sums.update(sums or {})
-        self.progress = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "bad_steps": 0}
-        self.progress.update(copy.deepcopy(self.sums))
+        self.sums = {"step": 0, "images": 0, "loss": 0.0, "count": 0.0, "skipped": 0, **(sums or {})}
+        self.progress = {"epoch": 0, "best": -math.inf, "best_epoch": 0, "bad_steps": 0,
+                         **copy.deepcopy(self.sums)}
         self.parts = {**parts, "scaler": self.scaler}
         self.head = {"format": FORMAT, "net": self.net, "arch": arch, "classes": train_set.classes}
         if self.checkpoint:
@@ -300,8 +290,7 @@ class Run:
                 part.load_state_dict(self.checkpoint[name])
             others = self.checkpoint.keys() - {*self.head, *self.parts, "lr_scheduler", "args"}
             self.progress.update({key: self.checkpoint[key] for key in others})
-            epoch, step = self.progress["epoch"] + 1, self.progress["step"]
-            print(f"resumed in epoch {epoch} after step {step}")
+            print(f"resumed in epoch {self.progress['epoch'] + 1} after step {self.progress['step']}")
         if self.rank == 0:
             self.lock = lock_folder(self.folder)  # held while this object lives
             prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
@@ -364,11 +353,10 @@ class Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         if world_size > 1 and not averaged:
             sum_gradients(trained)
-        parameters = [p for p in trained if p.grad is not None]
-        if not parameters:  # nothing in these images counts
-            parameters = trained
-            for p in parameters:
+        if all(p.grad is None for p in trained):  # nothing in these images counts
+            for p in trained:
                 p.grad = torch.zeros_like(p)
+        parameters = [p for p in trained if p.grad is not None]
         gradients = [p.grad for p in parameters]
         self.scaler.unscale_(optimizer)
         sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
@@ -421,8 +409,7 @@ class Run:
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in ["lr", "loss", *show])
         print(f"epoch {epoch}/{self.args.epochs}  {shown}  {self.seconds:.1f} s")
         if progress["skipped"]:
-            skipped, steps = progress["skipped"], progress["step"]
-            print(f"  {skipped} of {steps} steps skipped: loss or gradient not finite")
+            print(f"  {progress['skipped']} of {progress['step']} steps skipped: loss or gradient not finite")
         if self.rank == 0:
             self.rows = log_row(self.folder / "log.csv", row)
         progress.update(epoch=epoch, **copy.deepcopy(self.sums))
@@ -491,8 +478,7 @@ class Run:
 def split_items(items, args, val_items=None):
     """Returns training and validation items: val_items (--val-path), or by --split, or 80:20 by --seed.
 
-    Then --limit. Items begin with their name. The 80:20 is what sklearn's train_test_split draws:
-    seed 41 is the article's split. InputError if a part is empty or an image is in both.
+    The 80:20 is what sklearn's train_test_split draws: seed 41 is the article's split.
     """
     if args.split and args.val_path:
         raise InputError("--split: has no effect beside --val-path; give one of them")
@@ -574,13 +560,10 @@ def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampl
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Seeds torch's CPU generator, which transforms use, with these numbers within the block.
-
-    On one thread, as in loader processes: a sum by two threads can differ in its last bit.
-    """
+    """Seeds torch's CPU generator, which transforms use, with these numbers within the block."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.default_generator.manual_seed(mix(*numbers))
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as in loader processes: a sum by two can differ in its last bit
     try:
         yield
     finally:
@@ -646,8 +629,7 @@ def save_checkpoint(path, state):
 def list_images(folder, endings=IMAGES, wanted=None, remedy="remove one"):
     """Returns {name without extension: path} of the images in folder, sorted, without hidden files.
 
-    wanted: the names that matter, as `nfc` returns them. InputError if there is no such folder, or
-    with the remedy if two files have one name.
+    wanted: only these names, as `nfc` returns them. remedy: what to do if two files have one name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -745,10 +727,7 @@ def read_mask(path, lossy=False):
 
 
 def read_binary_mask(path):
-    """Reads a mask of 0 (background) and 255 (object) -> bool (H, W), cut at half.
-
-    Takes the soft edges of a resized or JPEG mask. InputError for a 0/1 mask, ids and grey codes.
-    """
+    """Reads a mask of 0 and 255 (object), soft edges too -> bool (H, W), cut at half."""
     mask = read_mask(path, lossy=True)
     if mask.dtype == bool:
         return mask
@@ -809,11 +788,8 @@ def palette():
 
 
 def overlay(image, mask):
-    """RGB image (H, W, 3) uint8 with ids (H, W) in 1..254 tinted and outlined; 0, 255 stay clear.
-
-    torchvision's draw_segmentation_masks takes a mask per id and two float images: gigabytes at
-    25 megapixels.
-    """
+    """RGB image (H, W, 3) uint8 with ids (H, W) in 1..254 tinted and outlined; 0, 255 stay clear."""
+    # torchvision's draw_segmentation_masks would take gigabytes at 25 megapixels
     ids = np.where(mask == 255, 0, mask).astype(np.uint8)
     colours = (palette() * 0.75 + 64).astype(np.uint8)  # the palette's own are too dark to see
     tinted = cv2.addWeighted(image, 0.6, colours[ids], 0.4, 0)
@@ -827,13 +803,14 @@ def save_panel(path, rows, titles, side=256):
     """Writes a PNG of {name: RGB images}: a row for each name, a title for each column."""
     strips = []
     for name, images in rows.items():
-        sizes = [[max(1, round(side * length / max(image.shape[:2]))) for length in image.shape[1::-1]]
-                 for image in images]
-        strip = np.full((24 + max(height for _, height in sizes), (side + 4) * len(images), 3), 255, np.uint8)
-        for k, (title, image, (width, height)) in enumerate(zip(titles, images, sizes)):
+        small = []
+        for image in images:
+            size = [max(1, round(side * n / max(image.shape[:2]))) for n in image.shape[1::-1]]
+            small.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+        strip = np.full((24 + max(map(len, small)), (side + 4) * len(images), 3), 255, np.uint8)
+        for k, (title, image) in enumerate(zip(titles, small)):
             x = k * (side + 4)
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-            strip[20:20 + height, x:x + width] = image
+            strip[20:20 + image.shape[0], x:x + image.shape[1]] = image
             text = f"{title}  {name}".encode("ascii", "replace").decode()
             cv2.putText(strip, text, (x + 2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 0, 1, cv2.LINE_AA)
         strips.append(strip)
@@ -865,21 +842,19 @@ def sum_gradients(parameters, bucket_size=2**23):
     not used it adds zeros.
     """
     used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    buckets, filled = [], bucket_size
-    for p, processes in zip(parameters, sum_over_ranks(used).tolist()):
-        if not processes:
-            continue
-        if filled >= bucket_size:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(p)
-        filled += p.numel()
+    used = sum_over_ranks(used).tolist()
+    parameters = [p for p, processes in zip(parameters, used) if processes]
+    bucket, filled = [], 0
+    for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for bucket in buckets:
-        flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in bucket]))
-        for p, part in zip(bucket, flat.split([p.numel() for p in bucket])):
-            p.grad.copy_(part.view_as(p))
+        bucket.append(p.grad)
+        filled += p.numel()
+        if filled >= bucket_size or p is parameters[-1]:
+            flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in bucket]))
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+                gradient.copy_(part.view_as(gradient))
+            bucket, filled = [], 0
 
 
 def merge_over_ranks(found):
@@ -900,12 +875,12 @@ def wait_for_ranks():
 @contextlib.contextmanager
 def first_rank_first():
     """Runs the block in the first process, then in the others, which find its files."""
-    rank, world_size = ranks()
-    if rank:
-        torch.distributed.barrier()
+    rank = ranks()[0]
+    if rank > 0:
+        wait_for_ranks()
     yield
-    if rank == 0 and world_size > 1:
-        torch.distributed.barrier()
+    if rank == 0:
+        wait_for_ranks()
 
 
 def stop_asked():
@@ -1049,18 +1024,14 @@ def pick_precision(amp, device):
 
 
 def start_process_group(device):
-    """Joins torchrun's processes, if any (NCCL on CUDA, else Gloo), and returns this one's device.
-
-    All ranks but the first are silent on stdout from here on.
-    """
+    """Joins torchrun's processes, if any (NCCL on CUDA, else Gloo), and returns this one's device."""
     if "RANK" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
-            raise InputError(f"torchrun --nproc_per_node: more processes than the "
-                             f"{torch.cuda.device_count()} CUDA devices here; give as many, or "
-                             "--device cpu")
+            raise InputError(f"torchrun --nproc_per_node: more processes than the {torch.cuda.device_count()} "
+                             "CUDA devices here; give as many, or --device cpu")
         torch.cuda.set_device(device)
     elif device.type == "mps":  # which no backend can sum over
         device = torch.device("cpu")
@@ -1068,7 +1039,7 @@ def start_process_group(device):
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(hours=2))  # the check of a large data set may keep one process busy
-    if ranks()[0]:
+    if ranks()[0]:  # only the first prints
         sys.stdout = open(os.devnull, "w")
     return device
 
@@ -1251,10 +1222,7 @@ def read_deep(path, image):
 
 
 def read_array(path, header_only=False):
-    """Returns the array in a .npy file; InputError if it holds Python objects, which could run code.
-
-    header_only: memory-mapped, which reads the header and looks at the file's size.
-    """
+    """Returns the numbers in a .npy file, memory-mapped if header_only; unpickles nothing."""
     try:
         array = np.load(path, "r" if header_only else None, allow_pickle=False)
     except FileNotFoundError:
