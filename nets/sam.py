@@ -400,7 +400,7 @@ class MaskDecoder(nn.Module):
 # --- The model ---
 
 class Sam(nn.Module):
-    """Image encoder, prompt encoder, mask decoder; scripts call the parts, forward calls them all.
+    """Image encoder, prompt encoder and mask decoder, which callers call one after the other.
 
     The arguments build every published size and smaller ones. An image_size that is not a multiple
     of 16 raises ValueError.
@@ -446,28 +446,6 @@ class Sam(nn.Module):
         masks = F.interpolate(masks, square, mode="bilinear", align_corners=False)
         masks = masks[..., :height, :width]
         return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
-
-    @torch.no_grad()
-    def forward(self, batched_input, multimask_output):
-        """The official call, without gradients: list of dicts, one per image -> list of dicts.
-
-        In: image (3, H, W) RGB in 0..255, its longest side resized; original_size (H, W); optional
-        point_coords with point_labels, boxes, mask_inputs, as PromptEncoder takes them. Out: masks
-        (P, M, *original_size) bool, iou_predictions (P, M), low_res_logits (P, M, 4E, 4E).
-        """
-        images = torch.stack([self.preprocess(record["image"]) for record in batched_input])
-        image_pe = self.prompt_encoder.get_dense_pe()
-        outputs = []
-        for record, embedding in zip(batched_input, self.image_encoder(images)):
-            points, boxes, masks = None, record.get("boxes"), record.get("mask_inputs")
-            if "point_coords" in record:
-                points = record["point_coords"], record["point_labels"]
-            prompts = self.prompt_encoder(points, boxes, masks)
-            logits, iou = self.mask_decoder(embedding[None], image_pe, *prompts, multimask_output)
-            input_size, original_size = record["image"].shape[-2:], record["original_size"]
-            masks = self.postprocess_masks(logits, input_size, original_size) > self.mask_threshold
-            outputs.append({"masks": masks, "iou_predictions": iou, "low_res_logits": logits})
-        return outputs
 
 
 # --- Images in, masks out ---

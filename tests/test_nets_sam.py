@@ -137,7 +137,6 @@ def test_signatures_are_the_official_ones():
     assert names(model.mask_decoder.forward) == [
         "image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings",
         "multimask_output"]
-    assert names(model.forward) == ["batched_input", "multimask_output"]
     assert names(model.preprocess) == ["x"]
     assert names(model.postprocess_masks) == ["masks", "input_size", "original_size"]
     assert model.image_encoder.img_size == 128 and model.device == torch.device("cpu")
@@ -249,23 +248,6 @@ def test_gradients_of_the_decoder_equal_the_official_ones(name, runs):
             assert gradient is None, key
         else:
             assert gradient.norm().item() == pytest.approx(expected[key], rel=1e-3, abs=1e-7), key
-
-
-def test_the_official_call_on_two_images_equals_its_parts(runs):
-    s = runs("small")
-    image = torch.from_numpy(s.resized.copy()).permute(2, 0, 1)
-    points, labels = s.prompts["both"]["points"]
-    original_size = tuple(s.reference["original_size"].tolist())
-    first = {"image": image, "original_size": original_size, "point_coords": points,
-             "point_labels": labels, "boxes": s.prompts["both"]["boxes"], "mask_inputs": s.best_masks}
-    second = {"image": image[:, :100].float(), "original_size": (50, 128)}
-    first, second = s.model(batched_input=[first, second], multimask_output=False)
-    check("low_res_logits", first["low_res_logits"], s.second, 1e-5)
-    check("iou_predictions", first["iou_predictions"], s.second_iou, 1e-5)
-    assert first["masks"].dtype == torch.bool and not first["low_res_logits"].requires_grad
-    check_mask_bits(first["masks"][:, 0], s.reference)
-    assert second["masks"].shape == (1, 1, 50, 128)
-    assert second["low_res_logits"].shape == (1, 1, 64, 64)
 
 
 def test_eps_of_every_norm(runs):
