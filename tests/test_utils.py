@@ -585,7 +585,7 @@ def test_a_run_whose_model_is_no_dictionary_is_not_resumed(tmp_path):
 
 
 def test_a_list_is_read_back_as_it_was_written(tmp_path):
-    """Names with spaces at their ends, a no-break space, line separators that are no newline, bytes that are no UTF-8."""
+    """Names with spaces at their ends, a no-break space, line separators that are no newline, bytes beyond UTF-8."""
     names = ["a ", " b", "c d", "\u00a0e", "f\u2028g", "h\x85i", "\udcff", "j"]
     for newline in ("\n", "\r\n"):
         text = newline.join([names[0], "", "  ", *names[1:]]) + newline
