@@ -28,12 +28,12 @@ those before it. What cannot be used (no area, no such image ...) is counted, th
 import base64
 import contextlib
 import csv
+import errno
 import json
 import math
 import os
 import re
 import reprlib
-import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -481,10 +481,10 @@ def run_lengths(part, left, top, size):
 
 
 def write_coco(path, images, names, annotations):
-    """annotations.json; names: {category id: name}."""
-    categories = [{"id": k, "name": name} for k, name in names.items()]
-    Path(path).write_text(json.dumps(
-        {"images": images, "categories": categories, "annotations": annotations}))
+    """Writes annotations.json; names: {category id: name}."""
+    categories = [{"id": category_id, "name": name} for category_id, name in names.items()]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    write(Path(path), Path.write_bytes, json.dumps(content).encode())
 
 
 # --- Writing ---
@@ -520,37 +520,41 @@ def paint(drawn, size):
     return label, ids
 
 
+def write(path, save, *values):
+    """Makes path's folder and calls save(path, *values); OSError with path if the disk is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, *values)
+    except OSError as error:  # PIL's and NumPy's name no file, NumPy's has no errno
+        message = error.strerror or "only a part was written"
+        raise OSError(error.errno or errno.ENOSPC, message, error.filename or str(path)) from None
+
+
 def write_masks(out, name, path, drawn, label, num_classes):
-    for number in range(num_classes):
+    for class_id in range(num_classes):
         mask = np.zeros(label.shape, np.uint8)
-        for k, _, window, part in drawn:
-            if k == number:
+        for number, _, window, part in drawn:
+            if number == class_id:
                 mask[window][part] = 255
-        utils.save_image(ready(out / f"masks/{number}/{name}.png"), mask)
+        write(out / f"masks/{class_id}/{name}.png", utils.save_image, mask)
     copy_image(path, out / "images" / name)
 
 
 def write_voc(out, name, path, label, ids, notes):
-    utils.save_mask(ready(out / VOC / f"SegmentationClass/{name}.png"), label)
-    file = ready(out / VOC / f"SegmentationObject/{name}.png")
+    write(out / VOC / f"SegmentationClass/{name}.png", utils.save_mask, label)
+    file = out / VOC / f"SegmentationObject/{name}.png"
     if ids.max() > VOID:
-        utils.save_image(file, ids.astype(np.uint16))
+        write(file, utils.save_image, ids.astype(np.uint16))
         notes.add("images with more than 254 objects, SegmentationObject as 16-bit PNG", file)
     else:
-        utils.save_mask(file, ids)
+        write(file, utils.save_mask, ids)
     copy_image(path, out / VOC / "JPEGImages" / name)
 
 
 def write_npy(out, name, path, ids):
     ids = np.where(ids == VOID, 0, ids)
-    np.save(ready(out / f"gts/{name}.npy"), ids.astype(np.min_scalar_type(ids.max())))
-    np.save(ready(out / f"imgs/{name}.npy"), read_image(path))
-
-
-def ready(path):
-    """path, whose folder is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    write(out / f"gts/{name}.npy", np.save, ids.astype(np.min_scalar_type(ids.max())))
+    write(out / f"imgs/{name}.npy", np.save, read_image(path))
 
 
 def read_image(path):
@@ -561,8 +565,10 @@ def read_image(path):
 def copy_image(path, target):
     """Copies an image to target, with its ending; as PNG if the scripts do not read that ending."""
     if path.suffix.lower() not in utils.IMAGES:
-        return utils.save_image(ready(Path(f"{target}.png")), read_image(path))
-    shutil.copyfile(path, ready(Path(f"{target}{path.suffix}")))
+        return write(Path(f"{target}.png"), utils.save_image, read_image(path))
+    with reading(path, "replace it"):
+        data = path.read_bytes()
+    write(Path(f"{target}{path.suffix}"), Path.write_bytes, data)
 
 
 def preview(path, label, ids):
@@ -650,19 +656,19 @@ def check_targets(found, args):
 
 
 def write_lists(out, names, classes, args):
-    """Names of the classes and, for voc, of the images."""
+    """Writes the names of the classes and, for voc, of the images."""
     texts = {}
     if "masks" in args.to:
         texts["masks/classes.txt"] = "".join(f"{name}\n" for name in classes)
     if "voc" in args.to:
-        ids = {name: k for k, name in enumerate(["background", *classes])}
+        ids = {name: class_id for class_id, name in enumerate(["background", *classes])}
         texts[f"{VOC}/class_names.json"] = json.dumps(ids, ensure_ascii=False)
         for i, name in enumerate(names):
             part = "val" if math.ceil((i + 1) * args.val) > math.ceil(i * args.val) else "train"
             path = f"{VOC}/ImageSets/Segmentation/{part}.txt"
             texts[path] = texts.get(path, "") + f"{name}\n"
     for path, text in texts.items():
-        ready(out / path).write_text(text, encoding="utf-8")
+        write(out / path, Path.write_bytes, text.encode())
 
 
 def main(args):
@@ -677,9 +683,10 @@ def main(args):
     for name, (item, file, size, view) in bar:
         utils.raise_if_stopped()
         drawn = [*draw_objects(item, size, view, classes, notes)]
-        counts.update(classes[k] for k, *_ in drawn)
+        objects = [obj for obj in drawn if obj[0] >= 0]
+        counts.update(classes[class_id] for class_id, *_ in objects)
         label, ids = paint(drawn, size)
-        if not drawn:
+        if not objects:
             notes.add("images without an object", file)
         if "masks" in args.to:
             write_masks(out, name, item.path, drawn, label, len(classes))
@@ -690,20 +697,20 @@ def main(args):
         if "coco" in args.to:
             images.append({"id": len(images) + 1, "file_name": file.as_posix(),
                            "width": size[0], "height": size[1]})
-            for k, crowd, window, part in drawn:
-                annotate_part(annotations, "rle" if args.rle else "polygon", len(images), k + 1,
-                              window, part, size[::-1], crowd)
+            for class_id, is_crowd, window, part in objects:
+                annotate_part(annotations, "rle" if args.rle else "polygon", len(images),
+                              class_id + 1, window, part, size[::-1], is_crowd)
         if item.path and len(panel) < 8:
             panel[name] = preview(item.path, label, ids)
     write_lists(out, found, classes, args)
     if "coco" in args.to:
         categories = dict(enumerate(classes, 1))
-        write_coco(ready(out / "annotations.json"), images, categories, annotations)
+        write_coco(out / "annotations.json", images, categories, annotations)
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{len(found)} images, {counts.total()} objects ({shown}) in {out}")
     if panel:
         check = out / f"check_{'_'.join(args.to)}.png"
-        utils.save_panel(check, panel, ["image", "classes", "objects"])
+        write(check, utils.save_panel, panel, ["image", "classes", "objects"])
         print(f"look at {check}: the first images, their classes and objects")
     for name in classes:
         if not counts[name]:

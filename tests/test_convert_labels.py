@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -670,6 +672,67 @@ def test_a_truncated_image_is_named_where_its_pixels_are_needed(tmp_path):
     path = coco(tmp_path, [(0, 5, [BOX])], ["p0.png", "p1.png"])
     with pytest.raises(utils.InputError, match="p1.png: truncated or unreadable"):
         convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")
+
+
+# --- Mutations ---
+
+@pytest.mark.parametrize("layout, file", [
+    ("masks", "images/p0.png"), ("masks", "masks/0/p0.png"), ("masks", "masks/classes.txt"),
+    ("voc", f"{VOC}/JPEGImages/p0.png"), ("voc", f"{VOC}/SegmentationObject/p0.png"),
+    ("voc", f"{VOC}/ImageSets/Segmentation/val.txt"), ("npy", "imgs/p0.npy"), ("npy", "gts/p0.npy"),
+    ("coco", "annotations.json"), ("coco", "check_coco.png")])
+def test_a_full_disk_names_the_file_that_is_written(tmp_path, layout, file):
+    save_images(tmp_path, "p0.png")
+    path, target = coco(tmp_path, [(0, 5, [BOX])]), tmp_path / "data" / file
+    target.parent.mkdir(parents=True)
+    target.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        convert("coco", path, "--to", layout, "--output-dir", tmp_path / "data", "--overwrite")
+    assert error.value.filename == str(target)
+
+
+def test_a_full_disk_is_one_line(tmp_path, script):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])])
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/images/p0.png").symlink_to("/dev/full")
+    done = script("convert_labels.py", "coco", path, "--to", "masks", "--output-dir", tmp_path / "data", "--overwrite")
+    message = f"{tmp_path}/data/images/p0.png: No space left on device; free space, or give another file or folder"
+    assert done.returncode == 2 and done.stderr == f"convert_labels.py: error: {message}\n"
+
+
+def test_a_disk_that_is_full_within_an_array_names_it(tmp_path, monkeypatch):
+    """numpy then raises an OSError without errno and file name."""
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])])
+
+    def save(file, array):
+        raise OSError("1000000 requested and 499872 written")
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(OSError, match="only a part was written") as error:
+        convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")
+    assert error.value.filename == str(tmp_path / "data/gts/p0.npy") and error.value.errno == 28
+
+
+def test_what_cannot_be_read_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])])
+
+    def read_bytes(source, read=Path.read_bytes):
+        if source.name == "p0.png":
+            raise OSError(5, "Input/output error")
+        return read(source)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(utils.InputError, match="/p0.png: Input/output error; replace it"):
+        convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")
+
+
+def test_text_is_written_as_utf_8_on_every_system():
+    """Path.write_text and open take Windows' code page unless they are told an encoding."""
+    text = (ROOT / "convert_labels.py").read_text(encoding="utf-8")
+    assert "write_text(" not in text and ".read_text(" not in text and not re.search(r"(?<![\w.])open\(", text)
 
 
 # --- Mutations ---
