@@ -38,6 +38,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -51,6 +52,10 @@ TARGETS = {"masks": ["images", "masks"], "voc": [VOC], "npy": ["imgs", "gts"],
            "coco": ["annotations.json"]}
 STORED = {5: np.transpose, 6: np.rot90, 7: lambda mask: np.rot90(mask.T, 2),
           8: lambda mask: np.rot90(mask, -1)}  # EXIF orientation: view of a mask (H, W) before it
+IGNORED = "__ignore__"  # LabelMe's name of areas that are neither class nor background
+LABELME_POINTS = {  # of LabelMe's and X-AnyLabeling's shapes: how many points they may have
+    "rectangle": (2, 4, 5), "oriented_rectangle": (4, 5), "rotation": (4, 5),
+    "quadrilateral": (4, 5), "circle": (2,), "ellipse": (2, 3, 4), "mask": (2,)}
 BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, cv2.error)
 
 
@@ -117,11 +122,15 @@ def fill(mask, polygon):
     mask[top:bottom, left:right] |= np.bitwise_xor.accumulate(crossings, 1)[:, :-1].view(bool)
 
 
-def as_polygon(values):
-    """[x, y, x, y ...] or [[x, y], [x, y] ...] -> (N, 2), N at least 3."""
-    points = np.asarray(values if isinstance(values, list) else [], np.float64).reshape(-1, 2)
-    if len(points) < 3 or not (np.abs(points) <= 1e9).all():  # not so if NaN
-        raise ValueError(f"{short(values)} is not a polygon of three or more points")
+def as_polygon(values, least=3):
+    """Turns [x, y, x, y ...] or [[x, y] ...] into (N, 2); ValueError if N is below `least`."""
+    try:
+        points = np.asarray(values if isinstance(values, list) else [], np.float64).reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{short(values)} are not pairs of numbers x, y") from None
+    if len(points) < least or not (np.abs(points) <= 1e9).all():  # not so if NaN
+        wanted = "a polygon of three or more" if least == 3 else f"{least} or more"
+        raise ValueError(f"{short(values)} is not {wanted} points")
     return points
 
 
@@ -129,11 +138,13 @@ def draw_coco(shape, mask):
     """Draws a polygon [x, y, x, y ...], or run lengths {"size": [H, W], "counts": ...}."""
     if not isinstance(shape, dict):
         return fill(mask, as_polygon(shape))
-    counts = shape["counts"]
-    counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
-    if shape["size"] != [*mask.shape] or counts.min() < 0 or counts.sum() != mask.size:
-        raise ValueError(f"run lengths of size {short(shape['size'])} with {short(counts.sum())} "
-                         f"pixels, but the image is {[*mask.shape]}")
+    size, counts = [as_number(side) for side in shape["size"]], shape["counts"]
+    counts = decode_counts(counts) if isinstance(counts, str) else counts
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError("run lengths that are not whole numbers from 0 on")
+    if size != [*mask.shape] or sum(counts) != mask.size:
+        raise ValueError(f"run lengths of size {short(size)} with {short(sum(counts))} pixels, but "
+                         f"the image is {[*mask.shape]}")
     runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns
     mask |= runs.reshape(mask.shape[::-1]).T
 
@@ -159,41 +170,80 @@ def decode_counts(text):
 
 
 def draw_labelme(shape, mask):
-    """Draws one of LabelMe's shapes; ValueError for a line or a point, which have no area."""
-    kind, points = shape.get("shape_type") or "polygon", shape["points"]
-    if kind in ("polygon", "oriented_rectangle"):
-        return fill(mask, as_polygon(points))
-    if kind not in ("rectangle", "circle", "mask"):
+    """Draws a shape of LabelMe or its relatives; ValueError for a line or a point, without area."""
+    kind = str(shape.get("shape_type") or "polygon")
+    if kind == "polygon":
+        return fill(mask, as_polygon(shape["points"]))
+    if kind not in LABELME_POINTS:
         raise ValueError(f"a {short(kind)} has no area")
-    x0, y0, x1, y1 = np.asarray(points, np.float64).ravel().tolist()
-    if kind == "rectangle":
-        fill(mask, as_polygon([x0, y0, x1, y0, x1, y1, x0, y1]))
-    elif kind == "circle":  # its centre and a point on it
+    points = as_polygon(shape["points"], least=2)
+    if len(points) not in LABELME_POINTS[kind]:
+        raise ValueError(f"a {kind} of {len(points)} points")
+    (x0, y0), (x1, y1) = points[:2]
+    if kind == "mask":
+        return draw_part(round(x0), round(y0), decode_mask(shape["mask"]), mask)
+    if kind == "circle":  # its centre and a point on it
         rows, columns = np.ogrid[:mask.shape[0], :mask.shape[1]]
         mask |= np.hypot(columns + 0.5 - x0, rows + 0.5 - y0) <= math.hypot(x1 - x0, y1 - y0)
-    else:
-        pixels = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
-        pixels = cv2.imdecode(pixels, cv2.IMREAD_GRAYSCALE)
-        if pixels is None:
-            raise ValueError("its mask is not a PNG in base64")
-        y, x, (height, width) = int(y0), int(x0), pixels.shape
-        draw_part(np.s_[y:y + height, x:x + width], pixels > 0, mask)
+        return
+    if len(points) == 2:  # opposite corners
+        points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    draw = draw_ellipse if kind == "ellipse" else fill
+    draw(mask, points)
+
+
+def decode_mask(text):
+    """Returns the mask (h, w) bool of a PNG in base64."""
+    pixels = None
+    with contextlib.suppress(ValueError, TypeError, cv2.error):
+        data = np.frombuffer(base64.b64decode(text), np.uint8)
+        pixels = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+    if pixels is None:
+        raise ValueError("its mask is not a PNG in base64")
+    return pixels > 0
+
+
+def draw_ellipse(mask, points):
+    """Draws an ellipse: of three points, which are its centre and an end of each axis, or of four.
+
+    Four are the corners of its box, or the ends of both axes if these are upright.
+    """
+    if len(points) == 4:
+        diagonals = np.abs(points[2:] - points[:2])
+        ends = points[1:3] if not diagonals.min(1).any() else (points[1:3] + points[2:]) / 2
+        points = np.array([points.mean(0), *ends])
+    (ax, ay), (bx, by) = points[1:] - points[0]
+    a, b = math.hypot(ax, ay), math.hypot(bx, by)
+    if min(a, b) < 1e-3 or abs(ax * bx + ay * by) > 0.05 * a * b:
+        raise ValueError("an ellipse whose axes are not at right angles, or without length")
+    y, x = np.ogrid[:mask.shape[0], :mask.shape[1]]
+    x, y = x + 0.5 - points[0, 0], y + 0.5 - points[0, 1]
+    mask |= np.hypot((x * ax + y * ay) / a / a, (x * ay - y * ax) / a / b) <= 1
 
 
 def draw_yolo(values, mask):
-    """Draws a polygon [x, y, x, y ...] in parts of the image's width and height."""
-    if len(values) == 4:
-        raise ValueError("a box, not a polygon")
+    """Draws a polygon [x, y, x, y ...] in fractions of the image's width and height."""
+    if len(values) in (4, 5):  # a fifth number is a confidence
+        refuse_box(mask)
+    if len(values) % 2:
+        raise ValueError(f"{len(values)} numbers are no pairs x y; if the last is a confidence, "
+                         "save the labels without")
     polygon = as_polygon(values)
     if polygon.min() < -0.1 or polygon.max() > 1.1:
         raise ValueError(f"{short(values)} is not in 0..1")
     fill(mask, polygon * mask.shape[::-1])
 
 
-def draw_part(window, part, mask):
-    if min(side.start for side in window) < 0 or mask[window].shape != part.shape:
-        raise ValueError("its mask lies outside the image")
-    mask[window] |= part
+def refuse_box(mask):
+    """Raises ValueError, in place of drawing an object that has a box but no outline."""
+    raise ValueError("a box, not a polygon; predict.py --prompts makes masks of boxes")
+
+
+def draw_part(left, top, part, mask):
+    """Sets the pixels of part (h, w) bool, whose corner is at (left, top), that lie in mask."""
+    height, width = part.shape
+    inside = mask[max(top, 0):max(top + height, 0), max(left, 0):max(left + width, 0)]
+    inside |= part[max(-top, 0):, max(-left, 0):][:inside.shape[0], :inside.shape[1]]
 
 
 # --- Reading ---
@@ -257,6 +307,20 @@ def read_json(path):
         return json.loads(read_text(path))
 
 
+def as_number(value):
+    """Returns the whole number that a text such as "64" holds; any other value unchanged."""
+    is_number = isinstance(value, str) and re.fullmatch("-?(0|[1-9][0-9]*)", value)
+    return int(value) if is_number else value
+
+
+def class_name(value):
+    """Returns a class's name as one line of printable text; ValueError if it is empty."""
+    name = "" if value is None else short(" ".join(str(value).split()), 100)
+    if not name:
+        raise ValueError("its class has no name")
+    return name
+
+
 def class_names(values):
     """Names as lines of printable text, without empty ones."""
     names = [short(" ".join(str(value).split()), 100) for value in values]
@@ -273,55 +337,74 @@ def list_files(folder, endings):
 
 
 def find_image(folder, name):
-    """(name, path) in folder, without folders of another computer if it is not there; else None."""
+    """Returns (name, path) of an image in folder; the path is None if it is not there.
+
+    If need be without the folders of another computer, or with %20 and its like decoded.
+    """
     name = name.replace("\\", "/")
-    for file in (name, name.rsplit("/", 1)[-1]):
+    for file in (name, unquote(name), name.rsplit("/", 1)[-1], unquote(name).rsplit("/", 1)[-1]):
         if os.path.isfile(Path(folder, file)):
             return file, Path(folder, file)
     return name, None
 
 
 def read_coco(args, notes):
-    """Names of the classes, by id, and Items of a COCO json."""
+    """Returns the names of the classes, by id, and the Items of a COCO json."""
     path = Path(args.input)
-    found, names, items, objects = read_json(path), {}, {}, {}
+    content, names, items, objects = read_json(path), {}, {}, {}
     with reading(path, "give COCO's json; for LabelMe's the KIND is labelme"):
-        for i, category in enumerate(found["categories"]):
+        for i, category in enumerate(content["categories"]):
             with reading(f"{path}: categories[{i}]"):
-                names[category["id"]], = class_names([category["name"]])
-        for i, image in enumerate(found["images"]):
+                category_id, name = as_number(category["id"]), class_name(category["name"])
+                if names.setdefault(category_id, name) != name:
+                    raise ValueError(f"id {short(category_id)} is that of another category too: "
+                                     f"{names[category_id]} and {name}")
+        for i, image in enumerate(content["images"]):
             with reading(f"{path}: images[{i}]"):
-                k, size = image["id"], (image.get("width"), image.get("height"))
-                if k in items:
-                    raise ValueError(f"id {short(k)} is that of another image too")
-                objects[k] = []
+                image_id = as_number(image["id"])
+                size = as_number(image.get("width")), as_number(image.get("height"))
+                if image_id in items:
+                    raise ValueError(f"id {short(image_id)} is that of another image too")
+                objects[image_id] = []
                 file = find_image(args.images or path.parent, image["file_name"])
-                items[k] = Item(*file, size, objects[k].copy)
-        for i, annotation in enumerate(found["annotations"]):
+                items[image_id] = Item(*file, size, objects[image_id].copy)
+        for i, annotation in enumerate(content["annotations"]):
             with reading(f"{path}: annotations[{i}]"):
-                k, category = annotation["image_id"], annotation["category_id"]
+                image_id = as_number(annotation["image_id"])
+                category_id = as_number(annotation["category_id"])
                 where = f"annotation {short(annotation.get('id', f'[{i}]'))}"
-                if k not in items or category not in names:
+                if image_id not in items or category_id not in names:
                     notes.add("annotations of an unknown image or category, left out", where)
                     continue
                 shapes = annotation.get("segmentation")
                 shapes = shapes if shapes and isinstance(shapes, list) else [shapes]
-                objects[k].append(Object(names[category], f"{where} of {items[k].file}",
-                                         [partial(draw_coco, shape) for shape in shapes],
-                                         annotation.get("iscrowd") == 1))
-        return [names[k] for k in sorted(names)], [*items.values()]
+                draws = [partial(draw_coco, shape) for shape in shapes]
+                if annotation.get("bbox") and not any(shapes):
+                    draws = [refuse_box]
+                where += f" of {items[image_id].file}"
+                is_crowd = as_number(annotation.get("iscrowd")) == 1
+                objects[image_id].append(Object(names[category_id], where, draws, is_crowd))
+        ids = sorted(names, key=lambda category_id: (isinstance(category_id, str), category_id))
+        return [names[category_id] for category_id in ids], [*items.values()]
 
 
 def read_labelme(args, notes):
-    """Names of the classes, sorted, and Items of a folder of LabelMe's json files."""
+    """Returns the names of the classes, sorted, and the Items of LabelMe's json files."""
     files, items, names = list_files(args.input, {".json"}), [], set()
     for key, path in tqdm(files.items(), "reading", leave=False, disable=utils.hide_bar()):
         utils.raise_if_stopped()
-        objects, image, size = load_labelme(path)
+        content = load_labelme(path)
+        if content is None:
+            notes.add("json files that are not LabelMe's, left out", path)
+            continue
+        objects, image, size = content
         names |= {obj.name for obj in objects}
         file = (Path(key).parent / image.replace("\\", "/").rsplit("/", 1)[-1]).as_posix()
         found = find_image(args.images, file) if args.images else find_image(path.parent, image)
         items.append(Item(file, found[1], size, lambda path=path: load_labelme(path)[0]))
+    if not items:
+        raise utils.InputError(f"{path}: has no 'shapes'; give LabelMe's json; for COCO's the KIND "
+                               "is coco")
     used = {item.path.resolve() for item in items if item.path}
     for path in sorted(Path(args.images or args.input).rglob("*")):
         if path.suffix.lower() in utils.IMAGES and path.resolve() not in used:
@@ -330,17 +413,19 @@ def read_labelme(args, notes):
 
 
 def load_labelme(path):
-    """Objects, the image's file and its size of one json file."""
-    found, objects = read_json(path), {}
+    """Returns a json file's Objects, its image's file and size; None if it is not LabelMe's."""
+    content, objects = read_json(path), {}
+    if not isinstance(content, dict) or not {"shapes", "imagePath"} & content.keys():
+        return None
     with reading(path, "give LabelMe's json; for COCO's the KIND is coco"):
-        for i, shape in enumerate(found["shapes"]):
+        for i, shape in enumerate(content["shapes"]):
             with reading(f"{path}: shapes[{i}]"):
-                (name,), group = class_names([shape["label"]]), shape.get("group_id")
+                name, group = class_name(shape["label"]), as_number(shape.get("group_id"))
                 obj = Object(name, f"shapes[{i}] of {path}", [])
                 obj = objects.setdefault(i if group is None else (name, group), obj)
                 obj.shapes.append(partial(draw_labelme, shape))
-        image, size = "" + found["imagePath"], (found.get("imageWidth"), found.get("imageHeight"))
-    return [*objects.values()], image, size
+        size = as_number(content.get("imageWidth")), as_number(content.get("imageHeight"))
+        return [*objects.values()], "" + content["imagePath"], size
 
 
 def read_yolo(args, notes):
@@ -378,14 +463,16 @@ def read_yolo_names(folder):
 
 
 def load_yolo(path, names, notes):
-    """Objects of one txt file."""
+    """Returns the Objects of a txt file."""
     objects = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        k, *values = line.split() or [""]
-        where = f"line {number} of {path}"
-        if k.isdecimal() and int(k[:9]) < len(names):
-            objects.append(Object(names[int(k)], where, [partial(draw_yolo, values)]))
-        elif k:
+        word, *values = line.split() or [""]
+        where, class_id = f"line {number} of {path}", math.nan
+        with contextlib.suppress(ValueError):
+            class_id = float(word.replace("_", "x"))  # some tools write 1.0; Python takes 1_0 too
+        if class_id.is_integer() and 0 <= class_id < len(names):
+            objects.append(Object(names[int(class_id)], where, [partial(draw_yolo, values)]))
+        elif word:
             what = f"lines without a class of 0 to {len(names) - 1}, left out"
             notes.add(what, f"{where}: {line}")
     return objects
@@ -426,8 +513,9 @@ def load_masks(layers):
         class_mask = mask == k
         if k is None:
             class_mask = mask if mask.dtype == bool else mask > 127
-        for part in connected_parts(class_mask):
-            objects.append(Object(name, path, [partial(draw_part, *part)]))
+        for (rows, columns), part in connected_parts(class_mask):
+            draw = partial(draw_part, columns.start, rows.start, part)
+            objects.append(Object(name, path, [draw]))
     return objects
 
 
@@ -490,9 +578,13 @@ def write_coco(path, images, names, annotations):
 # --- Writing ---
 
 def draw_objects(item, size, view, classes, notes):
-    """Yields the objects as (number of the class from 0, crowd, window, part), see crop."""
+    """Yields each object as (class from 0, -1 for __ignore__; whether it is void; window; part).
+
+    view: see STORED. Window and part: see crop.
+    """
     for obj in item.load():
-        if obj.name not in classes:
+        is_ignored = obj.name == IGNORED
+        if obj.name not in classes and not is_ignored:
             notes.add("objects of other classes, left out", obj.name)
             continue
         mask, reasons = np.zeros(size[::-1], bool), []
@@ -507,16 +599,18 @@ def draw_objects(item, size, view, classes, notes):
         elif not part.size:
             notes.add("objects that cover no pixel, left out", obj.where)
         if part.size:
-            yield classes.index(obj.name), obj.crowd, window, part.copy()
+            number = -1 if is_ignored else classes.index(obj.name)
+            yield number, obj.crowd or is_ignored, window, part.copy()
 
 
 def paint(drawn, size):
-    """Classes from 1 and objects from 1, each (H, W) int32; 255 is void; smaller objects on top."""
+    """Returns classes and objects from 1, each (H, W) int32; 255 is void; smaller ones on top."""
     label, ids = np.zeros((2, *size[::-1]), np.int32)
     order = sorted(range(len(drawn)), key=lambda i: (not drawn[i][1], -drawn[i][3].sum()))
-    for number, (k, crowd, window, part) in ((i + 1, drawn[i]) for i in order):
-        label[window][part] = VOID if crowd else k + 1
-        ids[window][part] = VOID if crowd else number + (number >= VOID)  # no object is 255
+    for i in order:
+        number, is_void, window, part = drawn[i]
+        label[window][part] = VOID if is_void else number + 1
+        ids[window][part] = VOID if is_void else i + 1 + (i + 1 >= VOID)  # no object is 255
     return label, ids
 
 
@@ -582,9 +676,12 @@ def preview(path, label, ids):
 # --- Main ---
 
 def choose_classes(names, args):
-    """The classes to convert, in their order."""
-    names = [name for name in names if name not in ("background", "_background_")]
-    classes = [*dict.fromkeys(class_names(args.classes or names))]
+    """Returns the classes to convert, in their order."""
+    names = [name for name in names if name not in ("background", "_background_", IGNORED)]
+    classes = names
+    if args.classes is not None:
+        classes = [class_name(name) for name in args.classes if name.strip()]
+    classes = [*dict.fromkeys(classes)]
     unknown = [name for name in classes if name not in names]
     if unknown and (args.kind != "labelme" or len(unknown) == len(classes)):  # a part may lack some
         known = short(", ".join(names) or "none", 200)

@@ -272,6 +272,193 @@ def test_yolo_polygons_to_the_pixel(tmp_path, capsys, names):
 
 # --- Masks -> COCO ---
 
+def yolo(folder, lines, names="cat,dog", image="p0.png"):
+    """A data set of one image; names: text of data.yaml or, with commas, of classes.txt."""
+    (folder / "labels").mkdir(parents=True)
+    (folder / "labels/p0.txt").write_text("\n".join(lines) + "\n")
+    save_images(folder / "images", image)
+    file = "data.yaml" if "names" in names else "classes.txt"
+    (folder / file).write_text(names if file == "data.yaml" else names.replace(",", "\n"))
+    return folder
+
+
+def outline(polygon):
+    return " ".join(f"{value / side:.12f}" for value, side in zip(polygon, [60, 48] * 9))
+
+
+@pytest.mark.parametrize("same", [
+    [(5, "cat"), (5, "dog")], [(5, "cat"), ("5", "dog")], [(5, "cat"), (3, "dog"), (3, "x")]])
+def test_categories_of_one_id_are_refused(tmp_path, same):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, [BOX])], categories=same)
+    message = r"categories\[\d\]: id [35] is that of another category too: (cat|dog) and (dog|x); correct it"
+    with pytest.raises(utils.InputError, match=message):
+        convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")
+    path = coco(tmp_path, [(0, 5, [BOX])], categories=[(5, "cat"), (5, "cat"), (3, "cat")])  # which differ in nothing
+    assert convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1}
+
+
+def slanted(*corners):
+    mask = np.zeros(SIZE, bool)
+    convert_labels.fill(mask, np.array(corners, float))
+    return mask
+
+
+def ellipse(x, y, a, b, degrees=0.0):
+    rows, columns = np.indices(SIZE) + 0.5
+    angle = np.radians(degrees)
+    along = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)
+    across = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
+    return (along / a) ** 2 + (across / b) ** 2 <= 1
+
+
+TURNED = [[20, 10], [36, 22], [30, 30], [14, 18]]  # a box of 20 x 10 about (25, 20)
+
+
+@pytest.mark.parametrize("kind, points, expected", [
+    ("rectangle", [[4, 6], [14, 6], [14, 16], [4, 16]], rectangle(4, 6, 14, 16)),
+    ("rectangle", [[4, 6], [14, 6], [14, 16], [4, 16], [4, 6]], rectangle(4, 6, 14, 16)),
+    ("rectangle", [[-9, 40], [5, 99]], rectangle(0, 40, 5, 48)),
+    ("rotation", TURNED, slanted(*TURNED)), ("quadrilateral", [[4, 6], [20, 8], [14, 30], [2, 20]],
+                                             slanted([4, 6], [20, 8], [14, 30], [2, 20])),
+    ("oriented_rectangle", TURNED, slanted(*TURNED)),
+    ("polygon", [[50, 40], [99, 40], [99, 99], [50, 99]], rectangle(50, 40, 60, 48)),
+    ("circle", [[60, 48], [60, 40]], ellipse(60, 48, 8, 8)),
+    ("ellipse", [[10, 12], [38, 28]], ellipse(24, 20, 14, 8)),
+    ("ellipse", [[24, 20], [38, 20], [24, 28]], ellipse(24, 20, 14, 8)),
+    ("ellipse", [[10, 12], [38, 12], [38, 28], [10, 28]], ellipse(24, 20, 14, 8)),
+    ("ellipse", [[24, 12], [38, 20], [24, 28], [10, 20]], ellipse(24, 20, 14, 8)),
+    ("ellipse", TURNED, ellipse(25, 20, 10, 5, np.degrees(np.arctan2(12, 16)))),
+    ("ellipse", [[25, 20], [33, 26], [22, 24]], ellipse(25, 20, 10, 5, np.degrees(np.arctan2(6, 8)))),
+    ("ellipse", [[-8, -6], [8, 6]], ellipse(0, 0, 8, 6))])
+def test_shapes_of_labelme_and_its_relatives(tmp_path, kind, points, expected):
+    save_images(tmp_path, "p0.png")
+    labelme(tmp_path, "p0", [("cat", points, kind)])
+    assert convert("labelme", tmp_path, "--to", "masks", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1}
+    mask = read(tmp_path / "data/masks/0", "p0.png")[0] > 0
+    assert expected.any() and (mask == expected).all()
+
+
+@pytest.mark.parametrize("left, top", [(-3, -2), (55, 44), (10, -2), (30.4, 20.6), (-9, 0), (0, 48)])
+def test_a_labelme_mask_over_the_edge_is_clipped(tmp_path, left, top):
+    save_images(tmp_path, "p0.png")
+    blob = np.random.default_rng(0).random((7, 9)) < 0.7
+    png = base64.b64encode(cv2.imencode(".png", blob * np.uint8(255))[1].tobytes()).decode()
+    labelme(tmp_path, "p0", [("cat", [left, top, left + 8, top + 6], "mask", {"mask": png}), ("cat", BOX, "polygon")])
+    convert("labelme", tmp_path, "--to", "masks", "--output-dir", tmp_path / "data")
+    wide, x, y = np.zeros((80, 90), bool), round(left) + 15, round(top) + 15
+    wide[y:y + 7, x:x + 9] = blob
+    expected = wide[15:15 + 48, 15:15 + 60] | rectangle(4, 6, 14, 16)
+    assert (read(tmp_path / "data/masks/0", "p0.png")[0] == 255 * expected).all()
+
+
+@pytest.mark.parametrize("kind, points, reason", [
+    ("rectangle", [[1, 1], [5, 1], [5, 5]], "a rectangle of 3 points"),
+    ("circle", [[1, 1], [2, 2], [3, 3]], "a circle of 3 points"), ("line", [[1, 1], [5, 1]], "a line has no area"),
+    ("cuboid", [[k, k * k] for k in range(8)], "a cuboid has no area"),
+    ("mask", [[1, 1], [5, 5]], "its mask is not a PNG in base64"),
+    ("circle", [[1, 1]], "[[1, 1]] is not 2 or more points"),
+    ("ellipse", [[9, 9], [19, 9], [20, 12]], "an ellipse whose axes are not at right angles"),
+    ("rectangle", [["a", 1], [5, 5]], "[['a', 1], [5, 5]] are not pairs of numbers x, y"),
+    ("polygon", [[1, 1], [5], [5, 5]], "[[1, 1], [5], [5, 5]] are not pairs of numbers x, y")])
+def test_a_shape_that_cannot_be_drawn_is_named(tmp_path, capsys, kind, points, reason):
+    save_images(tmp_path, "p0.png")
+    labelme(tmp_path, "p0", [("cat", BOX, kind, {"points": points, "mask": "abc"}), ("cat", BOX, "polygon")])
+    assert convert("labelme", tmp_path, "--to", "masks", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1}
+    assert note(capsys, "objects with shapes that cannot be used: 1 (shapes[0] of", reason)
+
+
+def test_ignored_areas_are_no_class_but_void_in_voc(tmp_path, capsys):
+    save_images(tmp_path, "p0.png", "p1.png")
+    labelme(tmp_path, "p0", [("cat", BOX, "polygon"), ("__ignore__", [10, 10, 30, 10, 30, 20, 10, 20], "polygon")])
+    labelme(tmp_path, "p1", [("__ignore__", BOX, "polygon"), ("_background_", FAR_BOX, "polygon")])
+    found = convert("labelme", tmp_path, "--to", "masks", "voc", "npy", "coco", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"cat": 1} and note(capsys, "images without an object: 1 (p1.png)")
+    box, ignored = rectangle(4, 6, 14, 16), rectangle(10, 10, 30, 20)
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")
+    ids, = read(tmp_path / "data" / VOC / "SegmentationObject", "p0.png")
+    assert (label == box + 255 * (ignored & ~box)).all() and (ids == label).all()
+    assert (np.load(tmp_path / "data/gts/p0.npy") == box).all()
+    assert sorted(path.name for path in (tmp_path / "data/masks").iterdir()) == ["0", "classes.txt"]
+    annotations = json.loads((tmp_path / "data/annotations.json").read_text())["annotations"]
+    assert [annotation["category_id"] for annotation in annotations] == [1]
+
+
+def test_numbers_may_be_text(tmp_path):
+    """Ids, sizes, group_id and iscrowd, as some tools write them."""
+    save_images(tmp_path, "p0.png")
+    triangle = {"size": ["48", "60"], "counts": encode(lower_triangle())["counts"]}
+    path = coco(tmp_path, [(0, "5", [BOX]), ("0", 10, triangle),
+                           (0, 5, encode(rectangle(50, 0, 60, 10)), {"iscrowd": "1"})],
+                categories=[("10", "dog"), ("5", "cat"), ("x", "cow")], width="60", height="48")
+    found = convert("coco", path, "--to", "voc", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"cat": 2, "dog": 1, "cow": 0}  # by id
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")
+    assert (label == rectangle(4, 6, 14, 16) + 2 * lower_triangle() + 255 * rectangle(50, 0, 60, 10)).all()
+    labelme(tmp_path / "l", "p0", [("cat", BOX, "polygon", {"group_id": "1"}),
+                                   ("cat", FAR_BOX, "polygon", {"group_id": 1})], imageWidth="60", imageHeight="48")
+    save_images(tmp_path / "l", "p0.png")
+    assert convert("labelme", tmp_path / "l", "--to", "npy", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1}
+
+
+@pytest.mark.parametrize("file, listed", [("a b.png", "a%20b.png"), ("a b.png", "http://host/x%20y/a%20b.png"),
+                                          ("x y/a.png", "x%20y/a.png"), ("a%20b.png", "a%20b.png")])
+def test_a_file_name_of_a_url_is_found(tmp_path, file, listed):
+    save_images(tmp_path / "in", file)
+    path = coco(tmp_path, [(0, 5, [BOX])], [listed])
+    convert("coco", path, "--images", tmp_path / "in", "--to", "masks", "--output-dir", tmp_path / "1")
+    assert (read(tmp_path / "1/masks/0", next((tmp_path / "1/images").iterdir()).name)[0] > 0).sum() == 0
+    assert (read(tmp_path / "1/masks/1", next((tmp_path / "1/images").iterdir()).name)[0] > 0).sum() == 100
+    labelme(tmp_path / "labels", "p0", [("cat", BOX, "polygon")], listed)
+    save_images(tmp_path / "labels", file)
+    convert("labelme", tmp_path / "labels", "--to", "masks", "--output-dir", tmp_path / "2")
+    assert (read(tmp_path / "2/masks/0", next((tmp_path / "2/images").iterdir()).name)[0] > 0).sum() == 100
+
+
+@pytest.mark.parametrize("word, taken", [
+    ("1", True), ("1.0", True), ("1.000000e+00", True), ("01", True), ("1.5", False), ("-1", False), ("0_1", False),
+    ("nan", False), ("inf", False), ("2", False)])
+def test_yolo_classes_may_be_written_as_floats(tmp_path, capsys, word, taken):
+    source = yolo(tmp_path / "set", [f"{word} {outline(BOX)}", f"0 {outline(FAR_BOX)}"])
+    found = convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"cat": 1, "dog": int(taken)}
+    assert note(capsys, "lines without a class of 0 to 1, left out: 1", f"p0.txt: {word} ") == (not taken)
+
+
+def test_confidences_and_boxes_are_said(tmp_path, capsys):
+    source = yolo(tmp_path / "set", [f"0 {outline(BOX)} 0.9", "1 0.5 0.5 0.2 0.2 0.9"])
+    with pytest.raises(utils.InputError, match="no object in 1 images; see the notes"):
+        convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+    assert note(capsys, "cannot be used: 2 (line 1 of", "p0.txt: a box, not a polygon; predict.py --prompts",
+                "p0.txt: 9 numbers are no pairs x y; if the last is a confidence, save the labels without")
+    save_images(tmp_path, "p0.png")
+    box = {"bbox": [4, 6, 10, 10]}
+    path = coco(tmp_path, [(0, 5, [], box), (0, 5, [[]], box), (0, 5, None, box), (0, 5, [BOX], box)])
+    assert convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1, "dog": 0}
+    assert note(capsys, "cannot be used: 3 (annotation 1 of p0.png: a box, not a polygon; predict.py --prompts")
+
+
+@pytest.mark.parametrize("counts", [[0.5, 2879.5], ["2880"], [[2880]], [-1, 2881], {"a": 1}, [1], "", None, 5])
+def test_run_lengths_that_are_none_are_said_without_numpy(tmp_path, capsys, counts):
+    save_images(tmp_path, "p0.png")
+    path = coco(tmp_path, [(0, 5, {"size": [48, 60], "counts": counts}), (0, 5, [BOX])])
+    assert convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")["objects"]["cat"] == 1
+    text = capsys.readouterr().out
+    assert "objects with shapes that cannot be used: 1 (annotation 1 of p0.png: " in text
+    assert not any(word in text for word in ("array", "ufunc", "np.", "dtype", "OpenCV", "cast"))
+
+
+def test_a_stray_json_is_left_out(tmp_path, capsys):
+    save_images(tmp_path, "p0.png")
+    labelme(tmp_path, "p0", [("cat", BOX, "polygon")])
+    for name, content in (("a", {"categories": [], "images": []}), ("z", [1, 2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert convert("labelme", tmp_path, "--to", "masks", "--output-dir", tmp_path / "data")["images"] == 1
+    assert note(capsys, "json files that are not LabelMe's, left out: 2 (", "a.json; ", "z.json")
+
+
+# --- Masks -> COCO ---
+
 def decode(annotation, size=SIZE):
     segmentation, mask = annotation["segmentation"], np.zeros(size, bool)
     for shape in segmentation if isinstance(segmentation, list) else [segmentation]:
@@ -630,6 +817,11 @@ def wrong_inputs():
         "no classes": ("yolo", yolo, "set: no classes.txt or data.yaml that names the classes; give --classes"),
         "gap": ("yolo", yolo_gap, "data.yaml: class 1 where 0 is due; number the names 0, 1, 2"),
         "no table": ("masks", lambda folder: folder, "areas.csv: No such file .*; give a file of UTF-8 text"),
+        "no class": ("coco", spoilt(categories=[{"id": 5, "name": " "}]),
+                     r"categories\[0\]: its class has no name; correct it"),
+        "no label": ("labelme", labels(shapes=[{"label": "", "points": []}]),
+                     r"p0.json: shapes\[0\]: its class has no name; correct it"),
+        "null label": ("labelme", labels(shapes=[{"label": None, "points": []}]), r"its class has no name"),
         "bad image": ("coco", lambda folder: (folder / "p0.png").write_bytes(b"no image") and spoilt()(folder),
                       "p0.png: not an image that can be read"),
     }
