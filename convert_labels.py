@@ -321,19 +321,55 @@ def class_name(value):
     return name
 
 
+def number_names(names, notes):
+    """Returns the names of classes 0, 1, 2 ...; an empty one keeps its id, as "class 1"."""
+    numbered = []
+    for class_id, name in enumerate(names):
+        if not name.strip():
+            name = f"class {class_id}"
+            notes.add("classes without a name", name)
+        numbered.append(class_name(name))
+    return numbered
+
+
+def parse_lines(text):
+    """Returns the lines of a text, without empty ones at its end."""
+    return re.split(r"\r\n?|\n", text.rstrip()) if text.strip() else []
+
+
 def class_names(values):
     """Names as lines of printable text, without empty ones."""
     names = [short(" ".join(str(value).split()), 100) for value in values]
     return [name for name in names if name]
 
 
-def list_files(folder, endings):
-    """{path in folder without ending: path}, sorted; InputError if there are none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
-    if not paths:
+def list_files(folder, endings, wanted=None):
+    """Returns {path in folder without ending: path}, sorted; hidden files are left out.
+
+    InputError if there are none, or two of one name (of those in `wanted`, if it is given).
+    """
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        relative = path.relative_to(folder)
+        is_hidden = any(part[0] == "." for part in relative.parts)
+        if path.suffix.lower() not in endings or is_hidden or not path.is_file():
+            continue
+        name = utils.nfc(relative.with_suffix("").as_posix())
+        if name in found and (wanted is None or name in wanted):
+            raise utils.InputError(f"{path}: {found[name].name} has the same name; remove one")
+        found[name] = path
+    if not found:
         raise utils.InputError(f"{folder}: no {' '.join(sorted(endings))} files here; give another "
                                "folder")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    return found
+
+
+def check_parts(root, folder):
+    """Raises InputError if not root but its parts, as train/ and valid/, have such a folder."""
+    parts = sorted(str(path.parent) for path in root.glob(f"*/{folder}") if path.is_dir())
+    if parts:
+        raise utils.InputError(f"{root}: has no {folder}/, but its parts have; convert each on its "
+                               f"own: {', '.join(parts)}")
 
 
 def find_image(folder, name):
@@ -429,15 +465,19 @@ def load_labelme(path):
 
 
 def read_yolo(args, notes):
-    """Names of the classes, by id, and Items of a folder of YOLO's segmentation txt files."""
-    root = Path(args.input)
-    names = read_yolo_names(root) or read_yolo_names(root.parent)
-    names = names or class_names(args.classes or [])
+    """Returns the names of the classes, by id, and the Items of a folder of YOLO's txt files."""
+    root, names = Path(args.input), []
+    for folder in (root, root / "labels", root.parent):
+        names = names or read_yolo_names(folder, notes)
+    names = names or number_names(args.classes or [], notes)
     if not names:
         raise utils.InputError(f"{root}: no classes.txt or data.yaml that names the classes; give "
                                "--classes the names of 0, 1, 2 ...")
     labels, folder = [root / sub if (root / sub).is_dir() else root for sub in ("labels", "images")]
-    labels, images = list_files(labels, {".txt"}), list_files(args.images or folder, utils.IMAGES)
+    labels = list_files(labels, {".txt"})
+    images = list_files(args.images or folder, utils.IMAGES, wanted=labels)
+    if not labels.keys() & images.keys():
+        check_parts(root, "labels")
     for key, path in images.items():
         if key not in labels:
             notes.add("images without a .txt, left out (an empty one says: no object)", path)
@@ -445,21 +485,51 @@ def read_yolo(args, notes):
                    for key, path in labels.items() if path.name != "classes.txt"]
 
 
-def read_yolo_names(folder):
-    """Names in classes.txt, one per line, or under "names:" in a yaml file; [] without them."""
-    if (folder / "classes.txt").is_file():
-        return class_names(read_text(folder / "classes.txt").splitlines())
-    names = []
-    for path in sorted(folder.glob("*.y*ml"))[:1]:
-        text = re.sub(r"(^|\s)#.*", "", read_text(path), flags=re.M)  # no comments
-        found = re.search(r"^names:(.*?)(?=^\w|\Z)", text, re.M | re.S)
-        for line in re.split(r"[,\n]", found[1].strip("[]{} \r\n") if found else ""):
-            k, name = re.match(r"\s*(?:-|(\d+)\s*:)?\s*(.*?)\s*$", line).groups()
-            if k and int(k) != len(names):
-                raise utils.InputError(f"{path}: class {k} where {len(names)} is due; number the "
-                                       "names 0, 1, 2 ...")
-            names += class_names([name.strip("'\"")])
-    return names
+def read_yolo_names(folder, notes):
+    """Returns the names in a folder's classes.txt, data.yaml or other yaml file; [] if none has."""
+    yaml_paths = sorted(folder.glob("*.y*ml"), key=lambda path: (path.stem != "data", path))
+    for path in [folder / "classes.txt", *yaml_paths]:
+        parse = parse_lines if path.suffix == ".txt" else parse_yaml
+        if path.is_file():
+            with reading(path, "number the names 0, 1, 2 ... or list them: [cat, dog]"):
+                names = parse(read_text(path))
+            if names:
+                return number_names(names, notes)
+    return []
+
+
+def parse_yaml(text):
+    """Returns the names under "names:", a list or a map of ids, in brackets or line by line."""
+    blank, key = r"(?:\s|(?<=\s)#.*)*+", r"""["']?(?P<id>\d+)["']?[ \t]*:"""  # blank: and comments
+    start = re.compile(rf"""^["']?names["']?[ \t]*:{blank}""", re.M).search(text)
+    if not start:
+        return []
+    names, position, form = [], start.end(), text[start.end():start.end() + 1]
+    marker = {"[": "", "-": "-(?!--)"}.get(form, key)
+    if form in ("[", "{"):
+        position += 1
+        letter, gap, separator, ending = r"[^,\[\]{}]", blank, r",|(?=[\]}])", r"[\]}]"
+    else:  # ends before a line that is neither indented nor an entry of a list
+        letter, gap, separator = ".", r"(?:[^\S\n]|(?<=\s)#.*)*+", r"\n|\Z"
+        ending = r"^(?!-(?!--))|\Z"
+    quoted, special = r"""'(?:[^']|'')*+'|"(?:[^"\\]|\\.)*+\"""", r"""['"&*!|>%@`]"""
+    plain = rf"(?!{special})(?:(?!\s#|:\s){letter})*?"
+    entry = re.compile(rf"{blank}{marker}{gap}(?P<name>{quoted}|{plain}){gap}(?:{separator})")
+    ending = re.compile(rf"{blank}(?:{ending})", re.M)
+    while not ending.match(text, position):
+        found = entry.match(text, position)
+        if not found:
+            raise ValueError(f"{short(text[position:].strip(), 40)} is not the name of a class")
+        position, name = found.end(), found["name"].strip()
+        if name.startswith("'"):
+            name = name[1:-1].replace("''", "'")
+        elif name.startswith('"'):
+            name = json.loads(name, strict=False)
+        names.append((int(found["id"]) if marker == key else len(names), name))
+    for expected, (class_id, _) in enumerate(sorted(names)):
+        if class_id != expected:
+            raise ValueError(f"class {class_id} where {expected} is due")
+    return [name for _, name in sorted(names)]
 
 
 def load_yolo(path, names, notes):

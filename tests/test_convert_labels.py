@@ -286,6 +286,82 @@ def outline(polygon):
     return " ".join(f"{value / side:.12f}" for value, side in zip(polygon, [60, 48] * 9))
 
 
+@pytest.mark.parametrize("text, names", [
+    ("names: ['cat, small', 'dog']\nnc: 2", ["cat, small", "dog"]),
+    ("names: ['cat #1', \"dog\"]  # two, 'so'", ["cat #1", "dog"]),
+    ("names: [cat, '', dog]", ["cat", "", "dog"]), ("names: [cat, , dog]", ["cat", "", "dog"]),
+    ("names: ['cat',\n'dog',  # it's a dog\n]\nnc: 2", ["cat", "dog"]), ("names: [ ]\nnc: 0", []),
+    ("names: {1: cat, 0: 'dog, big'}", ["dog, big", "cat"]), ('names: {"0":"cat","1":"dog"}', ["cat", "dog"]),
+    ("names:\n- 'cat #1'\n- a#b # c\n-\n- it's\n\n- 'it''s'\nnc: 5", ["cat #1", "a#b", "", "it's", "it's"]),
+    ("names:  # three, as 'so\n  # - none\n  - rock 'n roll\n  - a, b\n  - \"\\\"\\u00e9\"\nx:\n- y",
+     ["rock 'n roll", "a, b", '"\u00e9']),
+    ("path: it's\r\nnames:\r\n  1: cat\r\n  '0': ''\r\n  2: dog\r\ntrain: x\r\n", ["", "cat", "dog"]),
+    ("names:\n    - 1.0\n    - yes\n---\n- x", ["1.0", "yes"]), ("names:\nnc: 2", []), ("task: segment", [])])
+def test_names_in_yaml(text, names):
+    assert convert_labels.parse_yaml(text) == names
+
+
+@pytest.mark.parametrize("text, message", [
+    ("names: [cat, dog", "dog is not the name"), ("names: ['cat' x, dog]", "is not the name of a class"),
+    ("names: cat", "cat is not the name"), ("names: &a [cat]", "is not the name"),
+    ("names: *a\nnc: 1", "is not the name"),
+    ("names:\n- name: cat\n  id: 3", "- name: cat"), ("names:\n  - cat\n    small\n", "small is not the name"),
+    ("names:\n- 'cat\n- dog\n", "- 'cat"), ("names: {0: cat, 2: dog}", "class 2 where 1 is due"),
+    ("names:\n  0: cat\n  0: dog\n", "class 0 where 1 is due"), ("names: {1: cat}", "class 1 where 0 is due")])
+def test_names_in_yaml_that_cannot_be_read_are_refused(tmp_path, text, message):
+    source = yolo(tmp_path / "set", [f"0 {outline(BOX)}"], text)
+    message = f"data.yaml: .*{re.escape(message)}.*; number the names 0, 1, 2 ... or list them"
+    with pytest.raises(utils.InputError, match=message):
+        convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+
+
+def test_an_endless_comment_in_yaml_takes_no_time():
+    for text in ("names:\n" + "# " * 9999 + "x", "names: [" + "a # " * 9999, "names: ['" + "''" * 9999):
+        started = time.perf_counter()
+        with contextlib.suppress(ValueError):
+            convert_labels.parse_yaml(text)
+        assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("names", [
+    "cat,,dog", ",cat,dog", "names: [cat, '', dog]", "names: {0: cat, 2: dog, 1: }", "names:\n- cat\n- # none\n- dog\n",
+    "--classes", "cat\u2028,\x85,dog,,"])
+def test_an_id_does_not_change_because_of_another_name(tmp_path, capsys, names):
+    """Of three classes one has no name; a name may also hold what Python takes for the end of a line."""
+    source = yolo(tmp_path / "set", [f"2 {outline(BOX)}", f"1 {outline(FAR_BOX)}"], names)
+    options = []
+    if names == "--classes":
+        (source / "classes.txt").unlink()
+        options = ["--classes", "cat,,dog"]
+    found = convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data", *options)
+    unnamed = "class 0" if names[0] == "," else "class 1"
+    assert found["objects"]["dog"] == 1 and note(capsys, "classes without a name: 1", unnamed)
+    if names == "--classes":  # which also chooses
+        assert found["objects"] == {"cat": 0, "dog": 1}
+        return
+    classes = (tmp_path / "data/masks/classes.txt").read_text().splitlines()
+    assert len(classes) == 3 and classes[2] == "dog" and unnamed in classes
+    assert (read(tmp_path / "data/masks/2", "p0.png")[0] == 255 * rectangle(4, 6, 14, 16)).all()
+    assert (read(tmp_path / "data/masks/1", "p0.png")[0] == 255 * rectangle(50, 0, 60, 10)).all()
+
+
+def test_args_yaml_does_not_hide_data_yaml(tmp_path):
+    source = yolo(tmp_path / "set", [f"1 {outline(BOX)}"], "names: [cat, dog]\n")
+    (source / "args.yaml").write_text("task: segment\nmode: train\n")
+    (source / "best.yaml").write_text("names: [x, y]\n")
+    found = convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"cat": 0, "dog": 1}
+    (source / "data.yaml").unlink()
+    found = convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "best")
+    assert found["objects"] == {"x": 0, "y": 1}
+    (source / "best.yaml").unlink()
+    (source / "labels/classes.txt").write_text("a\nb\n")  # where LabelImg writes it
+    found = convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "other")
+    assert found == {"images": 1, "objects": {"a": 0, "b": 1}}
+
+
+# --- Two of one name ---
+
 @pytest.mark.parametrize("same", [
     [(5, "cat"), (5, "dog")], [(5, "cat"), ("5", "dog")], [(5, "cat"), (3, "dog"), (3, "x")]])
 def test_categories_of_one_id_are_refused(tmp_path, same):
