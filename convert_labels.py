@@ -29,6 +29,7 @@ import base64
 import contextlib
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -297,9 +298,12 @@ def reading(place, remedy="correct it, or export it again"):
         raise utils.InputError(f"{short(place, 200)}: {reason(error)}; {remedy}") from None
 
 
-def read_text(path):
+def read_text(path, errors="strict"):
+    """Returns the text of a UTF-8 file; `errors` is what bytes.decode does with other bytes."""
+    with reading(path, "give one file that can be read"):
+        data = Path(path).read_bytes()
     with reading(path, "give a file of UTF-8 text"):
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig", errors)
 
 
 def read_json(path):
@@ -335,12 +339,6 @@ def number_names(names, notes):
 def parse_lines(text):
     """Returns the lines of a text, without empty ones at its end."""
     return re.split(r"\r\n?|\n", text.rstrip()) if text.strip() else []
-
-
-def class_names(values):
-    """Names as lines of printable text, without empty ones."""
-    names = [short(" ".join(str(value).split()), 100) for value in values]
-    return [name for name in names if name]
 
 
 def list_files(folder, endings, wanted=None):
@@ -549,41 +547,82 @@ def load_yolo(path, names, notes):
 
 
 def read_masks(args, notes):
-    """Names of the classes and Items of images/ and masks/, or of what predict.py wrote."""
-    root, layers = Path(args.input), {}  # {image: [(class, path of mask, id; None: 0 and 255)]}
+    """Returns the names of the classes and the Items of a folder of masks, or of predict.py's."""
+    root = Path(args.input)
     if (root / "masks").is_dir():
-        folders = sorted(path for path in (root / "masks").iterdir() if path.is_dir())
-        folders = folders or [root / "masks"]
-        names = [path.name for path in folders]
-        if (root / "masks/classes.txt").is_file():
-            names = class_names(read_text(root / "masks/classes.txt").splitlines())
-            folders = [root / "masks" / str(k) for k in range(len(names))]
-        for name, folder in zip(names, folders):
-            for key, path in list_files(folder, utils.IMAGES).items():
-                layers.setdefault(key, []).append((name, path, None))
+        names, layers = find_masks(root / "masks", notes)
+    elif (root / "areas.csv").is_file():
+        names, layers = find_predictions(root)
     else:
-        with reading(root / "areas.csv", "give a folder that predict.py wrote, or one with masks/"):
-            for row in csv.DictReader(read_text(root / "areas.csv").splitlines()):
-                layers.setdefault(row["image"], []).append(row["class"])
-        for key, names in layers.items():
-            names = names[1:] or names  # of several the first is the background
-            layers[key] = [(name, root / f"{key}_mask.png", k) for k, name in enumerate(names, 1)]
-    folder = args.images or root / "images"
-    images = list_files(folder, utils.IMAGES) if os.path.isdir(folder) else {}
-    return names, [Item(key, images.get(key), utils.image_size(found[0][1]),
-                        partial(load_masks, found)) for key, found in layers.items()]
+        check_parts(root, "masks")
+        raise utils.InputError(f"{root}: has neither masks/ nor areas.csv; give a folder with "
+                               "images/ and masks/, or one that predict.py wrote")
+    folder, images = args.images or root / "images", {}
+    if os.path.isdir(folder):
+        images = list_files(folder, utils.IMAGES, wanted={utils.nfc(key) for key in layers})
+    items = []
+    for key, found in layers.items():
+        size = utils.image_size(found[0][1])
+        items.append(Item(key, images.pop(utils.nfc(key), None), size, partial(load_masks, found)))
+    for path in images.values():
+        notes.add("images without a mask, left out", path)
+    return names, items
+
+
+def find_masks(folder, notes):
+    """Returns the names of the classes and {image: [(class, path of its mask, None)]} of masks/."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
+    folders = folders or [folder]
+    names, layers = [class_name(path.name) for path in folders], {}
+    if (folder / "classes.txt").is_file():
+        names = number_names(parse_lines(read_text(folder / "classes.txt")), notes)
+        named = [folder / str(number) for number in range(len(names))]
+        for path in sorted({*folders} - {*named, folder}):
+            notes.add("folders that masks/classes.txt does not name, left out", path)
+        folders = named
+    for name, folder in zip(names, folders):
+        for key, path in list_files(folder, utils.IMAGES).items():
+            layers.setdefault(key, []).append((name, path, None))
+    return names, layers
+
+
+def find_predictions(root):
+    """Returns the names of the classes and {image: [(class, path of its mask, id)]} of predict.py.
+
+    The id is None where each class has a mask of its own, as their areas may overlap.
+    """
+    classes, layers = {}, {}
+    with reading(root / "areas.csv", "give a folder that predict.py wrote, or one with masks/"):
+        text = read_text(root / "areas.csv", "surrogateescape")  # a file name may be any bytes
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            classes.setdefault(row["image"], []).append(row["class"])
+        for key, names in classes.items():
+            mask = root / f"{key}_mask.png"
+            own_masks = [root / f"{key}_mask_{name}.png" for name in names]
+            if own_masks[0].is_file():
+                found = [(class_name(name), path, None) for name, path in zip(names, own_masks)]
+            elif names[0] == "object 1":  # of a net with prompts: ids without a background
+                found = [("object", mask, k) for k in range(1, 255) if f"object {k}" in names]
+            else:  # of several classes the first is the background
+                names = names[1:] or names
+                found = [(class_name(name), mask, k) for k, name in enumerate(names, 1)]
+            layers[key] = found
+    names = dict.fromkeys(name for found in layers.values() for name, *_ in found)
+    return [*names], layers
 
 
 def load_masks(layers):
-    """Objects of the layers of an image: each connected part of a class."""
-    objects, before = [], None
-    for name, path, k in layers:
-        if path != before:
-            mask, before = utils.read_mask(path), path
-        class_mask = mask == k
-        if k is None:
-            class_mask = mask if mask.dtype == bool else mask > 127
-        for (rows, columns), part in connected_parts(class_mask):
+    """Returns the Objects of an image: each connected part of a class."""
+    objects, shapes, previous = [], {}, None
+    for name, path, number in layers:
+        if path != previous:
+            mask = utils.read_binary_mask(path) if number is None else utils.read_mask(path)
+            previous, shapes[mask.shape] = path, path
+        if len(shapes) > 1:
+            raise utils.InputError(f"{' and '.join(map(str, shapes.values()))} differ in size; "
+                                   "save them at one size")
+        for (rows, columns), part in connected_parts(mask if number is None else mask == number):
             draw = partial(draw_part, columns.start, rows.start, part)
             objects.append(Object(name, path, [draw]))
     return objects

@@ -345,6 +345,39 @@ def test_an_id_does_not_change_because_of_another_name(tmp_path, capsys, names):
     assert (read(tmp_path / "data/masks/1", "p0.png")[0] == 255 * rectangle(50, 0, 60, 10)).all()
 
 
+def test_masks_keep_their_class_where_classes_txt_has_an_empty_line(tmp_path, capsys):
+    save_images(tmp_path / "images", "p0.png")
+    for k, box in enumerate([rectangle(4, 6, 14, 16), rectangle(50, 0, 60, 10), rectangle(20, 20, 30, 30)]):
+        (tmp_path / f"masks/{k}").mkdir(parents=True)
+        utils.save_image(tmp_path / f"masks/{k}/p0.png", box * np.uint8(255))
+    (tmp_path / "masks/classes.txt").write_text("\ndog\n")
+    convert("masks", tmp_path, "--to", "voc", "--output-dir", tmp_path / "data")
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")
+    assert (label == rectangle(4, 6, 14, 16) + 2 * rectangle(50, 0, 60, 10)).all()
+    assert json.loads((tmp_path / "data" / VOC / "class_names.json").read_text()) == {
+        "background": 0, "class 0": 1, "dog": 2}
+    assert note(capsys, "folders that masks/classes.txt does not name, left out: 1", "masks/2")
+
+
+def test_class_folders_have_the_order_of_their_numbers(tmp_path):
+    save_images(tmp_path / "images", "p0.png")
+    for k in range(11):
+        (tmp_path / f"masks/{k}").mkdir(parents=True)
+        utils.save_image(tmp_path / f"masks/{k}/p0.png", rectangle(4 * k, 0, 4 * k + 4, 5) * np.uint8(255))
+    (tmp_path / "masks/.hidden").mkdir()
+    convert("masks", tmp_path, "--to", "voc", "--output-dir", tmp_path / "data")
+    label, = read(tmp_path / "data" / VOC / "SegmentationClass", "p0.png")
+    assert label[0, ::4].tolist() == [*range(1, 12), 0, 0, 0, 0]  # as train_unet.py has them
+
+
+def test_a_class_folder_with_odd_spaces(tmp_path):
+    save_images(tmp_path / "images", "p0.png")
+    (tmp_path / "masks/my  cat").mkdir(parents=True)
+    utils.save_image(tmp_path / "masks/my  cat/p0.png", rectangle(4, 6, 14, 16) * np.uint8(255))
+    found = convert("masks", tmp_path, "--to", "coco", "--output-dir", tmp_path / "data")
+    assert found["objects"] == {"my cat": 1}
+
+
 def test_args_yaml_does_not_hide_data_yaml(tmp_path):
     source = yolo(tmp_path / "set", [f"1 {outline(BOX)}"], "names: [cat, dog]\n")
     (source / "args.yaml").write_text("task: segment\nmode: train\n")
@@ -372,6 +405,118 @@ def test_categories_of_one_id_are_refused(tmp_path, same):
         convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")
     path = coco(tmp_path, [(0, 5, [BOX])], categories=[(5, "cat"), (5, "cat"), (3, "cat")])  # which differ in nothing
     assert convert("coco", path, "--to", "masks", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1}
+
+
+@pytest.mark.parametrize("kind", [
+    "yolo", "yolo --images", "yolo labels", "masks", "masks --images", "class", "labelme"])
+@pytest.mark.parametrize("other", [".jpg", ".tif"])
+def test_two_files_of_one_name_are_refused_by_name(tmp_path, kind, other):
+    """p0.jpg beside p0.png, or an empty p0.tif."""
+    source, options = tmp_path / "set", []
+    if kind.startswith("yolo"):
+        yolo(source, [f"0 {outline(BOX)}"])
+        extra = source / "images/p0.png"
+        if kind == "yolo labels":
+            extra, other = source / "labels/p0.txt", ".TXT"
+    elif kind == "labelme":
+        labelme(source, "p0", [("cat", BOX, "polygon")])
+        save_images(source, "p0.png")
+        extra, other = source / "p0.json", ".JSON"
+    else:
+        save_images(source / "images", "p0.png")
+        (source / "masks/0").mkdir(parents=True)
+        utils.save_image(source / "masks/0/p0.png", rectangle(4, 6, 14, 16) * np.uint8(255))
+        extra = source / ("masks/0/p0.png" if kind == "class" else "images/p0.png")
+    if kind.endswith("--images"):
+        (source / "images").rename(tmp_path / "elsewhere")
+        extra, options = tmp_path / "elsewhere/p0.png", ["--images", tmp_path / "elsewhere"]
+    extra.with_suffix(other).write_bytes(b"" if other == ".tif" else extra.read_bytes())
+    words = [kind.split()[0].replace("class", "masks"), source, *options, "--to", "coco",
+             "--output-dir", tmp_path / "data"]
+    with pytest.raises(utils.InputError, match=r"p0\.\w+: p0\.\w+ has the same name; remove one"):
+        convert(*words)
+    assert not (tmp_path / "data").exists()
+    extra.with_suffix(other).rename(extra.with_name(f".{extra.stem}{other}"))  # hidden files are left out
+    assert convert(*words)["images"] == 1
+    if options or kind in ("yolo", "masks"):  # nothing is said of images that are not used
+        for ending in (".png", ".jpg"):
+            extra.with_name(f"unused{ending}").write_bytes(extra.read_bytes())
+        assert convert(*words, "--overwrite")["images"] == 1
+
+
+def masks_folder(folder, mask, name="p0.png"):
+    save_images(folder / "images", "p0.png")
+    (folder / "masks").mkdir()
+    Image.fromarray(mask).save(folder / "masks" / name)
+    return folder
+
+
+@pytest.mark.parametrize("values", [(1, 255), (85, 170, 255), (1,), (1, 2, 3), (0, 127)])
+def test_masks_of_ids_and_grey_codes_are_refused_by_name(tmp_path, values):
+    mask = np.zeros(SIZE, np.uint8)
+    for k, value in enumerate(values):
+        mask[4 + 10 * k:14 + 10 * k, 5:40] = value
+    source = masks_folder(tmp_path / "set", mask)
+    with pytest.raises(utils.InputError, match="set/masks/p0.png: has values 0, .*; a mask holds 0 .* and 255"):
+        convert("masks", source, "--to", "coco", "--output-dir", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "1 bit", "16 bits", "soft edges", "JPEG", "rgb"])
+def test_masks_of_0_and_255_are_taken(tmp_path, kind):
+    box, name = rectangle(5, 5, 40, 30), "p0.png"
+    mask = box * np.uint8(255)
+    if kind == "1 bit":
+        mask = box
+    elif kind == "16 bits":
+        mask = box * np.uint16(65535)
+    elif kind == "soft edges":
+        mask = cv2.GaussianBlur(mask, (3, 3), 0)
+    elif kind == "JPEG":
+        name = "p0.jpg"
+    elif kind == "rgb":
+        mask = np.repeat(mask[..., None], 3, 2)
+    source = masks_folder(tmp_path / "set", mask, name)
+    convert("masks", source, "--to", "npy", "--output-dir", tmp_path / "data")
+    assert (np.load(tmp_path / "data/gts/p0.npy") == box).all()
+
+
+def test_masks_of_two_sizes_are_refused(tmp_path):
+    save_images(tmp_path / "set/images", "p0.png")
+    for k, size in enumerate([SIZE, (24, 30)]):
+        (tmp_path / f"set/masks/{k}").mkdir(parents=True)
+        utils.save_image(tmp_path / f"set/masks/{k}/p0.png", np.full(size, 255, np.uint8))
+    with pytest.raises(utils.InputError, match="0/p0.png and .*1/p0.png differ in size; save them at one size"):
+        convert("masks", tmp_path / "set", "--to", "coco", "--output-dir", tmp_path / "data")
+
+
+def predicted(folder, ids, rows, **masks):
+    """What predict.py writes: NAME_mask.png, areas.csv and, of classes that may overlap, NAME_mask_CLASS.png."""
+    folder.mkdir()
+    utils.save_mask(folder / "p0_mask.png", ids)
+    for name, mask in masks.items():
+        utils.save_image(folder / f"p0_mask_{name}.png", mask * np.uint8(255))
+    with open(folder / "areas.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"],
+                                    *[["p0", name, 1, 1, ""] for name in rows]])
+    return folder
+
+
+def test_predictions_of_each_kind_of_net_keep_their_classes(tmp_path):
+    first, second = rectangle(4, 6, 14, 16), rectangle(10, 10, 30, 20)
+    ids = np.where(second, 2, first * 1)  # of train_unet.py's classes from 1, the more probable one
+    save_images(tmp_path / "in", "p0.png")
+    words = ["--images", tmp_path / "in", "--to", "masks", "--output-dir"]
+    source = predicted(tmp_path / "unet", ids, ["a", "b"], a=first, b=second)
+    assert convert("masks", source, *words, tmp_path / "1")["objects"] == {"a": 1, "b": 1}
+    assert (read(tmp_path / "1/masks/0", "p0.png")[0] == 255 * first).all()
+    assert (read(tmp_path / "1/masks/1", "p0.png")[0] == 255 * second).all()
+    source = predicted(tmp_path / "sam", ids, ["object 1", "object 1 mask 1", "object 2"])
+    assert convert("masks", source, *words, tmp_path / "2")["objects"] == {"object": 2}
+    assert (read(tmp_path / "2/masks/0", "p0.png")[0] == 255 * (first | second)).all()
+    source = predicted(tmp_path / "deeplab", ids, ["sky", "a", "b"])
+    assert convert("masks", source, *words, tmp_path / "3")["objects"] == {"a": 1, "b": 1}
+    assert (read(tmp_path / "3/masks/0", "p0.png")[0] == 255 * (first & ~second)).all()
 
 
 def slanted(*corners):
@@ -522,6 +667,26 @@ def test_run_lengths_that_are_none_are_said_without_numpy(tmp_path, capsys, coun
     text = capsys.readouterr().out
     assert "objects with shapes that cannot be used: 1 (annotation 1 of p0.png: " in text
     assert not any(word in text for word in ("array", "ufunc", "np.", "dtype", "OpenCV", "cast"))
+
+
+@pytest.mark.parametrize("kind", ["yolo", "masks"])
+def test_a_data_set_in_parts_names_the_parts(tmp_path, kind):
+    """As Roboflow exports it: train/, valid/ and test/ beside data.yaml."""
+    for part in ("train", "valid", "test"):
+        if kind == "yolo":
+            yolo(tmp_path / "set" / part, [f"1 {outline(BOX)}"])
+            (tmp_path / "set" / part / "classes.txt").unlink()
+        else:
+            (tmp_path / "set" / part).mkdir(parents=True)
+            masks_folder(tmp_path / "set" / part, rectangle(4, 6, 14, 16) * np.uint8(255))
+    (tmp_path / "set/data.yaml").write_text("train: ../train/images\nnc: 2\nnames: ['cat', 'dog']\n")
+    (tmp_path / "set/README.roboflow.txt").write_text("1 image\n")
+    folder = "labels" if kind == "yolo" else "masks"
+    with pytest.raises(utils.InputError, match=f"set: has no {folder}/, but its parts have; convert each on its own: "
+                                               ".*set/test, .*set/train, .*set/valid$"):
+        convert(kind, tmp_path / "set", "--to", "coco", "--output-dir", tmp_path / "data")
+    found = convert(kind, tmp_path / "set/valid", "--to", "coco", "--output-dir", tmp_path / "data")
+    assert found["objects"] == ({"cat": 0, "dog": 1} if kind == "yolo" else {"masks": 1})
 
 
 def test_a_stray_json_is_left_out(tmp_path, capsys):
@@ -892,7 +1057,8 @@ def wrong_inputs():
         "no folder": ("labelme", lambda folder: folder / "gone", "gone: no .json files here; give another folder"),
         "no classes": ("yolo", yolo, "set: no classes.txt or data.yaml that names the classes; give --classes"),
         "gap": ("yolo", yolo_gap, "data.yaml: class 1 where 0 is due; number the names 0, 1, 2"),
-        "no table": ("masks", lambda folder: folder, "areas.csv: No such file .*; give a file of UTF-8 text"),
+        "no masks": ("masks", lambda folder: folder,
+                     "has neither masks/ nor areas.csv; give a folder with images/ and masks/, or one that predict.py"),
         "no class": ("coco", spoilt(categories=[{"id": 5, "name": " "}]),
                      r"categories\[0\]: its class has no name; correct it"),
         "no label": ("labelme", labels(shapes=[{"label": "", "points": []}]),
