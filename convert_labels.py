@@ -6,24 +6,25 @@
     python convert_labels.py masks out --to coco --output-dir out-coco
 
 Reads:  coco     a json file: polygons, run lengths (compressed or not), crowds
-        labelme  a folder of json files: polygons, rectangles, circles, masks; shapes of one label
-                 and one group_id are one object
+        labelme  a folder of json files: polygons, rectangles, circles, ellipses, masks; shapes of
+                 one label and one group_id are one object; __ignore__ is void in voc, no class
         yolo     a folder with labels/*.txt (class x y x y ... in 0..1) and images/; names of the
                  classes in classes.txt or data.yaml, else in --classes
-        masks    a folder with images/ and masks/, or an --output-dir of predict.py: each connected
-                 part of a class is an object
+        masks    a folder with images/ and masks/ (0 and 255), or an --output-dir of predict.py:
+                 each connected part of a class is an object
 Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), masks/classes.txt
         voc      VOCdevkit/VOC2012/: JPEGImages, SegmentationClass, SegmentationObject,
                  ImageSets/Segmentation/train.txt and val.txt, class_names.json
         npy      imgs/NAME.npy, gts/NAME.npy (one number per object)
         coco     annotations.json: polygons, which cannot represent holes, or with --rle run lengths
         check_LAYOUT.png: the first images with their classes and objects
-NAME is that of the image's file, with its folders: sub_a for sub/a.jpg. Images are copied as they are.
-A pixel belongs to a polygon if its centre (of the first: 0.5, 0.5) is inside, by the even-odd rule.
-An object is the union of its shapes. In voc and npy smaller objects lie above larger ones. A crowd is
-part of its class in masks, 255 (void) in voc where no object is, and left out in npy. Masks are those
-of the image as it is seen, with EXIF rotation; they are turned where a json's width and height are
-those before it. What cannot be used (no area, no such image ...) is counted, the first two named.
+NAME is the image's path without its ending: sub_a for sub/a.jpg. Images are copied unchanged.
+A pixel belongs to a polygon if its centre (0.5, 0.5 for the first) is inside, by the even-odd rule.
+An object is the union of its shapes, without what lies outside the image. In voc and npy smaller
+objects lie above larger ones. A crowd is part of its class in masks, 255 (void) in voc where no
+object is, and left out in npy. Masks fit the image as it is displayed, with EXIF rotation; they are
+rotated if the json's width and height are those before it. Whatever cannot be used (a shape without
+area, a missing image ...) is counted at the end, and the first two are named.
 """
 import base64
 import contextlib
@@ -86,19 +87,19 @@ def get_args_parser():
 # --- Shapes ---
 
 def crop(mask):
-    """Mask (H, W) bool -> the window (slices) that holds all that is set, the part (h, w) in it."""
+    """Returns the window (slices) of what is set in mask (H, W) bool, and that part (h, w)."""
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     window = np.s_[y:y + height, x:x + width]
     return window, mask[window]
 
 
 def connected_parts(mask):
-    """Mask (H, W) bool -> yields window and part (h, w) of each connected part (8 neighbours)."""
+    """Yields window and part (h, w) of each connected part (8 neighbours) of mask (H, W) bool."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-    for k in range(1, count):
-        x, y, width, height, _ = map(int, stats[k])
+    for label in range(1, count):
+        x, y, width, height, _ = map(int, stats[label])
         window = np.s_[y:y + height, x:x + width]
-        yield window, labels[window] == k
+        yield window, labels[window] == label
 
 
 def fill(mask, polygon):
@@ -252,13 +253,13 @@ def draw_part(left, top, part, mask):
 class Object(NamedTuple):
     """An object; each of its shapes is a function that draws it on a mask (H, W) bool."""
     name: str  # of its class
-    where: str
+    where: str  # its place in the annotations, for messages
     shapes: list
     crowd: bool = False
 
 
 class Item(NamedTuple):
-    """An image, and how to load its Objects."""
+    """An image, and a function that returns its Objects."""
     file: str  # relative path
     path: Path | None  # None if there is no such image
     size: tuple  # (width, height) as the annotations say, None where they do not
@@ -283,6 +284,7 @@ def short(value, length=60):
 
 
 def reason(error):
+    """Returns the error's message, as one line."""
     text = getattr(error, "strerror", None) or str(error)  # OSError's without its number and file
     if isinstance(error, (TypeError, AttributeError)):
         text = f"a value of the wrong type ({text})"
@@ -291,7 +293,7 @@ def reason(error):
 
 @contextlib.contextmanager
 def reading(place, remedy="correct it, or export it again"):
-    """Whatever is wrong with values of a file that are used inside: one line naming the place."""
+    """Turns any error from bad values inside the block into one InputError naming `place`."""
     try:
         yield
     except (*BAD_VALUES, OSError, RecursionError, csv.Error) as error:
@@ -634,7 +636,10 @@ READERS = {"coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "masks
 # --- COCO ---
 
 def annotate(annotations, kind, image_id, category, mask, score=None):
-    """Appends annotations of mask (H, W) bool: one, or without score one per connected part."""
+    """Appends annotations of mask (H, W) bool: one, or without score one per connected part.
+
+    kind: polygon or rle; None appends nothing.
+    """
     for window, part in connected_parts(mask) if score is None else [crop(mask)]:
         if kind and part.size:
             annotate_part(annotations, kind, image_id, category, window, part, mask.shape)
@@ -642,7 +647,7 @@ def annotate(annotations, kind, image_id, category, mask, score=None):
 
 
 def annotate_part(annotations, kind, image_id, category, window, part, size, crowd=False):
-    """Appends the annotation of an object, part (h, w) in a window of (H, W).
+    """Appends the annotation of an object, part (h, w) in a window of an image of size (H, W).
 
     kind: polygon or rle; crowds are always run lengths.
     """
@@ -658,7 +663,7 @@ def annotate_part(annotations, kind, image_id, category, window, part, size, cro
 
 
 def polygons(part, left, top):
-    """Outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
+    """Returns outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
     part = part.astype(np.uint8)
     nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i: nodes 2i to 2i + 2
     nodes[1:] |= nodes[:-1].copy()
@@ -668,11 +673,11 @@ def polygons(part, left, top):
 
 
 def run_lengths(part, left, top, size):
-    """COCO's uncompressed RLE of part (h, w) in an image (H, W): runs of 0, 1, 0 ... by columns."""
+    """Returns COCO's run lengths of part (h, w) in an image (H, W): of 0, 1, 0 ... by columns."""
     columns, rows = np.nonzero(part.T)
-    places = (left + columns) * size[0] + top + rows
-    starts = places[np.diff(places, prepend=-2) != 1]
-    ends = places[np.diff(places, append=-2) != 1] + 1
+    positions = (left + columns) * size[0] + top + rows
+    starts = positions[np.diff(positions, prepend=-2) != 1]
+    ends = positions[np.diff(positions, append=-2) != 1] + 1
     counts = np.diff(np.stack([starts, ends], 1).ravel(), prepend=0, append=size[0] * size[1])
     return {"size": [*size], "counts": counts.tolist()}
 
@@ -775,7 +780,7 @@ def copy_image(path, target):
 
 
 def preview(path, label, ids):
-    """The image, its classes and its objects, made small enough to be kept."""
+    """Returns the image, its classes and its objects, small enough to keep them in memory."""
     image = read_image(path)
     shown = [image, utils.overlay(image, label % VOID), utils.overlay(image, ids % VOID)]
     size = [max(1, round(side * 512 / max(512, *label.shape))) for side in label.shape[::-1]]
@@ -803,37 +808,24 @@ def choose_classes(names, args):
 
 
 def find_images(items, args, notes):
-    """{name: (item, file, size, view)} of the images that are there, if all fit.
+    """Returns {name: (item, file, size, view)} of the images that are there, if all fit.
 
     view: that of a mask on which the objects are drawn, see STORED.
     """
     found, paths, items = {}, set(), sorted(items, key=lambda item: item.file)
     for item in tqdm(items, "checking", leave=False, disable=utils.hide_bar()):
         utils.raise_if_stopped()
-        file, size, view = Path(item.file), item.size, np.asarray
+        file, size = Path(item.file), item.size
         if item.path:
             file, size = file.with_name(item.path.name), utils.image_size(item.path)
         elif args.kind != "masks" or args.to != ["coco"]:
             notes.add("images that are not there, left out", item.file)
             continue
-        if item.size == size[::-1] != size:
-            with utils.open_image(item.path) as image:
-                view = STORED.get(image.getexif().get(0x0112))
-            notes.add("images annotated before EXIF rotation, masks turned", item.file)
-        elif any(told not in (None, side) for told, side in zip(item.size, size)):
-            view = None
-        if view is None:
-            told = " x ".join(map(short, item.size))
-            raise utils.InputError(
-                f"{args.input}: {short(item.file)}: width x height is {told}, but {item.path} has "
-                f"{size[0]} x {size[1]}; give the image that was annotated")
+        view = find_view(item, size, args, notes)
         if item.path in paths:
             raise utils.InputError(f"{args.input}: two entries of {item.path}; make them one")
         paths |= {item.path} - {None}
-        parts = re.split(r"[/\\:]", file.with_suffix("").as_posix())
-        name = "_".join(part for part in parts if part.strip(". "))
-        name = "".join(letter if letter.isprintable() else "_" for letter in name)  # one line
-        name = name.encode()[-200:].decode(errors="ignore").strip(". ") or "image"
+        name = output_name(file)
         while name.casefold() in found:
             name += "_2"
         found[name.casefold()] = name, item, file, size, view
@@ -846,8 +838,33 @@ def find_images(items, args, notes):
     return {name: rest for name, *rest in found.values()}
 
 
+def find_view(item, size, args, notes):
+    """Returns the view of a mask in which the annotations fit an image of this (width, height)."""
+    view = np.asarray
+    if item.size == size[::-1] != size:
+        with utils.open_image(item.path) as image:
+            view = STORED.get(image.getexif().get(0x0112))
+        notes.add("images annotated before EXIF rotation, masks turned", item.file)
+    elif any(side not in (None, actual) for side, actual in zip(item.size, size)):
+        view = None
+    if view is None:
+        annotated = " x ".join(map(short, item.size))
+        raise utils.InputError(
+            f"{args.input}: {short(item.file)}: width x height is {annotated}, but {item.path} has "
+            f"{size[0]} x {size[1]}; give the image that was annotated")
+    return view
+
+
+def output_name(file):
+    """Returns an image's name in the layouts: a line that reading a list leaves as it is."""
+    parts = re.split(r"[/\\:]", file.with_suffix("").as_posix())
+    name = "_".join(part for part in parts if part.strip(". "))
+    name = utils.nfc("".join(letter if letter.isprintable() else "_" for letter in name))
+    return name.encode()[-200:].decode(errors="ignore").strip(". ") or "image"
+
+
 def check_targets(found, args):
-    """InputError if a folder or file that is to be written is there, or is read from."""
+    """Raises InputError if a folder or file that would be written is there, or is read from."""
     read = {Path(args.input).resolve(), Path(args.input, "masks").resolve()}
     for item, *_ in found.values():
         if item.path:

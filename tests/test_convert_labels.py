@@ -270,7 +270,7 @@ def test_yolo_polygons_to_the_pixel(tmp_path, capsys, names):
     assert [image["file_name"] for image in images] == ["train/p 0.png", "train/p1.jpg"]
 
 
-# --- Masks -> COCO ---
+# --- Names of the classes ---
 
 def yolo(folder, lines, names="cat,dog", image="p0.png"):
     """A data set of one image; names: text of data.yaml or, with commas, of classes.txt."""
@@ -444,6 +444,15 @@ def test_two_files_of_one_name_are_refused_by_name(tmp_path, kind, other):
         assert convert(*words, "--overwrite")["images"] == 1
 
 
+def test_accents_of_macos_are_those_of_others(tmp_path):
+    source = yolo(tmp_path / "set", [f"0 {outline(BOX)}"], image="e\u0301.png")
+    (source / "labels/p0.txt").rename(source / "labels/\u00e9.txt")
+    assert convert("yolo", source, "--to", "voc", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1, "dog": 0}
+    assert utils.read_lines(tmp_path / "data" / VOC / "ImageSets/Segmentation/val.txt") == ["\u00e9"]
+
+
+# --- What is a mask of 0 and 255 ---
+
 def masks_folder(folder, mask, name="p0.png"):
     save_images(folder / "images", "p0.png")
     (folder / "masks").mkdir()
@@ -518,6 +527,19 @@ def test_predictions_of_each_kind_of_net_keep_their_classes(tmp_path):
     assert convert("masks", source, *words, tmp_path / "3")["objects"] == {"a": 1, "b": 1}
     assert (read(tmp_path / "3/masks/0", "p0.png")[0] == 255 * (first & ~second)).all()
 
+
+def test_names_of_predictions_may_be_any_bytes(tmp_path):
+    ids, name = rectangle(4, 6, 14, 16) * 1, "a\nb\u2028" + os.fsdecode(b"\xff")
+    (predicted(tmp_path / "out", ids, []) / "p0_mask.png").rename(tmp_path / "out" / f"{name}_mask.png")
+    save_images(tmp_path / "in", f"{name}.png")
+    with open(tmp_path / "out/areas.csv", "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerow([name, "cat", 1, 1, ""])
+    convert("masks", tmp_path / "out", "--images", tmp_path / "in", "--to", "voc", "--output-dir", tmp_path / "data")
+    assert utils.read_lines(tmp_path / "data" / VOC / "ImageSets/Segmentation/val.txt") == ["a_b__"]
+    assert (tmp_path / "data" / VOC / "JPEGImages/a_b__.png").is_file()
+
+
+# --- Shapes and values of other tools ---
 
 def slanted(*corners):
     mask = np.zeros(SIZE, bool)
@@ -873,6 +895,27 @@ def test_names_are_one_line_of_a_list(tmp_path):
     assert (tmp_path / "data/masks/classes.txt").read_text().splitlines() == ["dog", "big cat"]
 
 
+@pytest.mark.parametrize("name", [
+    " a", "a ", "\u00a0a\u00a0", "\u3000a", "a\x85b", "a\nb", "a\u2028b", "\ufeffa", "e\u0301", "#a", "a\tb", "a\x1cb",
+    ".a.", "a\\b", "\u200ba", " "])
+def test_a_name_in_a_list_is_read_back_from_it(tmp_path, name):
+    save_images(tmp_path / "in", f"{name}.png", "b.png")
+    category = name if name.strip() else "x"
+    path = coco(tmp_path, [(0, 5, [BOX])], [f"{name}.png", "b.png"], [(5, category), (3, "dog")])
+    if "\\" in name:
+        (tmp_path / "in" / f"{name}.png").rename(tmp_path / "in/b_.png")  # Windows' folder a
+        save_images(tmp_path / "in/a", "b.png")
+    convert("coco", path, "--images", tmp_path / "in", "--to", "voc", "masks", "--output-dir", tmp_path / "data")
+    voc = tmp_path / "data" / VOC
+    lists = [utils.read_lines(voc / f"ImageSets/Segmentation/{part}.txt") for part in ("train", "val")]
+    listed = [*lists[0], *lists[1]]
+    assert len(listed) == 2 and sorted(listed) == sorted(utils.list_images(voc / "JPEGImages"))
+    classes = utils.read_lines(tmp_path / "data/masks/classes.txt")
+    assert classes == [*json.loads((voc / "class_names.json").read_text(encoding="utf-8"))][1:]
+    counts = convert("masks", tmp_path / "data", "--to", "coco", "--output-dir", tmp_path / "back")["objects"]
+    assert list(counts) == classes and counts[classes[-1]] == 1
+
+
 def test_images_are_copied_or_made_png_and_rotated_ones_agree_with_their_masks(tmp_path):
     save_images(tmp_path, "a.webp")
     exif = Image.Exif()
@@ -1107,8 +1150,6 @@ def test_a_truncated_image_is_named_where_its_pixels_are_needed(tmp_path):
     with pytest.raises(utils.InputError, match="p1.png: truncated or unreadable"):
         convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")
 
-
-# --- Mutations ---
 
 @pytest.mark.parametrize("layout, file", [
     ("masks", "images/p0.png"), ("masks", "masks/0/p0.png"), ("masks", "masks/classes.txt"),
