@@ -1,4 +1,4 @@
-"""Tracks objects through a video with SAM 2: points, boxes or masks on some frames, masks on all.
+"""Tracks objects through a video with SAM 2, from points, boxes or masks on some of its frames.
 
     python predict_video.py --weights base_plus video.mp4 --box 210,300,420,460
     python predict_video.py --weights runs/train_sam2/best.pth frames/ --point 210,350@30 --coco
@@ -7,20 +7,23 @@
         --eval Annotations
 
 INPUT:   a video that OpenCV opens, or a folder of frames, sorted by the numbers in their names.
-Prompts: VALUE@FRAME:OBJECT, in pixels. FRAME is a number in the video, from 0, or a file's name in the
-         folder without its ending; left out, the first. OBJECT, 1 to 254, tells objects apart: prompts
-         of one number show one object, on any frames, at most one box on each; left out, it is 1. In
-         --mask each id is the object of that number (255 none; in a mask of 0 and 255 object 1); with
+Prompts: VALUE@FRAME:OBJECT, in pixels. FRAME is a number in the video, from 0, or a file's name in
+         the folder without its ending; left out, the first. OBJECT, 1 to 254, tells objects apart:
+         prompts of one id show one object, on any frames, at most one box on each; left out, it is 1.
+         In --mask each id is the object of that id (255 none; in a mask of 0 and 255 object 1); with
          :OBJECT all of it is that object. --prompts is a json of all: {"FRAME": [{"boxes": [[x0, y0,
-         x1, y1]], "points": [[x, y, label]], "mask": "FILE.png"}, ...]}: on each frame the first entry
-         shows object 1, the next 2 ..., or the one of its "object": N; {} skips one. What annotate.py
-         writes is such a file.
-Writes:  OUTPUT_DIR/masks/FRAME.png (palette PNG of object numbers; where objects overlap, the higher
+         x1, y1]], "points": [[x, y, label]], "mask": "FILE.png"}, ...]}: on each frame the first
+         entry shows object 1, the next 2 ..., or the one of its "object": N; {} skips one. What
+         annotate.py writes is such a file.
+Writes:  OUTPUT_DIR/masks/FRAME.png (palette PNG of object ids; where objects overlap, the higher
          logit wins, as in the official predictor), overlay.mp4, areas.csv (pixels of each object in
          masks/; score: probability that the frame shows it) and, with --coco, annotations.json.
 An object is tracked from its first prompt to the end and, unless --direction says otherwise, back to
 the start. Stopped (Ctrl-C, SIGTERM) and started again on the same folder, it continues. A frame that
-cannot be read is left out and named at the end, with exit status 2.
+cannot be read is left out and named at the end, with exit status 2. If a video's size changes,
+OpenCV stretches the later frames to the first one's.
+Copying: this script, utils.py and the folder nets/; for --coco convert_labels.py, for --eval
+train_sam2.py too.
 """
 import argparse
 import csv
@@ -89,22 +92,23 @@ def get_args_parser():
 
 
 def prompt(parse):
-    """Type of a prompt, VALUE[@FRAME[:OBJECT]] -> (value, frame or None, object or None)."""
+    """Returns the type of VALUE[@FRAME[:OBJECT]]: (value, frame or None, object or None)."""
     def parse_prompt(text):
         value, _, place = text.rpartition("@") if "@" in text else (text, "", "")
-        frame, _, number = place.partition(":")
-        if number and not (number.isdecimal() and 1 <= int(number) <= 254):
+        frame, _, object_id = place.partition(":")
+        if object_id and not (object_id.isdecimal() and 1 <= int(object_id) <= 254):
             raise argparse.ArgumentTypeError(f"{text}: an object is a number from 1 to 254")
-        return parse(value), frame or None, int(number) if number else None
+        return parse(value), frame or None, int(object_id) if object_id else None
     return parse_prompt
 
 
 # --- Frames ---
 
 class Folder:
-    """Frames of a folder: names, size (H, W), read(t) -> RGB uint8 (H, W, 3).
+    """Reads the frames of a folder: names, size (H, W), read(t).
 
-    bad: a line for each file that cannot be used. digest: of all frames that can.
+    all_names: also those that --every skips. bad: a line for each file that cannot be used. digest:
+    of all frames that can.
     """
 
     fps = 24.0
@@ -113,8 +117,8 @@ class Folder:
         found, digest = utils.list_images(path), hashlib.sha256()
         self.name, self.size = path.absolute().name, None
         self.names, self.paths, self.bad = [], [], []
-        chosen = sorted(found, key=by_number)[::every]
-        for name in tqdm(chosen, "reading", leave=False, disable=None):
+        self.all_names = sorted(found, key=by_number)
+        for name in tqdm(self.all_names[::every], "reading", leave=False, disable=None):
             utils.raise_if_stopped()
             try:
                 image = utils.read_image(found[name])
@@ -135,23 +139,24 @@ class Folder:
             raise utils.InputError([*self.bad, reason][0])
 
     def read(self, t):
+        """Returns frame t as RGB uint8 (H, W, 3)."""
         return utils.read_image(self.paths[t])
 
 
 class VideoFile:
-    """Frames of a video file, as Folder; a name is the frame's number in the file.
+    """Reads the frames of a video file, as Folder; a name is the frame's number in the file.
 
     All are decoded once at first: the number that a file states may be wrong, and their checksums
     prove later that jumping to a frame has found it, which OpenCV does not promise.
     """
 
     def __init__(self, path, every):
+        check_name(path)
         self.path, self.every, self.paths, self.bad = path, every, [path], []
         self.name, self.checks, self.size, self.kept = path.stem, [], None, {}
         self.open()
         stated = int(self.video.get(cv2.CAP_PROP_FRAME_COUNT))
-        rate = self.video.get(cv2.CAP_PROP_FPS)
-        self.fps = rate / every if 0.1 <= rate <= 1000 else 24.0
+        rate, times = self.video.get(cv2.CAP_PROP_FPS), []
         with tqdm(desc="reading", total=max(stated, 0), leave=False, disable=None) as bar:
             while self.video.grab():
                 utils.raise_if_stopped()
@@ -159,31 +164,40 @@ class VideoFile:
                     image = self.video.retrieve()[1]
                     self.size = self.size or image.shape[:2]
                     if image.shape[:2] != self.size:
+                        self.bad.append(f"{path}: frames from {self.place} on have "
+                                        f"{size_text(image.shape)} pixels, but the first has "
+                                        f"{size_text(self.size)}; they are left out")
                         break
                     self.checks.append(zlib.crc32(image))
+                times.append(self.video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
                 self.place += 1
                 bar.update()
         if not self.checks:
             raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
-        if stated - self.place > 2:  # some containers only estimate it
+        if not self.bad and lacks_frames(path, stated, rate, times):
             self.bad.append(f"{path}: truncated or damaged: {self.place} of {stated} frames can be "
                             f"read; frames {self.place} to {stated - 1} are missing")
-        self.names = [f"{every * t:05d}" for t in range(len(self.checks))]
+        self.fps = frame_rate(rate, times) / every
+        self.all_names = [f"{number:05d}" for number in range(self.place)]
+        self.names = self.all_names[::every]
         self.digest = hashlib.sha256(repr(self.checks).encode()).hexdigest()
 
-    def open(self, number=0):
-        """Decoding goes on with this frame, or one nearby."""
+    def open(self, place=0):
+        """Makes decoding go on at this place, or nearby."""
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        self.video, self.place = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG), number
+        self.video, self.place = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG), place
         if not self.video.isOpened():
             raise utils.InputError(f"{self.path}: OpenCV cannot open it as a video; convert it to "
                                    "mp4 (H.264), or give a folder of frames")
-        if number:
-            self.video.set(cv2.CAP_PROP_POS_FRAMES, number)
+        if place:
+            self.video.set(cv2.CAP_PROP_POS_FRAMES, place)
 
     def read(self, t):
-        """Frame t. Decoding goes forwards only: to go back, a chunk that ends at t is decoded."""
+        """Returns frame t as RGB uint8 (H, W, 3).
+
+        Decoding goes forwards only: to go back, a chunk that ends at t is decoded.
+        """
         if t in self.kept:
             return self.kept[t]
         first = t
@@ -200,7 +214,7 @@ class VideoFile:
         return self.kept[t]
 
     def decode(self, first, last):
-        """{t: RGB uint8 (H, W, 3)} of frames first to last, as far as the checksums agree."""
+        """Returns {t: RGB uint8 (H, W, 3)} of frames first to last, as far as checksums agree."""
         frames = {}
         while self.place <= last * self.every and self.video.grab():
             t, skipped = divmod(self.place, self.every)
@@ -213,8 +227,51 @@ class VideoFile:
         return frames
 
 
+def lacks_frames(path, stated, rate, times):
+    """Returns whether a video, decoded to its end, lacks frames; times: of those read, in seconds.
+
+    MP4 and AVI files count their frames. Of others OpenCV multiplies duration and rate: too many if
+    the rate varies or sound goes on after the last frame. They lack frames if some cannot be decoded,
+    or if the file ends too early.
+    """
+    if stated - len(times) <= 2:
+        return False
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"RIFF" or head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return True
+    packets = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    if sum(iter(packets.grab, False)) - len(times) > 2:
+        return True
+    if stated / rate - times[-1] > 3 / rate and not is_whole_matroska(path, head):
+        return True
+    print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
+          "is longer")
+    return False
+
+
+def is_whole_matroska(path, head):
+    """Returns whether an mkv or webm file of these first bytes is as long as its segment says."""
+    place = head.find(b"\x18\x53\x80\x67") + 4  # of the segment's size
+    if head[:4] != b"\x1a\x45\xdf\xa3" or place < 4:
+        return False
+    width = 9 - head[place].bit_length()  # of the size, in bytes
+    size = int.from_bytes(head[place:place + width], "big") - 2**(7 * width)
+    return place + width + size <= path.stat().st_size
+
+
+def frame_rate(stated, times):
+    """Returns frames per second: as stated, unless the frames' times in seconds differ; else 24."""
+    span = times[-1] - times[0]
+    measured = round((len(times) - 1) / span, 2) if span > 0 else 0
+    known = 0.1 <= stated <= 1000
+    if 0.1 <= measured <= 1000 and not (known and 0.8 < stated / measured < 1.25):
+        return measured
+    return stated if known else 24.0
+
+
 class NetFrames:
-    """Frames as the net takes them, (3, S, S) normalised, read when asked for."""
+    """Gives frames as the net takes them, (3, S, S) normalised, read when asked for."""
 
     def __init__(self, video, side, device):
         self.video, self.side, self.device = video, side, device
@@ -227,7 +284,7 @@ class NetFrames:
 
 
 def open_video(args):
-    """The frames of INPUT."""
+    """Returns the frames of INPUT."""
     path = Path(args.input)
     if path.is_dir():
         return Folder(path, args.every)
@@ -238,82 +295,103 @@ def open_video(args):
     return VideoFile(path, args.every)
 
 
+def check_name(path):
+    """Raises InputError for a name on which OpenCV crashes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise utils.InputError(f"{str(path)!r}: OpenCV takes no name of bytes that are no UTF-8; "
+                               "rename it") from None
+
+
 def by_number(name):
-    """Sort key by which frame 10 comes after frame 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Returns a sort key by which frame 10 comes after frame 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def size_text(size):
-    """(H, W ...) as users say it."""
+    """Returns (H, W ...) as users say it."""
     return f"{size[1]}x{size[0]}"
 
 
 def plain(name):
-    """A frame's name, without leading zeros if it is a number."""
-    return str(int(name)) if name.isdecimal() else name
+    """Returns a frame's name, without leading zeros if it is a number."""
+    return str(int(name)) if name.isdecimal() and len(name) < 256 else name
+
+
+def index_frames(names):
+    """Returns {name: t} of the frames, and of numbers also without leading zeros."""
+    indices = {name: t for t, name in enumerate(names)}
+    return {**{plain(name): t for name, t in indices.items()}, **indices}
 
 
 # --- Prompts ---
 
 def read_entries(args):
-    """Yields (source, frame, object, kind, value) of all prompts; kind None names an object."""
+    """Yields (source, frame, object id, kind, value) of all prompts; kind None names an object."""
     for kind in ("box", "point", "mask"):
-        for value, frame, number in getattr(args, kind):
-            yield f"--{kind}", frame, number, kind, value
+        for value, frame, object_id in getattr(args, kind):
+            yield f"--{kind}", frame, object_id, kind, value
     if not args.prompts:
         return
     path = Path(args.prompts)
     try:
-        for frame, entries in dict(json.loads(path.read_text(encoding="utf-8"))).items():
+        for frame, entries in dict(json.loads(path.read_text(encoding="utf-8-sig"))).items():
             for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-                number = entry.get("object", place)
+                object_id = entry.get("object", place)
                 if entry.keys() - {"object", "boxes", "points", "mask"}:
                     raise ValueError(f"frame {frame} has {', '.join(entry)}")
-                if number not in range(1, 255):
-                    raise ValueError(f"object {number} is not from 1 to 254")
+                if object_id not in range(1, 255):
+                    raise ValueError(f"object {object_id} is not from 1 to 254")
                 if "mask" in entry:
                     yield (args.prompts, frame, entry.get("object"), "mask",
                            str(path.parent / entry["mask"]))
                 else:
-                    yield args.prompts, frame, number, None, None
+                    yield args.prompts, frame, object_id, None, None
                 for x0, y0, x1, y1 in entry.get("boxes", []):
-                    yield args.prompts, frame, number, "box", [*map(float, (x0, y0, x1, y1))]
+                    yield args.prompts, frame, object_id, "box", [*map(float, (x0, y0, x1, y1))]
                 for x, y, *label in entry.get("points", []):
-                    yield args.prompts, frame, number, "point", [*map(float, (x, y, *label[:1]))]
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+                    yield args.prompts, frame, object_id, "point", [*map(float, (x, y, *label[:1]))]
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         form = '{"FRAME": [{"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}]}'
-        raise utils.InputError(f"{args.prompts}: no json of prompts like {form} ({error})") from None
+        raise utils.InputError(f"{args.prompts}: no json of prompts like {form} "
+                               f"({error})") from None
 
 
 def collect_prompts(args, video):
-    """{object: {t: {"box": [...], "point": [[...]], "mask": (H, W) bool}}}, sorted."""
-    prompts, names = {}, video.names
-    places = {plain(name): t for t, name in enumerate(names)}
-    for source, frame, number, kind, value in read_entries(args):
-        t = 0 if frame is None else places.get(plain(frame))
+    """Returns {object id: {t: {"box": [...], "point": [[...]], "mask": (H, W) bool}}}, sorted."""
+    prompts, names, indices = {}, video.names, index_frames(video.names)
+    for source, frame, object_id, kind, value in read_entries(args):
+        t = 0 if frame is None else indices.get(frame, indices.get(plain(frame)))
         if t is None:
             raise utils.InputError(f"{source}: frame {frame} is not there; the frames are "
                                    f"{names[0]}, {', '.join(names[1:3])} ... {names[-1]}")
-        found = split_mask(value, number, video.size) if kind == "mask" else {number or 1: value}
-        for number, value in found.items():
-            by_frame = prompts.setdefault(number, {})
+        if kind == "mask" and frame is None and indices.get(plain(Path(value).stem)):
+            print(f"note: {source} {value}: taken for the first frame, as no frame is given with "
+                  f"@{Path(value).stem}")
+        found = {object_id or 1: value}
+        if kind == "mask":
+            found = split_mask(value, object_id, video.size)
+        for object_id, value in found.items():
+            by_frame = prompts.setdefault(object_id, {})
             if not kind:
                 continue
             given = by_frame.setdefault(t, {})
-            where = f"{source}: object {number} on frame {names[t]}"
+            where = f"{source}: object {object_id} on frame {names[t]}"
             if kind != "mask":
                 check_place(where, value, video.size)
             if kind == "point":
                 given.setdefault("point", []).append([*value, 1.0][:3])
             elif kind in given:
                 raise utils.InputError(f"{where}: has a second {kind}; number other objects "
-                                       f"otherwise, as @{names[t]}:{number + 1}")
+                                       f"otherwise, as @{names[t]}:{object_id + 1}")
             else:
                 given[kind] = value
             if "mask" in given and len(given) > 1:
-                raise utils.InputError(f"{where}: has a mask and a box or points; give one or the other")
-    for number in (number for number, by_frame in prompts.items() if not by_frame):
-        raise utils.InputError(f"{args.prompts}: object {number} has no prompt; give it a box, "
+                raise utils.InputError(f"{where}: has a mask and a box or points; give one or the "
+                                       "other")
+    for object_id in (object_id for object_id, by_frame in prompts.items() if not by_frame):
+        raise utils.InputError(f"{args.prompts}: object {object_id} has no prompt; give it a box, "
                                "points or a mask on some frame")
     if not prompts:
         raise utils.InputError("--box: no prompts; give --box, --point, --mask or --prompts")
@@ -321,23 +399,23 @@ def collect_prompts(args, video):
 
 
 def check_place(where, value, size):
-    """InputError unless a box, or a point with or without label, lies in the frame (H, W)."""
+    """Raises InputError unless a box, or a point with or without label, is in the frame (H, W)."""
     points = np.array([value[:2], value[-2:]] if len(value) == 4 else [value[:2]])
     inside = ((points >= 0) & (points <= size[::-1])).all()
     empty = len(value) == 4 and not (points[0] < points[1]).all()
     if not inside or empty or (len(value) == 3 and value[2] not in (0, 1)):
         text = ",".join(f"{number:g}" for number in value)
-        raise utils.InputError(f"{where}: {text} is not in the frame's {size_text(size)} pixels, or no box "
-                               "x0,y0,x1,y1 from upper left to lower right, or no label 1 or 0")
+        raise utils.InputError(f"{where}: {text} is not in the frame's {size_text(size)} pixels, or "
+                               "no box x0,y0,x1,y1 from upper left to lower right, or no label 1 or 0")
 
 
-def split_mask(path, number, size):
-    """{object: (H, W) bool} of a mask file: each id's, or all of it if number is given."""
+def split_mask(path, object_id, size):
+    """Returns {id: (H, W) bool} of the objects in a mask file; with object_id all of it is one."""
     mask = utils.read_mask(path)
     if mask.shape != size:
         raise utils.InputError(f"{path}: {size_text(mask.shape)} pixels, but the video has "
                                f"{size_text(size)}; save it at that size")
-    ids = (mask > 0).astype(int) * number if number else object_ids(mask)
+    ids = (mask > 0).astype(int) * object_id if object_id else object_ids(mask)
     found = [int(k) for k in np.unique(ids) if k]
     if not found or not 1 <= found[0] <= found[-1] <= 254:
         raise utils.InputError(f"{path}: shows no object, or an id that is not from 1 to 254")
@@ -345,13 +423,13 @@ def split_mask(path, number, size):
 
 
 def object_ids(mask):
-    """Ids (H, W) without 255, which is void; in a mask of 0 and 255 alone it is object 1."""
+    """Returns ids (H, W) without 255, which is void; beside 0 alone, 255 is object 1."""
     ids = mask.astype(int)
     return np.where(ids == 255, int(set(np.unique(ids)) <= {0, 255}), ids)
 
 
 def as_tensors(given, size, side):
-    """A prompt of collect_prompts -> one of SAM2.propagate, in pixels of the net's square."""
+    """Returns a frame's prompts as SAM2.propagate takes them, in pixels of the net's square."""
     if "mask" in given:
         return {"mask_inputs": resize_mask(torch.from_numpy(given["mask"]), side)}
     x0, y0, x1, y1 = given.get("box", [0, 0, 0, 0])
@@ -364,7 +442,7 @@ def as_tensors(given, size, side):
 # --- Model ---
 
 def create_model(args):
-    """The net that --weights holds, on the CPU; sets args.image_size."""
+    """Returns the net that --weights holds, on the CPU; sets args.image_size."""
     path, name = args.weights, args.model
     if path in WEIGHTS:
         name, path = name or path, fetch_weights(**WEIGHTS[path])
@@ -395,7 +473,7 @@ def create_model(args):
 # --- Tracking ---
 
 def digest_of(values):
-    """A short text that differs if any tensor, array or plain value of a nested dict does."""
+    """Returns a short text that differs if any tensor, array or value of a nested dict does."""
     digest = hashlib.sha256()
     for key, value in values.items():
         if isinstance(value, dict):
@@ -407,7 +485,7 @@ def digest_of(values):
 
 
 def start(folder, settings, video, prompts, args, device):
-    """State of the run: what an unfinished one of the same settings has saved, or a new one."""
+    """Returns the state that an unfinished run of the same settings has saved, or a new one."""
     path = folder / "unfinished/state.pth"
     if path.exists():
         state = utils.load_checkpoint(path)
@@ -416,8 +494,9 @@ def start(folder, settings, video, prompts, args, device):
             print(f"continuing the unfinished run in {folder}")
             return to_device(state, device)
         if not args.overwrite:
-            raise utils.InputError(f"{folder}: has an unfinished run of other {', '.join(differing)}; give "
-                                   "the same to continue it, --overwrite or another --output-dir")
+            raise utils.InputError(f"{folder}: has an unfinished run of other {', '.join(differing)}; "
+                                   "give the same to continue it, --overwrite or another "
+                                   "--output-dir")
     shutil.rmtree(path.parent, ignore_errors=True)
     (folder / "masks").mkdir(exist_ok=True)
     path.parent.mkdir()
@@ -436,7 +515,7 @@ def to_device(value, device):
 
 
 def plan_passes(prompts, length, direction):
-    """[(backwards, {object: frames whose masks it gets from this pass})]."""
+    """Returns the passes: (backwards, {object: frames whose mask this pass decides})."""
     first, last = [{k: pick(by_frame) for k, by_frame in prompts.items()} for pick in (min, max)]
     if direction == "backward":
         return [(True, {k: range(t + 1) for k, t in last.items()})]
@@ -455,11 +534,12 @@ def track(model, video, prompts, state, folder, args):
     frames = NetFrames(video, args.image_size, model.device)
     objects, path = [*prompts], folder / "unfinished"
     passes = plan_passes(prompts, len(frames), args.direction)
-    for number, (backwards, spans) in [*enumerate(passes)][state["passes"]:]:
-        later = passes[-1][1].values() if number < len(passes) - 1 else []
-        inputs = [{t: as_tensors(given, video.size, args.image_size) for t, given in prompts[k].items()}
-                  for k in spans]
-        tracked = model.propagate(frames, inputs, track_in_reverse=backwards, state=state["tracking"])
+    for i, (backwards, spans) in [*enumerate(passes)][state["passes"]:]:
+        later = passes[-1][1].values() if i < len(passes) - 1 else []
+        inputs = [{t: as_tensors(given, video.size, args.image_size)
+                   for t, given in prompts[k].items()} for k in spans]
+        tracked = model.propagate(
+            frames, inputs, track_in_reverse=backwards, state=state["tracking"])
         for t, out in tqdm(tracked, "backward" if backwards else "forward", len(frames), leave=False,
                            disable=None, initial=state["tracking"].get("done", 0)):
             logits, stored = {}, path / f"{video.names[t]}.pt"
@@ -469,25 +549,25 @@ def track(model, video, prompts, state, folder, args):
                     state["scores"][t, objects.index(k)] = score.sigmoid()
             if any(t in span for span in later):
                 utils.save_checkpoint(stored, logits)
-            elif logits or number == 0:  # the first pass writes frames without objects too
-                if number and stored.exists():
+            elif logits or i == 0:  # the first pass writes frames without objects too
+                if i and stored.exists():
                     logits |= to_device(utils.load_checkpoint(stored), model.device)
                 mask = compose(dict(sorted(logits.items())), video.size, model.device)
                 utils.save_mask(folder / f"masks/{video.names[t]}.png", mask)
             if utils.stop_asked() or state["tracking"]["done"] % SAVE_EVERY == 0:
                 utils.save_checkpoint(path / "state.pth", state)
             utils.raise_if_stopped()
-        state.update(passes=number + 1, tracking={})
+        state.update(passes=i + 1, tracking={})
         utils.save_checkpoint(path / "state.pth", state)
 
 
 def compose(logits, size, device):
-    """{object: logits (1, h, w)} -> ids (H, W) uint8: where several are above 0, the highest."""
+    """Returns ids (H, W) uint8 of {id: logits (1, h, w)}; where several are above 0, the highest."""
     ids = torch.zeros(size, dtype=torch.uint8, device=device)
     highest = torch.zeros(size, device=device)
-    for number, low_res in logits.items():
+    for object_id, low_res in logits.items():
         mask = enlarge(low_res[None].float(), size)[0, 0]
-        ids[mask > highest] = number
+        ids[mask > highest] = object_id
         highest = torch.maximum(highest, mask)
     return ids.cpu().numpy()
 
@@ -495,38 +575,63 @@ def compose(logits, size, device):
 # --- Evaluation ---
 
 def find_truth(args, video):
-    """{t: [(object, path), ...]} of frames that --eval has masks of; object 0: a file of ids."""
+    """Returns {t: [(object id, path), ...]} of frames that --eval has masks of; id 0: a mask of ids."""
     if not args.eval:
         return {}
     folder = Path(args.eval, video.name)
     folder = folder if folder.is_dir() else Path(args.eval)
-    folders, places = {0: folder}, {plain(name): t for t, name in enumerate(video.names)}
     if not folder.is_dir():
         raise utils.InputError(f"--eval {folder}: no such folder; give that of true masks")
+    folders = {0: folder}
     if not utils.list_images(folder):
-        folders = sorted((path for path in folder.iterdir() if path.is_dir()),
-                         key=lambda path: by_number(path.name))
-        named = all(path.name.isdecimal() and int(path.name) for path in folders)
-        folders = {int(path.name) if named else k: path for k, path in enumerate(folders, 1)}
-    truth = {}
-    for number, inner in folders.items():
-        for name, path in utils.list_images(inner).items():
-            if plain(name) in places:
-                truth.setdefault(places[plain(name)], []).append((number, path))
-                if utils.image_size(path)[::-1] != video.size:
-                    raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} pixels")
+        inner = sorted((path for path in folder.iterdir() if path.is_dir()),
+                       key=lambda path: by_number(path.name))
+        named = all(path.name.isdecimal() and int(path.name) for path in inner)
+        folders = {int(path.name) if named else k: path for k, path in enumerate(inner, 1)}
+    masks = [(object_id, name, path) for object_id, inner in folders.items()
+             for name, path in utils.list_images(inner).items()]
+    shift = find_shift({name for _, name, _ in masks}, folder, video)
+    truth, indices = {}, index_frames(video.names)
+    for object_id, name, path in masks:
+        if shift and name.isdecimal():
+            name = str(int(name) - shift)
+        t = indices.get(name, indices.get(plain(name)))
+        if t is not None:
+            truth.setdefault(t, []).append((object_id, path))
+            if utils.image_size(path)[::-1] != video.size:
+                raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} "
+                                       "pixels")
     if len(truth) < 3:  # the last is not counted, nor are those with prompts
         raise utils.InputError(f"{folder}: has masks of {len(truth)} of the frames; give --eval "
                                "the folder that holds those of more")
     return truth
 
 
+def find_shift(names, folder, video):
+    """Returns by how much masks are numbered higher than frames: 0, or 1 or -1 if only that fits."""
+    masks, frames = [{int(name) for name in given if name.isdecimal()}
+                     for given in (names, video.all_names)]
+    strays = masks - frames
+    if not strays or not frames:
+        return 0
+    shift = min(masks) - min(frames)
+    if {number - shift for number in masks} != frames:
+        print(f"note: {folder}: {len(strays)} masks are of no frame, such as {min(strays)}")
+        return 0
+    if abs(shift) > 1:
+        raise utils.InputError(f"{folder}: masks {min(masks)} to {max(masks)}, but the frames are "
+                               f"{min(frames)} to {max(frames)}; number them alike")
+    print(f"note: {folder}: masks are numbered from {min(masks)} and frames from {min(frames)}; the "
+          "first mask is taken for the first frame's")
+    return shift
+
+
 def read_truth(masks):
-    """[(object, path), ...] of one frame -> ids (H, W); of objects that overlap the last is seen."""
+    """Returns ids (H, W) of a frame's [(object id, path), ...]; where objects overlap, the last's."""
     ids = 0
-    for number, path in masks:
+    for object_id, path in masks:
         mask = utils.read_mask(path)
-        ids = np.where(mask > 0, number, ids) if number else mask
+        ids = np.where(mask > 0, object_id, ids) if object_id else mask
     return ids
 
 
@@ -572,7 +677,9 @@ def evaluate(video, prompts, truth, folder, args):
 # --- Main ---
 
 def check_outputs(args, video, truth):
-    """InputError if a file must not be written: it is read, or is there, or is of another video."""
+    """Raises InputError if a file must not be written: is read, exists, or is of another video."""
+    if args.overlay:
+        check_name(args.output_dir)
     folder, masks = Path(args.output_dir), [f"{name}.png" for name in video.names]
     sources = [*video.paths, args.weights, args.prompts or "", *(value for value, *_ in args.mask)]
     sources += [path for masks in truth.values() for _, path in masks]
@@ -580,7 +687,8 @@ def check_outputs(args, video, truth):
     may_exist = args.overwrite or (folder / "unfinished/state.pth").exists()
     for path in (folder / name for name in [*(f"masks/{mask}" for mask in masks), *tables(args)]):
         if path.exists() and os.stat(path)[1:3] in read:
-            raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
+            raise utils.InputError(f"{path}: would be written, and is read; give another "
+                                   "--output-dir")
         if path.exists() and not may_exist:
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
     others = {path.name for path in (folder / "masks").glob("*.png")}.difference(masks)
@@ -590,13 +698,13 @@ def check_outputs(args, video, truth):
 
 
 def tables(args):
-    """Files that are written beside the masks."""
+    """Returns the files that are written beside the masks."""
     wanted = {"areas.csv": True, "overlay.mp4": args.overlay, "annotations.json": args.coco}
     return [name for name, written in wanted.items() if written]
 
 
 def write_outputs(video, prompts, state, folder, args):
-    """All but the masks, which it reads, frame by frame."""
+    """Writes everything but the masks, which it reads frame by frame."""
     rows, images, annotations = [], [], []
     coco = import_script("convert_labels", "--coco") if args.coco else None
     writer = open_overlay(video, folder, args) if args.overlay else None
@@ -611,28 +719,32 @@ def write_outputs(video, prompts, state, folder, args):
                 coco.annotate(annotations, args.coco, t + 1, 1, mask, round(score, 4))
                 annotations[-1]["track_id"] = k
         path = video.paths[t].as_posix() if isinstance(video, Folder) else f"{name}.jpg"
-        images.append({"id": t + 1, "file_name": path, "width": ids.shape[1], "height": ids.shape[0]})
+        height, width = ids.shape
+        images.append({"id": t + 1, "file_name": path, "width": width, "height": height})
         if writer:
             writer.write(np.ascontiguousarray(utils.overlay(video.read(t), ids)[..., ::-1]))
     if writer:
         writer.release()
-    with open(folder / "areas.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    path = folder / "areas.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["object", "frame", "pixels", "score"], *rows])
     if coco:
         coco.write_coco(folder / "annotations.json", images, {1: "object"}, annotations)
 
 
 def open_overlay(video, folder, args):
-    """The writer of overlay.mp4; MPEG-4, as OpenCV's packages have no encoder of H.264."""
-    writer = cv2.VideoWriter(str(folder / "overlay.mp4"), cv2.VideoWriter_fourcc(*"mp4v"),
-                             args.fps or video.fps, video.size[::-1])
-    if not writer.isOpened():
-        raise utils.InputError(f"{folder}/overlay.mp4: OpenCV cannot write it; give --overlay False")
-    return writer
+    """Returns the writer of overlay.mp4; MPEG-4, as OpenCV's packages have no encoder of H.264."""
+    rate = args.fps or video.fps
+    for fps in (rate, round(rate)):  # MPEG-4 has no 142.857
+        writer = cv2.VideoWriter(str(folder / "overlay.mp4"), cv2.VideoWriter_fourcc(*"mp4v"),
+                                 fps, video.size[::-1])
+        if writer.isOpened():
+            return writer
+    raise utils.InputError(f"{folder}/overlay.mp4: OpenCV cannot write it; give --overlay False")
 
 
 def import_script(name, option):
-    """Another script, for COCO's format or DAVIS' figures; late, as only this option needs it."""
+    """Returns another script, for COCO's format or DAVIS' figures; late, as few runs need it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -654,8 +766,8 @@ def main(args):
     folder = Path(args.output_dir)
     check_outputs(args, video, truth)
     settings = {
-        "image_size": args.image_size, "every": args.every, "direction": args.direction, "amp": args.amp,
-        "frames": video.digest, "prompts": digest_of(prompts), "weights": weights}
+        "image_size": args.image_size, "every": args.every, "direction": args.direction,
+        "amp": args.amp, "frames": video.digest, "prompts": digest_of(prompts), "weights": weights}
     lock = utils.lock_folder(folder)
     state = start(folder, settings, video, prompts, args, device)
     print(f"{args.input}: {len(video.names)} frames of {size_text(video.size)}, {len(prompts)} "

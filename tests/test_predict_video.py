@@ -2,6 +2,7 @@
 import copy
 import csv
 import json
+import os
 import shutil
 import signal
 import sys
@@ -159,13 +160,17 @@ def test_a_json_of_prompts_says_the_same_as_options(data, run, tmp_path):
     assert files(tmp_path / "options") == files(tmp_path / "json")
 
 
-def test_entries_of_a_json_are_objects_in_order_and_ids_of_a_mask_their_numbers(data, run, tmp_path):
+def test_entries_of_a_json_are_objects_in_order_and_ids_of_a_mask_their_numbers(data, run, tmp_path, capsys):
     entries = [{"boxes": [[10, 8, 40, 36]]}, {"points": [[30, 20, 1]]}]
     (tmp_path / "prompts.json").write_text(json.dumps({"00000": entries, "00003": [{}, entries[1]]}))
     assert run("--prompts", tmp_path / "prompts.json", "--mask", f"{data}/truth/clip/00001.png@1")["objects"] == 2
     run("--box", f"{BOX}@0:1", "--point", f"{POINT}@0:2", "--point", f"{POINT}@3:2",
         *("--mask", f"{data}/truth/clip/00001.png@1"), out="options")
     assert files(tmp_path / "out") == files(tmp_path / "options")
+    run("--mask", f"{data}/truth/clip/00002.png", "--mask", f"{data}/truth/clip/00000.png@3", out="named")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == [f"note: --mask {data}/truth/clip/00002.png: taken for the first frame, as no frame is given with "
+                     "@00002"]
     args = predict_video.get_args_parser().parse_args(["clip", "--weights", "x", "--mask", "m.png@1"])
     assert args.mask == [("m.png", "1", None)]
     ids = np.array([[0, 1], [2, 255]])
@@ -277,6 +282,121 @@ def test_coco_holds_each_object_of_each_frame(data, run, tmp_path, kind):
                 assert (values.reshape(SIZE[::-1]).T == (found[key[1]] == key[0])).all()
 
 
+VARYING = [0, 33, 66, 400, 433, 1000, 1010, 1020]  # ms
+
+
+def write_mkv(path, frames, times, duration=None):
+    """Matroska of JPEG frames (bytes) at these times; duration in ms, of 100 each unless there is none."""
+    def element(code, content):
+        content = content.to_bytes(4, "big") if isinstance(content, int) else content
+        return bytes.fromhex(code) + (len(content) | 1 << 56).to_bytes(8, "big") + content
+    size = cv2.imdecode(np.frombuffer(frames[0], np.uint8), 1).shape
+    track = element("d7", 1) + element("73c5", 1) + element("83", 1) + element("86", b"V_MJPEG") + element(
+        "e0", element("b0", size[1]) + element("ba", size[0]))
+    info = element("2ad7b1", 10**6) + element("4d80", b"x") + element("5741", b"x")
+    if duration:
+        info += element("4489", np.array(duration, ">f8").tobytes())
+        track += element("23e383", 10**8)
+    blocks = [element("a3", b"\x81" + time.to_bytes(2, "big") + b"\x80" + frame) for time, frame in zip(times, frames)]
+    path.write_bytes(element("1a45dfa3", element("4282", b"matroska")) + element(
+        "18538067", element("1549a966", info) + element("1654ae6b", element("ae", track)) +
+        element("1f43b675", element("e7", 0) + b"".join(blocks))))
+
+
+@pytest.fixture(scope="module")
+def jpegs(data):
+    paths = sorted((data / "clip").iterdir())
+    return [cv2.imencode(".jpg", cv2.imread(str(path)))[1].tobytes() for path in paths]
+
+
+@pytest.mark.parametrize("times, duration, fps", [
+    (VARYING, 1200, 6.86), (VARYING, 5000, 6.86), (VARYING, None, 6.86), (range(0, 800, 100), 800, 10),
+    (range(0, 800, 100), 3000, 10)])  # the last has sound for longer
+def test_a_whole_video_is_called_so_whatever_its_rate_and_length(jpegs, tmp_path, capsys, times, duration, fps):
+    write_mkv(tmp_path / "a.mkv", jpegs, times, duration)
+    video = predict_video.VideoFile(tmp_path / "a.mkv", 1)
+    assert len(video.names) == 8 and not video.bad and video.fps == fps
+    assert ("note" in capsys.readouterr().out) == (duration not in (None, 800))
+    assert predict_video.VideoFile(tmp_path / "a.mkv", 2).fps == fps / 2
+
+
+def test_a_video_without_a_count_of_frames_is_cut_or_damaged_if_it_says_more(jpegs, tmp_path):
+    for name, frames in (("cut", jpegs), ("damaged", [*jpegs[:4], *[b"no jpeg"] * 3, jpegs[7]])):
+        write_mkv(tmp_path / "a.mkv", frames, range(0, 800, 100), 800)
+        content = (tmp_path / "a.mkv").read_bytes()
+        (tmp_path / "a.mkv").write_bytes(content[:len(content) * 6 // 10] if name == "cut" else content)
+        video = predict_video.VideoFile(tmp_path / "a.mkv", 1)
+        assert video.bad == [f"{tmp_path}/a.mkv: truncated or damaged: {len(video.names)} of 8 frames can be read; "
+                             f"frames {len(video.names)} to 7 are missing"] and 3 <= len(video.names) <= 5
+    for head, end, lacks in ((b"", 1.6, True), (b"", 1.8, False), (b"RIFF", 1.9, True), (b"\0\0\0 ftyp", 1.9, True)):
+        (tmp_path / "a").write_bytes(head)
+        assert predict_video.lacks_frames(tmp_path / "a", 20, 10, np.linspace(0, end, 17)) == lacks
+    write_mkv(tmp_path / "a.mkv", jpegs, range(0, 800, 100), 800)
+    content = (tmp_path / "a.mkv").read_bytes()
+    for cut, whole in ((0, True), (1, False)):
+        (tmp_path / "a.mkv").write_bytes(content[:len(content) - cut])
+        assert predict_video.is_whole_matroska(tmp_path / "a.mkv", content[:4096]) == whole
+
+
+def test_the_overlays_rate_is_that_of_the_video():
+    steady = [k / 29.97 for k in range(50)]
+    for stated, times, rate in ((29.97, steady, 29.97), (30, steady, 30), (1000, steady, 29.97), (90000, steady, 29.97),
+                                (25, [0.0] * 9, 25), (90000, [0.0] * 9, 24), (0, [0.0], 24), (12, steady, 29.97)):
+        assert predict_video.frame_rate(stated, times) == rate
+
+
+def test_a_rate_that_mpeg4_has_not_is_rounded(run, tmp_path):
+    run("--box", BOX, "--fps", 1000 / 7)
+    assert cv2.VideoCapture(str(tmp_path / "out/overlay.mp4")).get(cv2.CAP_PROP_FPS) == 143
+
+
+def test_a_video_whose_size_changes_is_used_up_to_there(data, monkeypatch):
+    real = cv2.VideoCapture
+
+    class Changes:
+        def __init__(self, *args):
+            self.capture = real(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+        def retrieve(self):
+            image = self.capture.retrieve()[1]
+            return True, image[:30] if self.capture.get(cv2.CAP_PROP_POS_FRAMES) > 5 else image
+    monkeypatch.setattr(cv2, "VideoCapture", Changes)
+    video = predict_video.VideoFile(data / "clip.avi", 1)
+    assert len(video.names) == 5 and video.bad == [
+        f"{data}/clip.avi: frames from 5 on have 64x30 pixels, but the first has 64x48; they are left out"]
+
+
+def test_names_with_digits_that_are_no_numbers(data, run, tmp_path):
+    (tmp_path / "odd").mkdir()
+    names = ["2²", "10²", "10³", "m²_2", "m²_10", "m²_٣٠", "²"]
+    for t, name in enumerate(names):
+        shutil.copy(data / f"clip/{t:05d}.png", tmp_path / f"odd/{name}.png")
+    run("--box", f"{BOX}@10²", source=tmp_path / "odd")
+    assert predict_video.Folder(tmp_path / "odd", 1).names == names
+
+
+def test_numbers_that_differ_in_zeros_alone_are_two_frames(data, run, tmp_path):
+    (tmp_path / "odd").mkdir()
+    for t, name in enumerate(["1", "01", "2"]):
+        shutil.copy(data / f"clip/{t:05d}.png", tmp_path / f"odd/{name}.png")
+    names = predict_video.Folder(tmp_path / "odd", 1).names
+    args = predict_video.get_args_parser().parse_args(["x", "--weights", "x", *(
+        f"--point={POINT}@{name}:{k}" for k, name in enumerate(("1", "01", "002"), 1))])
+    prompts = predict_video.collect_prompts(args, predict_video.Folder(tmp_path / "odd", 1))
+    assert [names[t] for by_frame in prompts.values() for t in by_frame] == ["1", "01", "2"]
+
+
+def test_names_on_which_opencv_crashes_are_refused(data, refuses, tmp_path, monkeypatch):
+    name = os.fsdecode(b"v\xff.avi")
+    shutil.copy(data / "clip.avi", tmp_path / name)
+    monkeypatch.setattr(cv2, "VideoCapture", None)
+    refuses("--box", BOX, source=tmp_path / name, words=["v\\udcff.avi'", "no UTF-8; rename it"])
+    refuses("--box", BOX, out=name, words=["no UTF-8; rename it"])
+
+
 # --- Evaluation ---
 
 def f_by_hand(pred, true, tolerance=1):
@@ -362,6 +482,39 @@ def test_truth_may_be_a_folder_per_object_and_have_few_frames(data, run, tmp_pat
     refuses(*mask, "--eval", tmp_path / "no", words=["--eval", "no such folder"])
     utils.save_mask(tmp_path / "few/00004.png", np.zeros((9, 9)))
     refuses(*mask, "--eval", tmp_path / "few", words=["00004.png", "64x48"])
+
+
+@pytest.mark.parametrize("source", ["clip", "clip.avi"])
+def test_truth_that_is_numbered_from_1_is_that_of_the_frames_from_0(data, run, refuses, tmp_path, capsys, source):
+    mask = ["--mask", f"{data}/truth/clip/00001.png@1", "--eval"]
+    expected = run(*mask, data / "truth/clip", source=source, out="expected")
+    for first in (1, 5):
+        (tmp_path / f"{first}").mkdir()
+        for t in range(8):
+            shutil.copy(data / f"truth/clip/{t:05d}.png", tmp_path / f"{first}/{t + first}.png")
+    assert "note" not in capsys.readouterr().out
+    assert run(*mask, tmp_path / "1", source=source) == expected
+    assert "masks are numbered from 1 and frames from 0" in capsys.readouterr().out
+    refuses(*mask, tmp_path / "5", source=source, words=["5: masks 5 to 12, but the frames are 0 to 7"])
+
+
+def test_truth_of_more_or_fewer_frames_is_paired_by_number(data, run, tmp_path, capsys):
+    (tmp_path / "from1").mkdir()
+    for t in range(8):
+        shutil.copy(data / f"clip/{t:05d}.png", tmp_path / f"from1/{t + 1}.png")
+    figures = []
+    for name, frames in (("few", range(1, 8)), ("all", range(8)), ("more", range(12))):
+        (tmp_path / name).mkdir()
+        for t in frames:
+            shutil.copy(data / f"truth/clip/{t % 8:05d}.png", tmp_path / f"{name}/{t:03d}.png")
+        figures.append(run("--mask", f"{data}/truth/clip/00000.png@0", "--eval", tmp_path / name, out=f"out_{name}"))
+    assert figures[0] == figures[1] == figures[2]
+    assert "more: 4 masks are of no frame, such as 8" in capsys.readouterr().out
+    assert run("--mask", f"{data}/truth/clip/00000.png@1", "--eval", tmp_path / "all", source=tmp_path / "from1",
+               out="from1_out") == figures[0]
+    assert "masks are numbered from 0 and frames from 1" in capsys.readouterr().out
+    run("--mask", f"{data}/truth/clip/00000.png@0", "--eval", tmp_path / "all", "--every", 2, out="every")
+    assert "note" not in capsys.readouterr().out
 
 
 # --- Stopped and started again ---
@@ -522,7 +675,9 @@ def test_prompts_and_options_that_cannot_be(data, refuses, tmp_path, more, words
     ({"00000": [{"points": [[1, 2]], "object": 300}]}, ["object 300 is not from 1 to 254"]),
     ({"00000": [{"points": [[1, 2]]}, {"points": []}]}, ["object 2 has no prompt"]),
     ({"00000": [{"points": [[1, 2]]}], "00009": [{}]}, ["frame 00009 is not there"]),
-    ({"00000": [{"points": [[1, 2, 5]]}]}, ["1,2,5", "no label 1 or 0"])])
+    ({"00000": [{"points": [[1, 2, 5]]}]}, ["1,2,5", "no label 1 or 0"]),
+    ('{"00000": ' + "[" * 60000, ["no json of prompts like"]),
+    ({"9" * 5000: [{"points": [[1, 2]]}]}, ["is not there"])])
 def test_json_that_cannot_be(refuses, tmp_path, given, words):
     (tmp_path / "prompts.json").write_text(given if isinstance(given, str) else json.dumps(given))
     refuses("--prompts", tmp_path / "prompts.json", words=["prompts.json", *words])
