@@ -1,4 +1,4 @@
-"""A local web page to cut out objects by clicks and boxes, with EfficientSAM, SAM or SAM 2.
+"""Serves a local web page to cut out objects by clicks and boxes: EfficientSAM, SAM or SAM 2.
 
     python annotate.py --weights runs/train_efficientsam/best.pth images/ --output-dir labels
     python annotate.py --weights vit_b images/ --compare runs/finetune_sam_decoder/best.pth
@@ -13,7 +13,7 @@ voc     of finetune_sam_decoder.py --year 2012: VOCdevkit/VOC2012/ with JPEGImag
         SegmentationObject/NAME.png, ImageSets/Segmentation/train.txt and val.txt (every fifth)
 A later object lies above an earlier one. Started again on the same folder, it continues;
 unsaved.json names images whose masks are older than prompts.json.
-Needs predict.py, utils.py and nets/ beside it.
+Copying: this script, predict.py, utils.py and the folder nets/.
 """
 import base64
 import functools
@@ -23,7 +23,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import threading
 import time
 import traceback
@@ -75,7 +74,7 @@ def get_args_parser():
 # --- Model ---
 
 def load_nets(args):
-    """The nets of --weights and --compare."""
+    """Returns the nets of --weights and --compare."""
     nets = []
     for path, model in ((args.weights, args.model), (args.compare, args.compare_model)):
         if path:
@@ -94,13 +93,13 @@ def load_nets(args):
 # --- Objects ---
 
 class Refused(Exception):
-    """An HTTP status and the line that the page shows."""
+    """Holds an HTTP status and the line that the page shows."""
 
 
 class Annotation:
-    """An image's objects, each a list of prompts in pixels: [x, y, label] or [x0, y0, x1, y1].
+    """Holds an image's objects, each a list of prompts in pixels: [x, y, label], [x0, y0, x1, y1].
 
-    The last object is the current one and may be empty; of its boxes the last counts. version
+    The last object is the current one and may be empty; of an object's boxes the last counts. version
     counts the changes: a tab that has not seen the last one changes nothing.
     """
 
@@ -113,23 +112,24 @@ class Annotation:
 
 
 def as_entries(objects):
-    """As prompts.json holds objects and predict.py reads them: a dict for each that has prompts."""
+    """Returns objects as prompts.json holds them: a dict for each that has prompts."""
     entries = []
-    for prompts in filter(None, objects):
-        boxes, points = [[p for p in prompts if len(p) == length] for length in (4, 3)]
-        entries.append({**({"boxes": boxes[-1:]} if boxes else {}),
-                        **({"points": points} if points else {})})
+    for prompts in objects:
+        boxes = [prompt for prompt in prompts if len(prompt) == 4]
+        entry = {"boxes": boxes[-1:], "points": [prompt for prompt in prompts if len(prompt) == 3]}
+        if prompts:
+            entries.append({kind: given for kind, given in entry.items() if given})
     return entries
 
 
 def as_prompts(points, labels):
-    """A query of predict.read_prompts -> the prompts of an object."""
+    """Returns a query of predict.read_prompts as the prompts of an object."""
     boxes = [[*points[0], *points[1]]] if labels[0] == 2 else []
     return boxes + [[*point, label] for point, label in zip(points, labels) if label < 2]
 
 
 class Session:
-    """All objects, in memory and on disk. What changes or computes holds `lock`."""
+    """Keeps all objects, in memory and on disk. What changes or computes holds `lock`."""
 
     def __init__(self, args):
         self.args, self.nets, self.lock = args, load_nets(args), threading.Lock()
@@ -146,6 +146,9 @@ class Session:
             queries = self.read_queries(name, self.earlier) if name in self.earlier else []
             item = Annotation(name, path, queries)
             self.items.append(item)
+            if layout == "voc" and not fits_list(name):
+                raise utils.InputError(f"{str(path)!r}: a list of images cannot hold this name; rename "
+                                       "the file, or give --to npy")
             mask, copy = self.files(item)
             for file in (mask, copy):
                 if name not in self.earlier and file.exists() and not same_file(file, path):
@@ -158,23 +161,26 @@ class Session:
         self.cut_out = functools.lru_cache(1000)(self.cut_out)
 
     def read_earlier(self):
-        """What an earlier session left: {name: entries}, and the names in unsaved.json."""
+        """Returns what an earlier session left: {name: entries}, and the names in unsaved.json."""
         path, unsaved = self.folder / "prompts.json", self.folder / "unsaved.json"
+        earlier, names = {}, []
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            names = json.loads(unsaved.read_text()) if unsaved.exists() else []
+            if path.exists():
+                earlier = json.loads(path.read_text(encoding="utf-8-sig"))
+            if unsaved.exists():
+                names = json.loads(unsaved.read_text(encoding="utf-8"))
             return dict(earlier), set(names)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise utils.InputError(f"{path} or {unsaved.name}: cannot be read ({error}); move it "
                                    "away") from None
 
     def read_queries(self, name, given):
-        """What a net's predict takes, of an image's entries."""
+        """Returns an image's entries as predict.predict_queries takes them."""
         path = self.folder / "prompts.json"
         return predict.read_prompts(name, given, Namespace(prompts=path), self.max_points)
 
     def write_prompts(self):
-        """prompts.json, one image per line; those that are not among the images now stay in it."""
+        """Writes prompts.json, one image per line; those that are not among the images stay in it."""
         entries = {**self.earlier, **{item.name: item.entries() for item in self.items}}
         lines = [f"{json.dumps(name)}: {json.dumps(entry)}"
                  for name, entry in entries.items() if entry]
@@ -182,7 +188,7 @@ class Session:
         replace_text(self.folder / "prompts.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
     def files(self, item):
-        """The mask of an image and its copy; voc has no arrays."""
+        """Returns the paths of an image's mask and copy; voc has no arrays."""
         name, ending = item.name, item.path.suffix
         if self.images_dir.name == "JPEGImages" and ending.lower() == ".npy":
             ending = ".png"
@@ -203,14 +209,14 @@ class Session:
                     self.unsaved.discard(item.name)
                 except (utils.InputError, OSError, RuntimeError, MemoryError) as error:
                     failed = failed or error
+        self.write_prompts()
         if self.images_dir.name == "JPEGImages":
             self.write_lists()
-        self.write_prompts()
         if failed:
             raise failed
 
     def write_mask(self, index):
-        """Mask of ids, by the calls of predict.py and so the same bits, and a copy of the image."""
+        """Writes the mask of ids, by predict.py's own calls, so the same bits, and copies the image."""
         item, loaded = self.items[index], self.nets[0]
         mask_path, copy = self.files(item)
         if not item.entries():
@@ -226,23 +232,36 @@ class Session:
             mask[masks[best]] = k
         for path in (mask_path, copy):
             path.parent.mkdir(parents=True, exist_ok=True)
-        if not copy.exists() and copy.suffix == item.path.suffix:
-            shutil.copyfile(item.path, copy)
-        elif not copy.exists():
-            utils.save_image(copy, self.read(index))
+        if not copy.exists():
+            self.copy_image(index, copy)
         temporary = self.folder / ".mask.png"
         utils.save_mask(temporary, mask)
         os.replace(temporary, mask_path)
 
+    def copy_image(self, index, copy):
+        """Writes an image to copy, byte by byte or, if the ending differs, pixel by pixel."""
+        path, temporary = self.items[index].path, self.folder / f".copy{copy.suffix}"
+        if copy.suffix == path.suffix:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise utils.InputError(f"{path}: {error.strerror}; put it back, or undo its "
+                                       "objects") from None
+            temporary.write_bytes(content)
+        else:
+            utils.save_image(temporary, self.read(index))
+        os.replace(temporary, copy)  # so that it is never half an image
+
     def write_lists(self):
-        """train.txt and val.txt: a name stays in its list, every fifth new one goes to val."""
+        """Writes train.txt and val.txt: a name stays in its list, every fifth new one goes to val."""
         folder = self.folder / VOC / "ImageSets/Segmentation"
         folder.mkdir(parents=True, exist_ok=True)
-        names = {path.stem for path in self.masks_dir.glob("*.png")}
+        names = {path.stem for path in self.masks_dir.glob("*.png") if fits_list(path.stem)}
         lists = {"train": [], "val": []}
         for part in lists:
-            if (path := folder / f"{part}.txt").exists():
-                lists[part] = [name for name in path.read_text().splitlines() if name in names]
+            path = folder / f"{part}.txt"
+            if path.exists():
+                lists[part] = [name for name in utils.read_lines(path) if name in names]
         for name in sorted(names - {*lists["train"], *lists["val"]}):
             count = len(lists["train"]) + len(lists["val"])
             lists["val" if count % 5 == 4 else "train"].append(name)
@@ -250,12 +269,12 @@ class Session:
             replace_text(folder / f"{part}.txt", "".join(f"{name}\n" for name in listed))
 
     def embed(self, index):
-        """(H, W) of an image, and its embedding by each net."""
+        """Returns (H, W) of an image and its embedding by each net."""
         image = self.read(index)
         return image.shape[:2], [loaded.net.encode(loaded, image) for loaded in self.nets]
 
     def cut_out(self, which, index, entry):
-        """Of an object, its entry as json: mask (H, W) of the screen's size as bits, and score."""
+        """Returns an object's mask, as bits of the screen's size, and score; entry: its json text."""
         size, embeddings = self.embed(index)
         shown, loaded = screen_size(size), self.nets[which]
         (points, labels), = predict.read_entry(json.loads(entry))
@@ -265,7 +284,7 @@ class Session:
         return np.packbits(masks[best]), scores[best]
 
     def draw(self, which, index):
-        """An image's masks by one net: RGBA PNG as a data URL, and the last object's score."""
+        """Returns an image's masks by one net, as the data URL of a PNG, and the last object's score."""
         item, score = self.items[index], None
         ids = np.zeros(screen_size(self.embed(index)[0]), np.uint8)
         for k, entry in enumerate(item.entries(), 1):
@@ -282,13 +301,13 @@ class Session:
         return f"data:image/png;base64,{base64.b64encode(encoded(pixels, 'PNG')).decode()}", score
 
     def photo(self, index):
-        """JPEG of the screen's size."""
+        """Returns an image as JPEG of the screen's size."""
         image = self.read(index)
         height, width = screen_size(image.shape[:2])
         return encoded(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), "JPEG")
 
     def state(self, index):
-        """All that the page shows of an image, but the image itself."""
+        """Returns all that the page shows of an image, but the image itself."""
         item, (height, width) = self.items[index], self.embed(index)[0]
         masks, scores = zip(*[self.draw(which, index) for which in range(len(self.nets))])
         return {"index": index, "name": item.name, "width": width, "height": height, "masks": masks,
@@ -322,12 +341,12 @@ class Session:
 
 
 def screen_size(size):
-    """(H, W) of an image -> that of what the page shows."""
+    """Returns the (H, W) at which the page shows an image of this (H, W)."""
     return tuple(max(1, round(side * min(1, SCREEN / max(size)))) for side in size)
 
 
 def encoded(pixels, form):
-    """uint8 (H, W, 3 or 4) -> bytes of an image file."""
+    """Returns pixels (H, W, 3 or 4) uint8 as the bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, quality=92, compress_level=1)
     return file.getvalue()
@@ -337,8 +356,15 @@ def same_file(path, other):
     return other.exists() and path.samefile(other)
 
 
+def fits_list(name):
+    """Returns whether a line of train.txt is read as this name, and the name is not a hidden file's."""
+    marks = (".", "\ufeff", "\udcff\udcfe", "\udcfe\udcff")  # the last three are byte order marks
+    return not ("\n" in name or name.endswith("\r") or name.isspace() or name.startswith(marks))
+
+
 def replace_text(path, text):
     """Writes a file so that it is always the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
@@ -354,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds until a request must have arrived
 
     def do_GET(self):
-        """Whatever goes wrong is one JSON line to the page; a traceback only here, on stderr."""
+        """Answers; whatever goes wrong is one JSON line to the page, a traceback only on stderr."""
         try:
             path, _, query = self.path.partition("?")
             self.check_caller(parse_qs(query))
@@ -377,7 +403,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def check_caller(self, query):
-        """Refused without the key, or by another host's name, which would be DNS rebinding."""
+        """Raises Refused without the key, or for another host's name, which would be DNS rebinding."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not re.fullmatch(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", hosts[0]):
             raise Refused(403, "wrong host")
@@ -406,7 +432,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(200, state)
 
     def read_body(self):
-        """{"version": ..., "action": ..., "prompt": ...}; Refused if it is anything else."""
+        """Returns {"version": ..., "action": ..., "prompt": ...}; Refused if it is anything else."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,20}", length):
             raise Refused(411, "a body needs its Content-Length")
@@ -434,7 +460,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, "text/html; charset=utf-8", page.encode(), policy)
 
     def send_error(self, code, message=None, explain=None):
-        """In place of the HTML of http.server, for its own errors too."""
+        """Sends one JSON line, for http.server's own errors too, in place of its HTML."""
         self.send_json(code, {"error": " ".join(str(message or "error").split())})
 
     def send_json(self, code, content):
@@ -451,11 +477,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_):
-        """No line per request: it would hold the key."""
+        """Prints no line per request: it would hold the key."""
 
 
 def create_server(args):
-    """A server on 127.0.0.1 with .url, .key and .session."""
+    """Returns a server on 127.0.0.1 with .url, .key and .session."""
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     except OSError as error:

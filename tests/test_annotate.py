@@ -1,4 +1,5 @@
 """annotate.py over HTTP: clicks in, masks out, files that predict.py and the trainings read; who is refused."""
+import ast
 import base64
 import http.client
 import io
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -417,6 +419,35 @@ def test_one_mask_that_cannot_be_written_does_not_stop_the_others(start, tmp_pat
     assert (tmp_path / "out/gts/b.png").exists() and page.ask("/state", 1)["unsaved"] == 1
 
 
+def test_an_image_that_is_gone_is_named_with_the_remedy(start, tmp_path, images, monkeypatch):
+    page = start()
+    page.do(0, "add", CLICK)
+    page.do(1, "add", [5, 5, 1])
+    page.do(3, "add", [5, 5, 1])
+    (images / "a.png").unlink()  # what the net needs of it is known
+    error = page.ask("/save", 1, {}, expect=422)["error"]
+    assert error == f"{images}/a.png: No such file or directory; put it back, or undo its objects"
+    assert sorted(path.name for path in (tmp_path / "out/gts").iterdir()) == ["b.png", "d <b>&.png"]
+    page.do(0, "undo")
+    assert page.ask("/save", 0, {})["unsaved"] == 0
+
+
+def test_a_copy_is_whole_or_not_there(start, tmp_path, images, monkeypatch):
+    page, whole = start(), (images / "a.png").read_bytes()
+    page.do(0, "add", CLICK)
+    with monkeypatch.context() as patch:
+        def full(path, content):
+            with open(path, "wb") as file:
+                file.write(content[:50])
+            raise OSError(28, "No space left on device")
+        patch.setattr(annotate.Path, "write_bytes", full)
+        assert "output: No space left on device" in page.ask("/save", 0, {}, expect=500)["error"]
+    assert not (tmp_path / "out/imgs/a.png").exists()
+    shutil.rmtree(tmp_path / "out/imgs")
+    page.ask("/save", 0, {})
+    assert (tmp_path / "out/imgs/a.png").read_bytes() == whole
+
+
 def test_ctrl_c_saves_everything(nets, images, tmp_path):
     command = [sys.executable, ROOT / "annotate.py", "--weights", nets["efficient_sam"], images, "--device", "cpu",
                "--output-dir", tmp_path / "out"]
@@ -482,6 +513,80 @@ def test_the_sam_decoder_trains_on_what_is_saved(start, tmp_path):
     page.do(1, "undo")
     page.ask("/save", 0, {})
     assert (lists / "train.txt").read_text() == "a\nd <b>&\n0\n2\n" and (lists / "val.txt").read_text() == "1\n"
+
+
+ODD = [" a", "a ", "a", "\xa0b", "b\xa0", "b c", "c\u2028d\x85", "\t", "e\u0301", "#f", "g\ufeff", "%20a", "𝔥"]
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Images of names that lists have to keep, among them bytes that are no UTF-8."""
+    (tmp_path / "odd").mkdir()
+    names = [*(name for name in ODD if name.strip()), os.fsdecode(b"\xff\xe9"), os.fsdecode(b"z\xb0")]
+    for k, name in enumerate(names):
+        Image.fromarray(np.full((12, 16, 3), 9 * k, np.uint8)).save(tmp_path / f"odd/{name}.png")
+    return {unicodedata.normalize("NFC", name): name for name in names}
+
+
+def listed(tmp_path):
+    """IDs of both lists as the training script reads them."""
+    root, args = finetune_sam_decoder.find_root(tmp_path / "out", "2012"), SimpleNamespace(masks="object")
+    return [item[0] for part in ("train", "val") for item in finetune_sam_decoder.find_items(root, part, args)]
+
+
+def test_every_name_is_read_back_from_the_lists(start, odd, tmp_path):
+    for session in range(2):  # started again, it goes on
+        page = start("--to", "voc", inputs=[tmp_path / "odd"])
+        for index in range(len(odd) - 1 if session == 0 else len(odd)):
+            page.do(index, "add", [3 + session, 3, 1])
+            page.ask("/save", index, {}) if index < 2 else None
+        page.session.save()
+        stop(page.server)
+        names = listed(tmp_path)
+        assert len(names) == len(odd) - 1 + session and len(set(names)) == len(names) and set(names) <= set(odd)
+        if session == 0:
+            before = names
+    assert set(before) < set(names)
+    lists = tmp_path / "out/VOCdevkit/VOC2012/ImageSets/Segmentation"
+    text = (lists / "train.txt").read_bytes()
+    (lists / "train.txt").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))  # as an editor on Windows
+    start("--to", "voc", inputs=[tmp_path / "odd"]).session.save()
+    assert (lists / "train.txt").read_bytes() == text
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r", " ", ".a", "\ufeffa", os.fsdecode(b"\xff\xfea")])
+def test_names_that_no_list_can_hold_are_refused_where_there_are_lists(start, tmp_path, name):
+    utils.save_image(tmp_path / f"{name}.png", np.full((12, 16, 3), 9, np.uint8))
+    with pytest.raises(utils.InputError, match="a list of images cannot hold this name; rename the file") as caught:
+        start("--to", "voc", inputs=[tmp_path / f"{name}.png"])
+    assert "\n" not in str(caught.value)
+    page = start("--output-dir", tmp_path / "npy", inputs=[tmp_path / f"{name}.png"])
+    page.do(0, "add", [3, 3, 1])
+    page.session.save()
+    assert (tmp_path / f"npy/gts/{name}.png").exists()
+
+
+def test_masks_of_such_names_are_in_no_list_and_a_list_of_other_text_is_named(start, tmp_path):
+    page = start("--to", "voc")
+    page.do(0, "add", CLICK)
+    page.session.masks_dir.mkdir(parents=True)
+    utils.save_mask(page.session.masks_dir / ".b.png", np.ones((4, 4)))
+    page.session.save()
+    path = tmp_path / "out/VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    assert path.read_text() == "a\n"
+    path.write_bytes(b"\xff\xfea")  # half a character of UTF-16
+    page.do(1, "add", [5, 5, 1])
+    assert "train.txt: neither UTF-8 nor UTF-16" in page.ask("/save", 0, {}, expect=422)["error"]
+    assert (page.session.masks_dir / "b.png").exists()
+    assert json.loads((tmp_path / "out/unsaved.json").read_text()) == []
+
+
+@pytest.mark.parametrize("name", ["annotate", "predict", "predict_video"])
+def test_every_text_file_has_an_encoding(name):
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+        call = ast.unparse(node) if isinstance(node, ast.Call) else ""
+        if re.match(r"open\(|.*\.(read_text|write_text)\([^()]*\)$", call):
+            assert "encoding=" in call or "'rb'" in call, call
 
 
 # --- Who is refused ---
@@ -655,7 +760,7 @@ def test_a_folder_or_port_that_cannot_be_used(start, tmp_path):
         start("--port", page.port, "--output-dir", tmp_path / "other")
     assert page.session.folder_lock.name == str(tmp_path / "out/.lock")  # see test_utils
     (tmp_path / "spoilt").mkdir()
-    for text in ("{", "[1]", '{"a": 3}', '{"a": [{"boxes": [[1]]}]}', '{"a": [{"points": [[1, 1, 7]]}]}'):
+    for text in ("{", "[1]", "[" * 60000, '{"a": 3}', '{"a": [{"boxes": [[1]]}]}', '{"a": [{"points": [[1, 1, 7]]}]}'):
         (tmp_path / "spoilt/prompts.json").write_text(text)
         with pytest.raises(utils.InputError, match="prompts.json(: | or unsaved.json: cannot be read)"):
             start("--output-dir", tmp_path / "spoilt")
