@@ -1,6 +1,7 @@
 """predict.py: masks at the image's own size from a checkpoint alone; a bad image does not stop the others."""
 import json
 import math
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -439,7 +440,6 @@ def test_sam2_finds_everything_and_refuses_what_is_not_for_it(sam2_file, tmp_pat
     assert utils.read_mask(tmp_path / "out/x_mask.png").any()
     args = predict.get_args_parser().parse_args(["x", "--weights", str(sam2_file), "--everything"])
     predict.check_options(args, predict.load_model(args))
-    assert (args.min_iou, args.min_stability) == (0.8, 0.95)
     for more, words in ((["--tile", "64"], "--tile: is for nets without"), (["--base", "x"], "--base: is for SAM;"),
                         ([], "no prompts for x")):
         with pytest.raises(utils.InputError, match=words):
@@ -611,11 +611,15 @@ def test_a_list_file_names_images_beside_it_or_here(tiny, tmp_path, monkeypatch)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(noise(20, 30)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "lists/all.txt").write_text(f"# images\na.png\n\n  b.png\n{tmp_path}/here/c d.png\nmissing.png\n")
+    spaced, raw = " b.png ", os.fsdecode(b"\xe9.png")
+    for name in (spaced, raw):
+        Image.fromarray(noise(20, 30)).save(tmp_path / "lists" / name, "png")
+    (tmp_path / "lists/all.txt").write_text(f"# images\na.png\n\n  b.png\n{tmp_path}/here/c d.png\nmissing.png\n"
+                                            f"  # {spaced}\n{spaced}\n{raw}\n", errors="surrogateescape")
     with pytest.raises(utils.InputError, match="^missing.png: no such file$"):
         run("--weights", tiny, tmp_path / "lists/all.txt", "--output-dir", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").glob("*_mask.png")) == [
-        "a_mask.png", "b_mask.png", "c d_mask.png"]
+        " b_mask.png", "a_mask.png", "b_mask.png", "c d_mask.png", raw[0] + "_mask.png"]
 
 
 @pytest.mark.parametrize("array, expected", [
@@ -650,6 +654,12 @@ def test_arrays_that_are_no_images(tmp_path, array, words):
 def test_names_never_collide(tmp_path, files, names):
     paths = [tmp_path / "p" / file for file in files]
     assert predict.name_outputs(paths, ["_mask.png", "_overlay.png", "_mask_0_mask.png"]) == names
+
+
+def test_names_that_some_file_systems_take_for_one_are_two():
+    for names in (("e\u0301.png", "\u00e9.png"), ("a.png", "A.png")):
+        first, second = predict.name_outputs([predict.Path("/p", name) for name in names], ["_mask.png"])
+        assert first[-4:] == "_png" and second[-6:] == "_png_2"
 
 
 def test_any_names_get_files_of_their_own():
@@ -964,6 +974,57 @@ def test_a_click_of_everything_is_a_point_prompt(objects_run, sam_run, sam2_file
         for k, point in enumerate(clicks.tolist()):
             (one, scores, _), = predict.predict_queries(loaded, embedding, size, [([point], [1])])
             assert (one[0, -3:] - enlarged[k]).abs().max() < 1e-3 and (scores[0, -3:] - iou[k]).abs().max() < 1e-4
+
+
+def found_in(monkeypatch, objects_run, masks, scores, *options):
+    """Areas and scores of what --everything keeps of these masks (N, H, W), three of each click."""
+    loaded, args = load(objects_run[0] / "run/last.pth", "--everything", "10", *options)
+    predict.check_options(args, loaded)
+    shown = iter(zip(masks.float().reshape(-1, 3, *masks.shape[1:]), torch.tensor(scores).reshape(-1, 3)))
+
+    def click(loaded, embedding, size, clicks):
+        parts = [next(shown, (torch.full((3, *masks.shape[1:]), -9.0), torch.zeros(3))) for _ in clicks]
+        return *map(torch.stack, zip(*parts)), masks.shape[1:]
+    monkeypatch.setattr(predict, "click", click)
+    net = loaded.net._replace(encode=lambda *_: None, enlarge=lambda loaded, logits, size: logits)
+    found = predict.find_everything(loaded._replace(net=net), np.zeros((*masks.shape[1:], 3), np.uint8), args)
+    return [(int(mask.sum()), round(score.item(), 3)) for mask, score, _ in found]
+
+
+def test_everything_takes_the_published_constants(objects_run, sam2_file, monkeypatch):
+    """Boxes of IoU above 0.7 are one object; rated 0.88 at least, stable to 0.95 between -1 and 1; 32 x 32 clicks."""
+    def draw(rows, columns, value=9.0, background=-9.0):
+        mask = torch.full((40, 250), background)
+        mask[rows, columns] = value
+        return mask
+    first, near, apart = (draw(slice(0, 20), slice(x, x + 100)) for x in (0, 14, 32))  # IoU 0.754; 0.695 to near
+    assert found_in(monkeypatch, objects_run, torch.stack([first, near, apart]), [0.95, 0.94, 0.93]) == [
+        (2000, 0.95), (2000, 0.93)]
+    assert found_in(monkeypatch, objects_run, torch.stack([near, apart, first]), [0.95, 0.94, 0.93]) == [
+        (2000, 0.95), (2000, 0.94)]
+    stable, unstable = (draw(slice(0, 10), slice(0, 100), 1.01, -1.01) for _ in range(2))
+    stable[0, :25], stable[0, 25:50] = 0.95, -0.95  # 950 of 1000 pixels are above 1
+    unstable[0, :30], unstable[0, 30:60] = 0.95, -0.95
+    last = draw(slice(20, 30), slice(0, 50))
+    assert found_in(monkeypatch, objects_run, torch.stack([stable, last, last]), [0.9, 0.881, 0.879]) == [
+        (975, 0.9), (500, 0.881)]
+    assert found_in(monkeypatch, objects_run, torch.stack([unstable] * 3), [0.9] * 3) == []
+    holes = draw(slice(0, 20), slice(0, 100))
+    holes[5, 5:29] = holes[10, 5:30] = -9
+    assert found_in(monkeypatch, objects_run, torch.stack([holes] * 3), [0.9] * 3) == [(1975, 0.9)]
+    for weights, min_iou in ((objects_run[0] / "run/last.pth", 0.88), (sam2_file, 0.8)):
+        loaded, args = load(weights, "--everything")
+        predict.check_options(args, loaded)
+        assert (args.everything, args.min_iou, args.min_stability, args.min_pixels) == (32, min_iou, 0.95, 25)
+
+
+def test_everything_is_at_most_what_a_palette_holds(objects_run, monkeypatch, capsys):
+    masks = torch.full((300, 30, 40), -9.0)
+    for k in range(300):
+        masks[k, k // 20 * 2, k % 20 * 2] = 9
+    found = found_in(monkeypatch, objects_run, masks, [1 - k / 3000 for k in range(300)], "--min-pixels", "0")
+    assert len(found) == 254 and min(score for _, score in found) == round(1 - 253 / 3000, 3)
+    assert "note: 254 objects, as many as a palette mask can hold" in capsys.readouterr().out
 
 
 def test_small_holes_are_filled_and_small_regions_dropped():

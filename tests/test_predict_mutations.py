@@ -189,10 +189,11 @@ def test_spoilt_checkpoints_are_named(weights, tmp_path, spoil):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]x", "3", "[1, 2]", '{"fine": 3}', '{"fine": {"boxes": 5}}', '"\\ud800"',
-                                  '{"fine": {"boxes": [["a", 1, 2, 3]]}}', '{"fine": {"boxes": [[1, 2, 3]]}}',
-                                  '{"fine": {"points": [[1e999, 2]]}}', '{"fine": {"points": [[NaN, 2, 1]]}}',
-                                  '{"fine": {"boxes": [[9, 9, 1, 1]]}}', '{"fine": {"points": [[1, 2, 3, 4, 5]]}}',
+@pytest.mark.parametrize("text", ["", "{", "[" * 60000, "[]x", "3", "[1, 2]", '{"fine": 3}', '{"fine": {"boxes": 5}}',
+                                  '"\\ud800"', '{"fine": {"boxes": [["a", 1, 2, 3]]}}',
+                                  '{"fine": {"boxes": [[1, 2, 3]]}}', '{"fine": {"points": [[1e999, 2]]}}',
+                                  '{"fine": {"points": [[NaN, 2, 1]]}}', '{"fine": {"boxes": [[9, 9, 1, 1]]}}',
+                                  '{"fine": {"points": [[1, 2, 3, 4, 5]]}}',
                                   '{"other": {}}', json.dumps({"fine": {"boxes": [[1, 1, 9, 9]] * 300}})])
 def test_spoilt_prompts_are_named(tmp_path, text):
     (tmp_path / "prompts.json").write_text(text)
