@@ -1,21 +1,22 @@
-"""benchmark.py: its table comes from steps really taken, every figure is there, and the ways differ as they say."""
+"""benchmark.py: pairs are equal where they say so, figures come from steps really taken, the ways do as described."""
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import benchmark
+from benchmark import BF16, Case
 
-CPU = torch.device("cpu")
-UNET, SAM = ("train_unet", benchmark.unet), ("train_efficientsam", benchmark.efficient_sam)
-TINY = {  # as benchmark.CASES
-    "unet": (*UNET, {"net": "UNet", "size": 32}, benchmark.UNET_WAYS, 4, 2, 10),
-    "nested": (*UNET, {"net": "NestedUNet", "size": 32}, {"MONAI": {"plain": True, "monai": True}, "ours": {}},
-               4, 2, 10),
-    "deeplab": ("train_deeplabv3", benchmark.deeplabv3, {"net": "mobilenet_v3_large", "size": 32},
-                benchmark.DEEPLAB_WAYS, 4, 2, 10),
-    "sam": (*SAM, {"net": "demo"}, {"article": {"plain": True, "size": 128}, "ours 64": {"size": 64}}, 1, 1, 3),
-    "objects": (*SAM, {"net": "demo", "size": 64}, benchmark.OBJECT_WAYS, 1, 1, 3),
-    "long": (*SAM, {"net": "demo"}, benchmark.SAM_WAYS, 1, 1, 3),
+CPU, PLAIN = torch.device("cpu"), {"plain": True}
+TINY = {
+    "sam": Case(benchmark.efficient_sam, {"net": "demo", "size": 64}, {"plain": True, "objects": 1}, {"objects": 8},
+                own=({"dtype": None, "size": 128}, {"dtype": BF16})),
+    "unet": Case(benchmark.unet, {"net": "UNet", "size": 32}, batch=2),
+    "data": Case(benchmark.data, {"script": "train_unet", "kind": "cells", "count": 200}, None,
+                 batch=2, steps=1, warm_up=0),
+    "deeplab": Case(benchmark.deeplabv3, {"net": "mobilenet_v3_large", "size": 32}),
 }
 
 
@@ -23,50 +24,86 @@ TINY = {  # as benchmark.CASES
 def run(monkeypatch, tmp_path):
     """run("--steps", "1") is benchmark.main on the cases above."""
     monkeypatch.setattr(benchmark, "CASES", TINY)
-    monkeypatch.setattr(benchmark, "QUICK", [name for name in TINY if name != "long"])
+    monkeypatch.setattr(benchmark, "QUICK", ("sam", "data"))
     threads = torch.get_num_threads()
     yield lambda *options: benchmark.main(benchmark.get_args_parser().parse_args([
         "--threads", "1", "--device", "cpu", "-j", "1", "--output-dir", str(tmp_path), *options]))
     torch.set_num_threads(threads)
 
 
-def test_the_ways_take_turns_and_warming_up_does_not_count():
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """build(make, settings) -> figures, model, compute_loss of a way."""
+    made, original = [], benchmark.step_and_inference
+
+    def remember(*args, **options):
+        made.append((args[3], args[6]))
+        return original(*args, **options)
+    monkeypatch.setattr(benchmark, "step_and_inference", remember)
+    setup = SimpleNamespace(device=CPU, batch=2, workers=1, threads=torch.get_num_threads(), folder=tmp_path)
+    return lambda make, settings: (benchmark.build(make, setup, settings), *(made[-1] if made else ()))
+
+
+@pytest.mark.parametrize("name", benchmark.CASES)
+def test_a_pair_differs_only_in_what_its_case_says(name):
+    case = benchmark.CASES[name]
+    for column, pair in case.columns(bf16=True).items():
+        for settings in pair:
+            if settings is not None:
+                inspect.signature(case.make).bind(None, **settings)
+        if column != "own settings":
+            article, ours = pair
+            differing = {key for key in {*article, *ours} if article.get(key) != ours.get(key)}
+            assert differing == {*case.article, *case.ours}  # neither the size nor the precision
+            assert article["dtype"] == (BF16 if column == "bf16" else None)
+
+
+def test_the_ways_take_turns_and_times_are_per_item():
     calls = []
-    steps = {way: lambda way=way: calls.append(way) for way in "ab"}
-    seconds = benchmark.time_steps(steps, 1, 3, CPU, "x")
-    assert calls == list("abababab") and [len(seconds[way]) for way in "ab"] == [3, 3]
+    seconds = benchmark.time_ways([lambda way=way: calls.append(way) or 1 for way in "ab"], 1, 3, CPU, "x")
+    assert calls == list("abababab") and list(map(len, seconds)) == [3, 3]
+    functions = [lambda items=items: sum(range(10**6)) and items for items in (1, 1000)]
+    one, thousand = benchmark.time_ways(functions, 0, 1, CPU, "x")
+    assert one[0] > 50 * thousand[0]
 
 
-def test_every_kind_of_case_gives_every_ratio_and_both_files(run, tmp_path, capsys):
-    ratios = run("--quick", "--steps", "1")
-    assert {name: list(pairs) for name, pairs in ratios.items()} == {
-        "unet": ["article / ours", "MONAI / ours"], "nested": ["MONAI / ours"],
-        "deeplab": ["article (torchvision) / ours"], "sam": ["article / ours 64"],
-        "objects": ["1 a pass / ours, 8 a pass"]}
-    for pairs in ratios.values():
-        for row in pairs.values():
-            assert set(row) == {"training step", "inference", "peak memory", "loader / step"}
-            assert all(value > 0 for value in row.values())
+def test_one_table_holds_every_case(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.utils, "has_bf16", lambda device: True)
+    results = run("--quick", "--steps", "1")
+    assert list(results) == ["sam", "data"]
     text = (tmp_path / "benchmark.md").read_text()
-    assert text in capsys.readouterr().out and "left out by --quick, as they take minutes: long\n" in text
+    assert text in capsys.readouterr().out and "as they take minutes: unet, deeplab.\n" in text
     assert (tmp_path / "benchmark.png").stat().st_size > 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(lines) == sum(map(len, results.values()))
+    for name, figure, *values in lines:
+        columns = next(columns for found, columns, _ in results[name] if found == figure)
+        for i, column in enumerate(benchmark.COLUMNS):
+            article, ours, quotient = values[3 * i:3 * i + 3]
+            if name == "data":  # only ours, without precision
+                assert not article and not quotient and bool(ours) == (column == "own settings")
+            else:
+                assert float(quotient) == pytest.approx(columns[column][0] / columns[column][1], abs=0.006)
+                assert float(article) == pytest.approx(columns[column][0], rel=0.006)
+    assert [figure for _, figure, *_ in lines] == [
+        "training step, s/object", "inference, s/object", "peak memory, MB",
+        "start-up, 200 images, s", "loader, 0 workers, s/image", "loader, 1 workers, s/image", "peak memory, MB"]
+    assert all(f"**{make}**: " in text for make in ("efficient_sam", "data"))
 
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.count("|") == 10]
-    figures = {(line[0], line[2]): line for line in lines}
-    for name, pairs in ratios.items():
-        for pair, row in pairs.items():  # the ratio is that of what each image or object takes
-            other, ours = [figures[name, way] for way in pair.split(" / ")]
-            assert row["training step"] == pytest.approx(float(ours[5]) / float(other[5]), rel=0.02)
-            assert row["inference"] == pytest.approx(float(ours[8]) / float(other[8]), rel=0.02)
-    eight = figures["objects", "ours, 8 a pass"]
-    assert float(eight[4].split()[0]) * float(eight[5]) == pytest.approx(8, rel=0.02)
-    assert figures["deeplab", "ours"][3] == figures["deeplab", "article (torchvision)"][3] == "11.03"
+
+def test_without_bf16_instructions_all_is_float32(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.utils, "has_bf16", lambda device: False)
+    rows = run("--cases", "unet", "--steps", "1")["unet"]
+    for _, columns, _ in rows:
+        assert list(columns) == ["float32", "own settings"] and columns["float32"] == columns["own settings"]
+    assert "no instructions for bf16" in (tmp_path / "benchmark.md").read_text()
 
 
-def test_ways_in_between_and_long_cases_are_measured_when_asked_for(run):
-    ratios = run("--parts", "--quick", "--steps", "1", "--cases", "deeplab")
-    assert list(ratios["deeplab"]) == [f"article (torchvision) / {way}" for way in (
-        "ours, float32", "ours, contiguous", "ours")]
+def test_cases_are_found_by_how_they_begin(capsys):
+    assert benchmark.find_cases("sam2") == ["sam2_tiny", "sam2_tiny-checkpointing", "sam2_tiny-frozen"]
+    with pytest.raises(SystemExit):
+        benchmark.get_args_parser().parse_args(["--cases", "UNet", "nothing"])
+    assert "nothing: no case begins so" in capsys.readouterr().err
 
 
 def test_a_batch_that_batch_norm_refuses_is_one_line(run):
@@ -74,77 +111,82 @@ def test_a_batch_that_batch_norm_refuses_is_one_line(run):
         run("--cases", "deeplab", "-b", "1")
 
 
-def test_written_out_attention_is_the_same_net_without_the_fused_kernel(monkeypatch):
-    settings = {"batch": 1, "net": "demo", "size": benchmark.IMAGE_SIDE}
-    fused, article = [benchmark.create_step(benchmark.efficient_sam, CPU, train=False, settings={**settings, **way})[0]
-                      for way in ({}, {"plain": True})]
-    wanted, kernel = fused(), F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    got = article()
-    assert F.scaled_dot_product_attention is None
-    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("create, settings", [
-    (benchmark.unet, {"net": "UNet", "size": 32}), (benchmark.deeplabv3, {"net": "mobilenet_v3_large", "size": 32}),
-    (benchmark.efficient_sam, {"net": "demo", "size": 64, "objects": 2})])
+@pytest.mark.parametrize("make, settings", [
+    (benchmark.unet, {"net": "UNet", "size": 32}), (benchmark.unet, {"net": "NestedUNet", "size": 32, "monai": True}),
+    (benchmark.deeplabv3, {"net": "mobilenet_v3_large", "size": 32}),
+    (benchmark.efficient_sam, {"net": "demo", "size": 64, "objects": 2}),
+    (benchmark.sam2, {"net": "demo", "size": 64})])
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_step_changes_the_weights_and_a_prediction_does_not(create, settings, plain):
-    for train in (True, False):
-        step, model = benchmark.create_step(create, CPU, train, {"batch": 2, "plain": plain, **settings})
+def test_a_step_changes_the_weights_and_a_prediction_does_not(build, make, settings, plain):
+    figures, model, _ = build(make, {**settings, "plain": plain})
+    for name, function in reversed(figures.items()):
         before = [p.detach().clone() for p in model.parameters()]
-        step()
-        assert train == any((a != b).any() for a, b in zip(before, model.parameters()))
+        assert function() >= 1
+        changed = any((a != b).any() for a, b in zip(before, model.parameters()))
+        assert changed == name.startswith("training step")
 
 
-@pytest.mark.parametrize("script", benchmark.SCRIPTS)
-def test_a_large_data_set_is_drawn_once_and_linked(script, tmp_path):
-    benchmark.draw_images(script, tmp_path / script, 50, 32, 10)
-    loader = benchmark.create_loader(script, tmp_path / script, 64, 2, 0)
-    assert len(loader.dataset) == 40 and len(list(loader)) == 20
-    assert {item[1].stat().st_nlink for item in loader.dataset.items} == {5}
+def test_attention_written_out_is_the_fused_one(monkeypatch):
+    q, k, v = torch.rand(3, 2, 4, 9, 8)
+    torch.testing.assert_close(benchmark.written_out_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    model, image = benchmark.sam.sam_demo(64), torch.rand(1, 3, 64, 64)
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter)
+    ours = benchmark.encode_image(model, image, None, plain=False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # which the official way does without
+    torch.testing.assert_close(benchmark.encode_image(model, image, None, plain=True), ours, atol=1e-4, rtol=1e-4)
 
 
-def test_start_up_says_seconds_and_memory_of_each_script(run, capsys):
-    found = run("--start-up", "20")
-    assert list(found) == list(benchmark.SCRIPTS) and all(seconds > 0 for seconds, _ in found.values())
-    assert capsys.readouterr().out.count("| 20 ") == 3
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_official_way_on_videos_has_our_loss_and_gradient(build, frozen):
+    gradients, losses = [], []
+    for settings in (PLAIN, {}, {"checkpointing": True}):
+        _, model, compute_loss = build(benchmark.sam2, {"net": "demo", "size": 64, "frozen": frozen, **settings})
+        images, memories = [], []
+        model.image_encoder.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0])))
+        model.memory_encoder.register_forward_hook(lambda *_: memories.append(1))
+        loss = compute_loss()
+        if settings == PLAIN:  # all frames at once, every frame remembered
+            assert (images, len(memories)) == ([4], 4)
+        model.eval()  # no dropout
+        torch.manual_seed(0)
+        loss = compute_loss()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for loss, found in zip(losses[1:], gradients[1:]):
+        assert loss == pytest.approx(losses[0], rel=1e-4)
+        assert len(found) == len(gradients[0])
+        for ours, official in zip(found, gradients[0]):
+            torch.testing.assert_close(ours, official, rtol=1e-3, atol=1e-4 * official.abs().max().item() + 1e-5)
 
 
-def test_fine_tuning_from_kept_embeddings_is_timed_beside_the_articles_way(run, capsys, monkeypatch):
-    forward, calls = benchmark.sam.ImageEncoder.forward, []
+def test_fine_tuning_encodes_each_image_in_the_first_epoch_alone(build, monkeypatch, capsys):
+    calls, forward = [], benchmark.sam.ImageEncoder.forward
 
     def counted(self, images):
         calls.append(len(images))
         return forward(self, images)
     monkeypatch.setattr(benchmark.sam.ImageEncoder, "forward", counted)
-    seconds, encoder = run("--fine-tune", "2", "--quick")
-    assert list(seconds) == ["article", "ours"] and set(map(len, seconds.values())) == {10}
-    assert list(encoder) == ["article", "ours, float32", "ours"]
-    assert len(calls) == 3 * 4 + 10 * 2 + 2  # alone, warmed up; the article's epochs; ours in the first alone
-    assert capsys.readouterr().out.count("| article") == 2
+    counts = {}
+    for plain in (True, False):
+        figures, *_ = build(benchmark.decoder, {"net": "demo", "size": 64, "plain": plain})
+        for figure, function in figures.items():
+            calls.clear()
+            function()
+            counts[figure, plain] = sum(calls)
+    assert counts == {("first epoch, s", True): 2, ("later epoch, s", True): 2, ("encoder, s/image", True): 1,
+                      ("first epoch, s", False): 2, ("later epoch, s", False): 0, ("encoder, s/image", False): 1}
+    assert not capsys.readouterr().out
 
 
-def test_steps_on_videos_are_timed_beside_the_official_way(run, capsys, monkeypatch):
-    ways = ("official", "ours, all of these")
-    monkeypatch.setattr(benchmark, "SAM2_WAYS", {way: benchmark.SAM2_WAYS[way] for way in ways})
-    found = run("--videos", "1", "--quick")
-    assert tuple(found) == ways and all(len(seconds) == 1 and seconds[0] > 0 for seconds, _ in found.values())
-    assert "| official " in capsys.readouterr().out
-
-
-def test_each_way_to_train_on_videos_has_the_loss_and_gradient_of_the_official_one():
-    gradients, losses = {}, {}
-    for way, settings in benchmark.SAM2_WAYS.items():
-        if "dtype" not in settings:
-            torch.manual_seed(0)
-            model, _, compute_loss, _ = benchmark.sam2("demo", 64, **settings)
-            model.eval()  # no dropout
-            loss = compute_loss()
-            loss.backward()
-            losses[way], gradients[way] = loss.item(), model.sam_mask_decoder.conv_s0.weight.grad
-    for way, loss in losses.items():
-        assert loss == pytest.approx(losses["official"], rel=1e-4), way
-        torch.testing.assert_close(gradients[way], gradients["official"], rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("script, kind", [("train_deeplabv3", "scenes"), ("train_efficientsam", "objects")])
+def test_a_large_data_set_is_drawn_once_and_linked(build, tmp_path, script, kind):
+    start_up, load, _ = build(benchmark.data, {"script": script, "kind": kind, "count": 300})[0].values()
+    assert start_up() == 1
+    assert sum(path.stat().st_nlink == 3 for path in tmp_path.rglob("*_0000*.*")) == 6
+    if kind == "scenes":
+        assert load() == 128  # 64 batches of 2
+        counts = [len(next(tmp_path.rglob(f"{name}.txt")).read_text().split()) for name in ("train", "val")]
+        assert counts == [240, 60]
