@@ -193,7 +193,7 @@ def read_image(path):
 # --- Model ---
 
 class Net(NamedTuple):
-    """What this script has to know of a net; NETS has one of each."""
+    """Says what this script has to know of a net; NETS has one of each."""
     build: Callable            # the "arch" of a checkpoint -> the net
     required_option: str       # option of its training that predicting needs
     predict: Callable = None   # of nets without prompts: see predict_unet
@@ -209,7 +209,7 @@ class Net(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A net with its weights, and what its checkpoint says: name, arguments, options, classes."""
+    """Holds a net with its weights, and its checkpoint's name, arguments, options and classes."""
     model: torch.nn.Module
     net: Net
     name: str
@@ -221,7 +221,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(args):
-    """Returns the net that --weights holds."""
+    """Returns the net that --weights holds, as Loaded."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
     path = args.weights

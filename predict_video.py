@@ -310,7 +310,7 @@ def by_number(name):
 
 
 def size_text(size):
-    """Returns (H, W ...) as users say it."""
+    """Returns (H, W ...) as WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
 
 
