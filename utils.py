@@ -179,7 +179,7 @@ def run(main, parser):
     """Calls main(parsed arguments); user errors and lack of memory are one line and exit status 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember_signal)
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show each line at once
     try:
         main(parser.parse_args())
         leave_process_group()
