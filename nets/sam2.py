@@ -3,9 +3,10 @@
 Keys, shapes and outputs match github.com/facebookresearch/sam2 (commit 2b90b9f: sam2/modeling and
 what training/model/sam2.py calls of it), whose files sam2.1_hiera_*.pt load strictly: they hold
 {"model": state dict}. Attention is fused, rotary position codes are sines and cosines in float32
-instead of complex numbers, and several objects of several videos go in one batch.
-Left out on purpose: SAM 2.0, options that no 2.1 file uses, memory strides, filling of holes, masks
-that may not overlap.
+instead of complex numbers, and several objects of several videos go in one batch. SAM's blocks are
+imported from nets/sam.py.
+Left out on purpose: SAM 2.0, options that no 2.1 file uses (memory strides, a limit of conditioning
+frames), track_step without memory or with earlier logits, filling of holes, masks that may not overlap.
 
 Frames are resized to a square of image_size pixels, whatever their aspect, and normalised. Points
 and mask prompts are in pixels of that square; mask logits have a quarter of its side.
@@ -34,7 +35,7 @@ WEIGHTS = {  # the authors publish no hashes; these, and the sizes, are those th
         ("large", 898083611, "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"))}
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255
 NO_OBJ_SCORE = -1024.0  # logit of every pixel of an absent object
-BATCH_OBJECTS = 16  # that `propagate` tracks at a time
+BATCH_OBJECTS = 16  # objects that `propagate` tracks at a time
 
 
 # --- Small blocks ---
@@ -55,7 +56,7 @@ class MLP(nn.Module):
 
 
 def sine_position(x):
-    """Position codes of a map (B, C, H, W), same shape and type: half of C for y, then half for x.
+    """Returns position codes of a map (B, C, H, W), of its shape and type: half of C for y, half for x.
 
     Positions 1..H become 0..2 pi; sine and cosine of a frequency lie side by side.
     """
@@ -74,7 +75,7 @@ def sine_position(x):
 
 
 def get_1d_sine_pe(pos_inds, dim):
-    """Position codes of numbers (N,) -> (N, dim): all sines, then all cosines."""
+    """Returns position codes (N, dim) of numbers (N,): all sines, then all cosines."""
     half = dim // 2
     place = torch.arange(half, dtype=torch.float32, device=pos_inds.device)
     angle = pos_inds[:, None] / 10000 ** (2 * (place // 2) / half)
@@ -84,14 +85,14 @@ def get_1d_sine_pe(pos_inds, dim):
 # --- Image encoder ---
 
 def pool(x):
-    """Maximum over 2 x 2: (B, H, W, C) -> (B, H / 2, W / 2, C)."""
+    """Takes the maximum over 2 x 2: (B, H, W, C) -> (B, H / 2, W / 2, C)."""
     return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
 
 class MultiScaleAttention(nn.Module):
-    """Self-attention over a map, (B, H, W, dim) -> (B, H, W, dim_out).
+    """Self-attention over a map: (B, H, W, dim) -> (B, H, W, dim_out).
 
-    With pooled, every 2 x 2 queries become one: half the height and width.
+    pooled: the maximum of every 2 x 2 queries is taken, which halves height and width.
     """
 
     def __init__(self, dim, dim_out, num_heads, pooled):
@@ -114,8 +115,8 @@ class MultiScaleAttention(nn.Module):
 class MultiScaleBlock(nn.Module):
     """Pre-norm transformer block of Hiera: (B, H, W, dim) -> (B, H, W, dim_out).
 
-    The first block of a stage (dim_out other than dim) halves height and width. Attention is within
-    windows, or over the whole image if window is 0; the zeros that fill up the last windows are not
+    The first block of a stage (dim_out differs from dim) halves height and width. Attention is within
+    windows, or over the whole image if window is 0; the zeros that pad the last windows are not
     masked, as published. drop_path: probability, in training, that an image skips a branch.
     """
 
@@ -133,6 +134,7 @@ class MultiScaleBlock(nn.Module):
             self.proj = nn.Linear(dim, dim_out)
 
     def skip(self, branch):
+        """Returns the branch, in training without that of random images."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, 1, device=branch.device) >= self.drop_path
@@ -155,8 +157,8 @@ class Hiera(nn.Module):
     """Image (B, 3, H, W) -> four maps (B, 2**i C, H / 2**(i+2), W / 2**(i+2)), i = 0..3.
 
     Ryali et al. 2023 (arXiv:2306.00989), with the position codes of Bolya et al. 2023
-    (arXiv:2311.05613): a small map stretched over the image plus one that repeats in each window.
-    With gradient_checkpointing set to True a backward pass computes each block again.
+    (arXiv:2311.05613): a small map resized to the image plus one that repeats in each window.
+    gradient_checkpointing: the backward pass computes each block again, which needs less memory.
     """
 
     def __init__(self, embed_dim, num_heads, stages, global_att_blocks, window_spec, pos_embed_size,
@@ -172,7 +174,7 @@ class Hiera(nn.Module):
         dim, last = embed_dim, sum(stages) - 1
         for stage, depth in enumerate(stages):
             for i in range(depth):
-                changes = stage > 0 and i == 0  # this block still has the windows of the last stage
+                changes = stage > 0 and i == 0  # this block has the windows of the previous stage
                 window = window_spec[stage - 1 if changes else stage]
                 if len(self.blocks) in global_att_blocks:
                     window = 0
@@ -203,7 +205,7 @@ class Hiera(nn.Module):
 class FpnNeck(nn.Module):
     """Four maps of the trunk, fine to coarse -> the three finest with D channels.
 
-    Only the third is summed with the coarser one; convs start with the coarsest.
+    Only the third is summed with the coarsest; the first of convs belongs to the coarsest map.
     """
 
     def __init__(self, dims, d_model):
@@ -242,9 +244,9 @@ class MaskDecoder(nn.Module):
     image_embeddings: (B, D, E, E), or (1, D, E, E) with repeat_image; anything else: ValueError.
     high_res_features: the two finer maps of forward_image, (B or 1, channels, 4E or 2E, same).
     multimask_output: True gives three masks of different extent and their tokens (B, 3, D); False
-    the one for clear prompts and its token (B, 1, D). IoU: the decoder's guess of each mask's
+    the mask for clear prompts and its token (B, 1, D). IoU: the decoder's estimate of each mask's
     quality, 0..1. Score: logit of the object being in the image.
-    dynamic_multimask_via_stability: in eval mode the one mask is replaced by the best of the three
+    dynamic_multimask_via_stability: in eval mode the single mask is replaced by the best of the three
     if its area above 0.05 is less than 0.98 of that above -0.05; its token stays.
     """
 
@@ -298,6 +300,7 @@ class MaskDecoder(nn.Module):
 
     @staticmethod
     def replace_unstable(masks, iou):
+        """Returns mask (B, 1, H, W) and IoU (B, 1): the single mask's, or the best of three if unstable."""
         inner, outer = ((masks[:, 0] > level).sum((1, 2)) for level in (0.05, -0.05))
         stable = inner >= 0.98 * outer
         chosen = torch.where(stable, 0, 1 + iou[:, 1:].argmax(1))
@@ -308,7 +311,7 @@ class MaskDecoder(nn.Module):
 # --- Memory ---
 
 def rotary_table(side, dim, device):
-    """Cosines and sines (side * side, dim / 2) of a square's cells, for rotate.
+    """Returns cosines and sines (side * side, dim / 2) of a square's cells, for `rotate`.
 
     Su et al. 2021 (arXiv:2104.09864) in two axes: half of the angles follow x, half y.
     """
@@ -319,7 +322,7 @@ def rotary_table(side, dim, device):
 
 
 def rotate(x, table):
-    """Turns each pair of channels of x (..., H*W, D) by its angle, in the float32 of the table."""
+    """Rotates each pair of channels of x (..., H*W, D) by its angle, in float32; returns x's type."""
     cos, sin = table
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
@@ -329,7 +332,7 @@ def rotate(x, table):
 class RoPEAttention(nn.Module):
     """Attention of q (B, E*E, D) over k, v (B, K, kv_dim) with rotary codes -> (B, E*E, D).
 
-    The keys are maps of E*E cells, turned like the queries, then num_k_exclude_rope other tokens.
+    The keys are maps of E*E cells, rotated like the queries, then num_k_exclude_rope other tokens.
     """
 
     def __init__(self, dim, kv_dim, dropout):
@@ -351,7 +354,7 @@ class RoPEAttention(nn.Module):
 
 
 class MemoryAttentionLayer(nn.Module):
-    """The current frame (B, E*E, D) looks at itself, then at the memory (B, K, mem_dim)."""
+    """Attention of the current frame (B, E*E, D) to itself, then to the memory (B, K, mem_dim)."""
 
     def __init__(self, dim, mem_dim, mlp_dim, dropout):
         super().__init__()
@@ -374,7 +377,7 @@ class MemoryAttentionLayer(nn.Module):
 
 
 class MemoryAttention(nn.Module):
-    """The current frame conditioned on the memory: curr (E*E, B, D) -> (E*E, B, D).
+    """Conditions the current frame on the memory: curr (E*E, B, D) -> (E*E, B, D).
 
     memory and memory_pos: (K, B, mem_dim), maps of E*E cells, then num_obj_ptr_tokens tokens.
     """
@@ -413,9 +416,9 @@ class CXBlock(nn.Module):
 
 
 class MemoryEncoder(nn.Module):
-    """Image features (B, D, E, E), mask logits (B, 1, S, S) -> dict of memory and position codes.
+    """Image features (B, D, E, E), masks (B, 1, S, S) -> dict of memory and position codes.
 
-    vision_features: (B, mem_dim, E, E); vision_pos_enc: a list of one, the same shape.
+    masks: 20 * probability - 10. vision_features: (B, mem_dim, E, E); vision_pos_enc: [same shape].
     """
 
     def __init__(self, dim, mem_dim):
@@ -431,36 +434,19 @@ class MemoryEncoder(nn.Module):
         self.fuser = nn.Sequential(OrderedDict(layers=nn.Sequential(CXBlock(dim), CXBlock(dim))))
         self.out_proj = nn.Conv2d(dim, mem_dim, 1)
 
-    def forward(self, pix_feat, masks, skip_mask_sigmoid=False):
-        if not skip_mask_sigmoid:
-            masks = masks.sigmoid()
+    def forward(self, pix_feat, masks):
         x = self.pix_feat_proj(pix_feat) + self.mask_downsampler(masks)
         x = self.out_proj(self.fuser(x))
         return {"vision_features": x, "vision_pos_enc": [sine_position(x)]}
 
 
-def select_closest_cond_frames(frame_idx, cond_frame_outputs, max_cond_frame_num):
-    """Conditioning outputs by frame -> dict of those to attend to, dict of the others.
-
-    -1: all of them. Else at most max_cond_frame_num: the closest before frame_idx, the closest from
-    it on, then the closest of the rest.
-    """
-    if max_cond_frame_num == -1 or len(cond_frame_outputs) <= max_cond_frame_num:
-        return cond_frame_outputs, {}
-    near = sorted(cond_frame_outputs, key=lambda t: abs(t - frame_idx))
-    chosen = [t for t in near if t < frame_idx][:1] + [t for t in near if t >= frame_idx][:1]
-    chosen = (chosen + [t for t in near if t not in chosen])[:max_cond_frame_num]
-    others = {t: out for t, out in cond_frame_outputs.items() if t not in chosen}
-    return {t: cond_frame_outputs[t] for t in chosen}, others
-
-
 # --- The model ---
 
 class SAM2(nn.Module):
-    """All parts and the rules of tracking. The arguments build every published size and smaller.
+    """All parts and the rules of tracking; the arguments build every published size and smaller ones.
 
-    Scripts call propagate to predict; in training forward_image, _prepare_backbone_features and
-    track_step or its parts. image_size must be a multiple of 32 and of four times the first window:
+    Scripts call `propagate` to predict; in training forward_image, _prepare_backbone_features and
+    the parts of track_step. image_size must be a multiple of 32 and of four times the first window:
     else ValueError. The authors' predictors set dynamic_multimask_via_stability and, in videos,
     binarize_mask_from_pts_for_mem_enc; their training does not.
     """
@@ -472,15 +458,14 @@ class SAM2(nn.Module):
                  global_att_blocks=(5, 7, 9), window_spec=(8, 4, 14, 7), pos_embed_size=7,
                  drop_path_rate=0.0, d_model=256, mem_dim=64, memory_layers=4, memory_mlp_dim=2048,
                  memory_dropout=0.1, decoder_mlp_dim=2048, num_maskmem=7,
-                 max_obj_ptrs_in_encoder=16, max_cond_frames_in_attn=-1,
-                 dynamic_multimask_via_stability=False, binarize_mask_from_pts_for_mem_enc=False):
+                 max_obj_ptrs_in_encoder=16, dynamic_multimask_via_stability=False,
+                 binarize_mask_from_pts_for_mem_enc=False):
         super().__init__()
         multiple = math.lcm(32, 4 * window_spec[0])
         if image_size % multiple:
             raise ValueError(f"image_size must be a multiple of {multiple}, got {image_size}")
         self.image_size, self.hidden_dim, self.mem_dim = image_size, d_model, mem_dim
         self.num_maskmem, self.max_obj_ptrs_in_encoder = num_maskmem, max_obj_ptrs_in_encoder
-        self.max_cond_frames_in_attn = max_cond_frames_in_attn
         self.binarize_mask_from_pts_for_mem_enc = binarize_mask_from_pts_for_mem_enc
 
         dims = [embed_dim * 2**stage for stage in range(len(stages))]
@@ -511,7 +496,7 @@ class SAM2(nn.Module):
     def forward_image(self, img_batch):
         """Normalised images (V, 3, S, S) -> the image encoder's dict; other sizes: ValueError.
 
-        The first two maps of backbone_fpn have D / 8 and D / 4 channels, as the decoder takes them.
+        The first two maps of backbone_fpn get D / 8 and D / 4 channels, as the decoder needs them.
         """
         size = tuple(img_batch.shape[-2:])
         if size != (self.image_size, self.image_size):
@@ -523,9 +508,9 @@ class SAM2(nn.Module):
         return backbone_out
 
     def _prepare_backbone_features(self, backbone_out):
-        """Dict of forward_image -> it, three maps (H*W, V, channels), positions, sizes (H, W).
+        """Dict of forward_image -> the same, three maps (H*W, V, channels), positions, sizes [(H, W)].
 
-        track_step takes these, dimension 1 indexed with the image of each object.
+        track_step takes the last three, dimension 1 indexed by the image of each object.
         """
         maps, positions = backbone_out["backbone_fpn"], backbone_out["vision_pos_enc"]
         feat_sizes = [tuple(x.shape[-2:]) for x in maps]
@@ -538,10 +523,10 @@ class SAM2(nn.Module):
         """Features (B, D, E, E) and prompts of B objects -> seven outputs.
 
         point_inputs: dict of point_coords (B, N, 2), point_labels (B, N); None: one padding point.
-        mask_inputs: (B, 1, 4E, 4E) logits, or of another size, which is changed.
+        mask_inputs: logits (B, 1, 4E, 4E); of another size they are resized.
         Out: masks (B, M, 4E, 4E) and (B, M, S, S), M = 3 with multimask_output, else 1; IoU (B, M);
         mask of highest IoU (B, 1, 4E, 4E) and (B, 1, S, S); object pointer (B, D); score (B, 1).
-        Where the score is not above 0 the object is absent: logits -1024, pointer no_obj_ptr.
+        If the score is not above 0, the object is absent: logits -1024, pointer no_obj_ptr.
         """
         objects, device = len(backbone_features), backbone_features.device
         if point_inputs is None:
@@ -569,9 +554,9 @@ class SAM2(nn.Module):
         return low_res, high_res, ious, best_low_res, best_high_res, pointer, score
 
     def _use_mask_as_output(self, backbone_features, high_res_features, mask_inputs):
-        """Mask prompts (B, 1, S, S), 0 and 1 -> seven outputs, the masks being 20 * prompt - 10.
+        """Mask prompts (B, 1, S, S) of 0 and 1 -> seven outputs, whose masks are 20 * prompt - 10.
 
-        The decoder only makes the pointer. An empty mask is an absent object.
+        The decoder computes only the pointer. An empty mask is an absent object.
         """
         size = (self.image_size, self.image_size)
         if mask_inputs.shape[-2:] != size:
@@ -589,34 +574,33 @@ class SAM2(nn.Module):
         return low_res, high_res, mask.new_ones(len(mask), 1), low_res, high_res, pointer, score
 
     def _use_multimask(self, is_init_cond_frame, point_inputs):
-        """Whether the decoder gives three masks: with no point or one (a box is two)."""
+        """Returns whether the decoder gives three masks: for no point or one (a box is two points)."""
         return point_inputs is None or point_inputs["point_labels"].shape[1] <= 1
 
     def _memory(self, frame_idx, output_dict, num_frames, track_in_reverse):
-        """Memory and its position codes, each (K, B, mem_dim), and how many of the K are pointers.
+        """Returns memory and its position codes, each (K, B, mem_dim), and how many of the K are pointers.
 
-        First the maps: conditioning frames share the last time code, whatever their distance, the
-        num_maskmem - 1 frames before this one have one each. Then object pointers, each cut into
+        First the maps: all conditioning frames share the last time code, whatever their distance; each
+        of the num_maskmem - 1 frames before this one has its own. Then object pointers, each cut into
         tokens: of conditioning frames (in eval mode only past ones), then of the frames before.
         Their time is divided by the largest distance, which is less in short clips, as published.
         """
         step, limit = -1 if track_in_reverse else 1, min(num_frames, self.max_obj_ptrs_in_encoder)
-        selected, others = select_closest_cond_frames(
-            frame_idx, output_dict["cond_frame_outputs"], self.max_cond_frames_in_attn)
-        others = {**others, **output_dict["non_cond_frame_outputs"]}
+        conditioning = output_dict["cond_frame_outputs"]
+        tracked = output_dict["non_cond_frame_outputs"]
         ages = range(1, max(self.num_maskmem, limit))
-        before = [(age, others.get(frame_idx - step * age)) for age in ages]
+        before = [(age, tracked.get(frame_idx - step * age)) for age in ages]
         before = [(age, out) for age, out in before if out is not None]
 
         memory, position = [], []
-        maps = [(self.num_maskmem, out) for out in selected.values()]
+        maps = [(self.num_maskmem, out) for out in conditioning.values()]
         maps += [(age, out) for age, out in before if age < self.num_maskmem]
         for age, out in maps:
             memory.append(out["maskmem_features"].flatten(2).permute(2, 0, 1))
             code = out["maskmem_pos_enc"][-1].flatten(2).permute(2, 0, 1)
             position.append(code + self.maskmem_tpos_enc[age - 1])
 
-        pointers = [(step * (frame_idx - t), out) for t, out in selected.items()]
+        pointers = [(step * (frame_idx - t), out) for t, out in conditioning.items()]
         pointers = [(age, out) for age, out in pointers if self.training or age >= 0]
         pointers += [(age, out) for age, out in before if age < limit]
         tokens = 0
@@ -633,7 +617,7 @@ class SAM2(nn.Module):
     def _prepare_memory_conditioned_features(
             self, frame_idx, is_init_cond_frame, current_vision_feats, current_vision_pos_embeds,
             feat_sizes, output_dict, num_frames, track_in_reverse=False):
-        """Last map of the current frame, (E*E, B, D), and the memory -> features (B, D, E, E)."""
+        """Conditions the current frame's last map (E*E, B, D) on the memory -> (B, D, E, E)."""
         feats = current_vision_feats[-1]
         if is_init_cond_frame:
             feats = feats + self.no_mem_embed
@@ -648,28 +632,27 @@ class SAM2(nn.Module):
 
     def _encode_new_memory(self, current_vision_feats, feat_sizes, pred_masks_high_res,
                            object_score_logits, is_mask_from_pts):
-        """Features of the frame and logits (B, 1, S, S) -> memory (B, mem_dim, E, E), [position].
+        """Maps of the frame, mask logits (B, 1, S, S) -> memory (B, mem_dim, E, E), [position codes].
 
-        The features are those before the memory attention. is_mask_from_pts: the frame was prompted
-        with points.
+        The maps are those before memory attention. is_mask_from_pts: points prompted the frame.
         """
         pix_feat = current_vision_feats[-1].permute(1, 2, 0).unflatten(2, feat_sizes[-1])
         if self.binarize_mask_from_pts_for_mem_enc and is_mask_from_pts and not self.training:
             mask = (pred_masks_high_res > 0).float()
         else:
             mask = pred_masks_high_res.sigmoid()
-        out = self.memory_encoder(pix_feat, 20 * mask - 10, skip_mask_sigmoid=True)
+        out = self.memory_encoder(pix_feat, 20 * mask - 10)
         features, absent = out["vision_features"], (object_score_logits <= 0)[..., None, None]
         marked = features + self.no_obj_embed_spatial[..., None, None].to(features.dtype)
         return torch.where(absent, marked, features), out["vision_pos_enc"]
 
     def _track_step(self, frame_idx, is_init_cond_frame, current_vision_feats,
                     current_vision_pos_embeds, feat_sizes, point_inputs, mask_inputs, output_dict,
-                    num_frames, track_in_reverse=False, prev_sam_mask_logits=None):
-        """What track_step does before the memory encoder, so that training can go on with clicks.
+                    num_frames, track_in_reverse=False):
+        """Does what track_step does before the memory encoder, so that training can add clicks.
 
         Out: a dict of the prompts, the seven outputs of the heads, the two finer maps
-        (B, channels, H, W) and the features that the heads saw.
+        (B, channels, H, W) and the features that the heads received.
         """
         current_out = {"point_inputs": point_inputs, "mask_inputs": mask_inputs}
         *high_res_features, pix_feat = [x.permute(1, 2, 0).unflatten(2, size)
@@ -681,57 +664,52 @@ class SAM2(nn.Module):
                 frame_idx, is_init_cond_frame, current_vision_feats, current_vision_pos_embeds,
                 feat_sizes, output_dict, num_frames, track_in_reverse)
             outputs = self._forward_sam_heads(
-                pix_feat, point_inputs, prev_sam_mask_logits, high_res_features,
+                pix_feat, point_inputs, None, high_res_features,
                 self._use_multimask(is_init_cond_frame, point_inputs))
         return current_out, outputs, high_res_features, pix_feat
 
     def track_step(self, frame_idx, is_init_cond_frame, current_vision_feats,
                    current_vision_pos_embeds, feat_sizes, point_inputs, mask_inputs, output_dict,
-                   num_frames, track_in_reverse=False, run_mem_encoder=True,
-                   prev_sam_mask_logits=None):
-        """One frame of B objects, which may be of several videos -> dict.
+                   num_frames, track_in_reverse=False):
+        """Segments B objects, which may be of several videos, on one frame -> dict.
 
         current_vision_feats, current_vision_pos_embeds (only the last is used), feat_sizes: see
-        _prepare_backbone_features. is_init_cond_frame: the frame looks at no memory.
-        point_inputs: dict of point_coords (B, N, 2) and point_labels (B, N), or None, with
-        prev_sam_mask_logits (B, 1, 4E, 4E) or None. mask_inputs: (B, 1, S, S), is then the output.
+        _prepare_backbone_features. is_init_cond_frame: the frame is not conditioned on the memory.
+        point_inputs: dict of point_coords (B, N, 2) and point_labels (B, N), or None.
+        mask_inputs: (B, 1, S, S), which then are the output, or None.
         output_dict: earlier outputs, {"cond_frame_outputs": {frame: dict},
-        "non_cond_frame_outputs": {...}}; the caller adds this one. Nothing in it: ValueError.
+        "non_cond_frame_outputs": {...}}; the caller adds this one. No conditioning frame: ValueError.
         Out: pred_masks (B, 1, 4E, 4E), pred_masks_high_res (B, 1, S, S), obj_ptr (B, D),
-        object_score_logits (B, 1), maskmem_features (B, mem_dim, E, E) and maskmem_pos_enc, both
-        None without run_mem_encoder; and the prompts.
+        object_score_logits (B, 1), maskmem_features (B, mem_dim, E, E), maskmem_pos_enc, the prompts.
         """
         current_out, outputs, _, _ = self._track_step(
             frame_idx, is_init_cond_frame, current_vision_feats, current_vision_pos_embeds,
-            feat_sizes, point_inputs, mask_inputs, output_dict, num_frames, track_in_reverse,
-            prev_sam_mask_logits)
+            feat_sizes, point_inputs, mask_inputs, output_dict, num_frames, track_in_reverse)
         _, _, _, low_res_masks, high_res_masks, pointer, score = outputs
-        memory = None, None
-        if run_mem_encoder:
-            memory = self._encode_new_memory(
-                current_vision_feats, feat_sizes, high_res_masks, score, point_inputs is not None)
+        memory, position = self._encode_new_memory(
+            current_vision_feats, feat_sizes, high_res_masks, score, point_inputs is not None)
         current_out.update(
             pred_masks=low_res_masks, pred_masks_high_res=high_res_masks, obj_ptr=pointer,
-            object_score_logits=score, maskmem_features=memory[0], maskmem_pos_enc=memory[1])
+            object_score_logits=score, maskmem_features=memory, maskmem_pos_enc=position)
         return current_out
 
     @torch.no_grad()
     def propagate(self, frames, prompts, videos=None, track_in_reverse=False, state=None):
         """Tracks objects through videos of T frames: yields (frame, out) in order of tracking.
 
-        frames: T normalised frames, (3, S, S) of one video or (V, 3, S, S) of several: a tensor, or
-        anything with len and [], so that a long video need not be in memory.
-        prompts: {frame: prompt} of each object; a prompt is {"mask_inputs": (1, S, S)}, 0 and 1, or
+        frames: T frames, (3, S, S) of one video or (V, 3, S, S) of several, uint8 RGB or normalised: a
+        tensor, or anything with len and [], so that a long video need not be in memory.
+        prompts: for each object {frame: prompt}; a prompt is {"mask_inputs": (1, S, S)} of 0 and 1, or
         {"point_coords": (N, 2), "point_labels": (N,)}, tensors; a box is two points labelled 2, 3.
         Anything else, an object without prompt, a frame out of range: ValueError.
-        videos: number of each object's video, default 0.
+        videos: index of each object's video, default 0.
         out: pred_masks (B, 1, 4E, 4E) float32 logits and object_score_logits (B, 1), objects as in
-        prompts. Prompted frames go first, as conditioning frames. An object is tracked from its
+        prompts. Prompted frames come first, as conditioning frames. An object is tracked from its
         first prompt on (backwards from its last); until then it is absent: both are -1024.
         An object's masks do not depend on the others. Memory does not grow with T.
-        state: {} is filled with what the rest of the frames needs, tensors and plain types. Saved
-        after any frame and given again, on the model's device, with the same other arguments,
-        tracking goes on with the next frame.
+        state: {} is filled with what the remaining frames need, tensors and plain types. Saved after
+        any frame and given again, on the model's device, with the same other arguments, it lets
+        tracking continue with the next frame.
         """
         groups = group_prompts(prompts, len(frames), self.device)
         videos = [0] * len(prompts) if videos is None else videos
@@ -741,6 +719,7 @@ class SAM2(nn.Module):
 
         def encode(t):
             images = frames[t].to(self.device)
+            images = normalize(images) if images.dtype == torch.uint8 else images
             images = images[None] if images.dim() == 3 else images
             return self._prepare_backbone_features(self.forward_image(images))
 
@@ -786,10 +765,9 @@ class SAM2(nn.Module):
 
 
 def group_prompts(prompts, num_frames, device):
-    """Prompts of propagate -> groups of objects that are one batch for track_step.
+    """Prompts of `propagate` -> groups of at most BATCH_OBJECTS objects, each a batch for track_step.
 
-    They have prompts of the same shapes on the same frames: padding points would change the masks.
-    At most BATCH_OBJECTS, for memory.
+    A group's objects have prompts of the same shapes on the same frames: padding would change the masks.
     """
     groups = {}
     for i, by_frame in enumerate(prompts):
@@ -821,7 +799,7 @@ def resize_images(images, image_size):
 
 
 def resize_mask(mask, image_size):
-    """Mask (H, W) bool -> (1, S, S) bool: pixels covered by half; of a tiny mask the most covered."""
+    """Mask (H, W) bool -> (1, S, S) bool: pixels at least half covered; of a tiny mask the most covered."""
     share = v2.functional.resize(mask[None].float(), [image_size, image_size], antialias=True)
     return share >= share.max().clamp(max=0.5)
 
@@ -832,7 +810,7 @@ def normalize(images):
 
 
 def encode(model, image, dtype):
-    """Image (3, S, S) uint8 that is in no video -> its embedding: a map (1, D, E, E), two finer ones."""
+    """Encodes a single image (3, S, S) uint8 -> a map (1, D, E, E), two finer maps."""
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         *finer, features = model.forward_image(normalize(image)[None])["backbone_fpn"]
         return features + model.no_mem_embed[..., None].transpose(1, 2), finer
@@ -841,7 +819,7 @@ def encode(model, image, dtype):
 def decode(model, embedding, points, labels, multimask, dtype):
     """Points (B, N, 2) in the square, labels (B, N) -> mask logits (B, C, M, M), predicted IoU (B, C).
 
-    C is 3, or 1 without multimask: the mask of clear prompts.
+    C is 3, or 1 without multimask: the mask for clear prompts.
     """
     features, finer = embedding
     with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
@@ -859,31 +837,31 @@ def enlarge(logits, size):
 # --- Sizes ---
 
 def sam2_hiera_tiny(image_size=1024, **options):
-    """SAM 2.1 tiny, 39.0 M parameters; options: other arguments of SAM2."""
+    """Builds SAM 2.1 tiny, 39.0 M parameters; options: other arguments of SAM2."""
     return SAM2(image_size, embed_dim=96, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9),
                 **options)
 
 
 def sam2_hiera_small(image_size=1024, **options):
-    """SAM 2.1 small, 46.1 M parameters; options: other arguments of SAM2."""
+    """Builds SAM 2.1 small, 46.1 M parameters; options: other arguments of SAM2."""
     return SAM2(image_size, embed_dim=96, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13),
                 **options)
 
 
 def sam2_hiera_base_plus(image_size=1024, **options):
-    """SAM 2.1 base plus, 80.9 M parameters; options: other arguments of SAM2."""
+    """Builds SAM 2.1 base plus, 80.9 M parameters; options: other arguments of SAM2."""
     return SAM2(image_size, embed_dim=112, num_heads=2, stages=(2, 3, 16, 3),
                 global_att_blocks=(12, 16, 20), pos_embed_size=14, **options)
 
 
 def sam2_hiera_large(image_size=1024, **options):
-    """SAM 2.1 large, 224.4 M parameters; options: other arguments of SAM2."""
+    """Builds SAM 2.1 large, 224.4 M parameters; options: other arguments of SAM2."""
     return SAM2(image_size, embed_dim=144, num_heads=2, stages=(2, 6, 36, 4),
                 global_att_blocks=(23, 33, 43), window_spec=(8, 4, 16, 8), **options)
 
 
 def sam2_demo(image_size=128, **options):
-    """A small one, so that everything can be tried on a laptop."""
+    """Builds a small net of 1.5 M parameters, so that everything can be tried on a laptop."""
     return SAM2(image_size, embed_dim=24, stages=(1, 2, 3, 1), global_att_blocks=(4,), d_model=64,
                 mem_dim=16, memory_layers=2, memory_mlp_dim=128, decoder_mlp_dim=256, **options)
 
