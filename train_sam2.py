@@ -3,27 +3,29 @@
     python train_sam2.py --demo
     python train_sam2.py --data-path data/MOSE/train --weights base_plus
     torchrun --nproc_per_node 8 train_sam2.py --data-path data/MOSE/train --resume auto
-    python train_sam2.py --extract-frames in.mp4 data/JPEGImages/in --rate 4
+    python train_sam2.py --extract-frames data/videos data/JPEGImages --rate 4
 
-Data:   DATA_PATH, which may be given several times, is found out by what lies in it. Videos:
+Data:   DATA_PATH, which may be repeated; the layout is detected from the folder's contents. Videos:
         JPEGImages/VIDEO/00000.jpg ..., Annotations/VIDEO/00000.png of ids (0 background, each other
-        number one object, 255 beside others void), or Annotations/VIDEO/OBJECT/00000.png, one folder
-        per object; DAVIS' 480p/ in between is found. SA-V: VIDEO.mp4, or a folder VIDEO of frames,
-        with VIDEO_manual.json. Images: SA-1B's sa_N.jpg with sa_N.json; or VOC's JPEGImages/ID.jpg
-        with SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
+        id one object; 255 is void if other ids occur), or Annotations/VIDEO/OBJECT/00000.png, one
+        folder per object; DAVIS' 480p/ in between is found. SA-V: VIDEO_manual.json with a folder
+        VIDEO of frames, which --extract-frames writes. Images: SA-1B's sa_N.jpg with sa_N.json; or
+        VOC's JPEGImages/ID.jpg with SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
 Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
         val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
         image, truth, prediction), split.json, args.json.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import json
 import math
+import os
 import re
 import reprlib
+import shlex
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,10 +46,11 @@ from nets.weights import check_net, load_weights, official_file, read_weights
 FIGURES = ("val_jf", "val_j", "val_f", "val_click_jf", "val_click_j", "val_click_f",
            "copied_jf", "copied_j", "copied_f")  # of evaluate, of videos
 IMAGE_FIGURES = ("val_image_box_iou", "val_image_click_iou")  # and of images
-VOID = 0       # key of the void mask among objects, whose numbers begin at 1
+VOID = 0       # key of the void mask among objects, whose ids begin at 1
 VOID_ID = 255  # of void pixels in mask files and arrays of ids
-IDS, IDS_AND_VOID = 0, -1  # in place of a number: the file holds ids of many; 255 is one, or void
+IDS, IDS_AND_VOID = 0, -1  # instead of an object's id: a file of many; 255 is an object, or void
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
     "memory": ("memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj",
@@ -72,36 +75,35 @@ def get_args_parser():
     count, positive = utils.number(int, 0), utils.number(int, 1)
     non_negative, share = utils.number(float, 0), utils.number(float, 0, 1)
     add("--data-path", action="append", help="folder in one of these layouts; may be repeated")
-    add("--mix", type=shares, help="batches per --data-path as a ratio, such as 2:1 (all data)")
+    add("--mix", type=ratio, help="batches per --data-path as a ratio, such as 2:1 (all data)")
     add("--phases", "--phases-per-epoch", type=positive, default=1,
         help="epochs that the data is divided over: with 2 each has one half (%(default)s)")
     add("--ann-every", type=positive, default=4,
         help="SA-V: the videos have masks on every N-th frame (%(default)s)")
     add("--img-folder", help="folder of the videos' images, instead of DATA_PATH/JPEGImages")
     add("--gt-folder", help="folder of the videos' masks, instead of DATA_PATH/Annotations")
-    add("--train-set", "--file-list-txt", help="list of videos to train on, one per line: a file, or "
-                                               "NAME of DATA_PATH/ImageSets/NAME.txt or 2017/NAME.txt")
+    add("--train-set", "--file-list-txt",
+        help="list of videos to train on, one per line: a file, or NAME of DATA_PATH/ImageSets/NAME.txt")
     add("--excluded-videos-list-txt", help="list of videos not to train on")
     add("--val-set", help="list of videos to validate on; the others are trained on")
     add("--val-path", action="append",
         help="folder of any layout to validate on, instead of splitting; may be repeated")
     add("--split", help="split.json of another run to use, instead of splitting by --seed")
     add("--image-size", "--resolution", type=positive, default=1024,
-        help="side in pixels at which the net sees an image, a multiple of 32 (%(default)s)")
+        help="side in pixels of the square that the net sees, a multiple of 32 (%(default)s)")
     add("--num-frames", type=positive, default=8, help="frames of a clip (%(default)s)")
     add("--stride", "--sample-rate", type=positive, default=1,
         help="a clip takes every N-th frame of the video (%(default)s)")
     add("--max-objects", "--max-num-objects", type=positive, default=3,
-        help="objects trained per clip, of those on its first frame (%(default)s)")
-    add("--multiplier", type=shares, default=[2],
+        help="most objects per clip, of those on its first frame (%(default)s)")
+    add("--multiplier", type=ratio, default=[2],
         help="clips of each video and epoch, or 2:1 for each --data-path; of an image 1 (2)")
     add("--max-replaced", type=count, default=100,
         help="clips in a row that may fail to load and are replaced (%(default)s)")
-    add("--reverse-time-prob", type=share, default=0.0,
-        help="share of clips run backwards (%(default)s)")
+    add("--reverse-time-prob", type=share, default=0.0, help="share of reversed clips (%(default)s)")
     add("--hflip-prob", type=share, default=0.5, help="share of mirrored clips (%(default)s)")
     add("--degrees", type=utils.number(float, 0, 180), default=25.0,
-        help="clips are turned by up to this (%(default)s)")
+        help="clips are rotated by up to this (%(default)s)")
     add("--shear", type=utils.number(float, 0, 60), default=20.0,
         help="clips are sheared by up to this angle (%(default)s)")
     add("--jitter", type=share, nargs=3, default=[0.1, 0.03, 0.03], metavar=("B", "C", "S"),
@@ -113,7 +115,7 @@ def get_args_parser():
     add("--prob-points", "--prob-to-use-pt-input-for-train", type=share, default=0.5,
         help="share of clips prompted by clicks or boxes, not masks (%(default)s)")
     add("--prob-box", "--prob-to-use-box-input-for-train", type=share, default=0.5,
-        help="share of these frames prompted by boxes (%(default)s)")
+        help="share of their prompted frames that get boxes (%(default)s)")
     add("--prompted-frames", "--num-init-cond-frames-for-train", type=positive, default=2,
         help="most frames prompted from the start: the first, and random ones (%(default)s)")
     add_switch("--vary-prompted", "--rand-init-cond-frames-for-train", default=True,
@@ -130,8 +132,7 @@ def get_args_parser():
         help="share of them anywhere on the object, not where the mask is wrong (%(default)s)")
 
     add("--model", choices=list(NETS), default="base_plus", help="(%(default)s)")
-    add("--weights",
-        help=f"start from: none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
+    add("--weights", help=f"none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
     add("--freeze", choices=list(PARTS), nargs="+", default=["none"],
         help="parts that are not trained: less memory (%(default)s)")
     add_switch("--gradient-checkpointing", help="less memory, a third more time")
@@ -143,41 +144,37 @@ def get_args_parser():
     add("--dice-weight", "--loss-dice", type=non_negative, default=1.0, help="(%(default)s)")
     add("--iou-weight", "--loss-iou", type=non_negative, default=1.0, help="(%(default)s)")
     add("--score-weight", "--loss-class", type=non_negative, default=1.0, help="(%(default)s)")
-    add_switch("--supervise-all-iou", default=True,
-               help="IoU of all masks, not the best (%(default)s)")
+    add_switch("--supervise-all-iou", default=True, help="not of the best mask alone (%(default)s)")
     add_switch("--iou-use-l1-loss", default=True, help="absolute, not squared error (%(default)s)")
-    add_switch("--pred-obj-scores", default=True,
-               help="learn whether an object is there (%(default)s)")
+    add_switch("--pred-obj-scores", default=True, help="learn if an object is absent (%(default)s)")
     add("--focal-alpha", type=share, default=0.25, help="weight of object pixels (%(default)s)")
     add("--focal-gamma", type=non_negative, default=2.0, help="of the focal loss (%(default)s)")
     add("--focal-alpha-obj-score", type=float, default=-1.0, help="below 0: none (%(default)s)")
-    add("--focal-gamma-obj-score", type=non_negative, default=0.0,
-        help="0: cross entropy (%(default)s)")
+    add("--focal-gamma-obj-score", type=non_negative, default=0.0, help="0: none (%(default)s)")
 
     add("--epochs", "--num-epochs", type=positive, default=40,
         help="passes over the training data (%(default)s)")
     add("-b", "--batch-size", "--train-batch-size", type=positive, default=1,
         help="clips per batch and process (%(default)s)")
-    add("--image-batch-size", type=positive,
-        help="those of data sets of single images (--batch-size, which then is of videos)")
+    add("--image-batch-size", type=positive, help="the same for data sets of images (--batch-size)")
     add("--accumulate", type=positive, default=1, help="batches per optimizer step (%(default)s)")
-    add("--lr", "--base-lr", type=non_negative, default=5e-6, help="initial learning rate (%(default)s)")
-    add("--vision-lr", type=non_negative, default=3e-6,
-        help="that of the image encoder (%(default)s)")
+    add("--lr", "--base-lr", type=non_negative, default=5e-6,
+        help="initial learning rate (%(default)s)")
+    add("--vision-lr", type=non_negative, default=3e-6, help="of the image encoder (%(default)s)")
     add("--layer-decay", type=share, default=0.9,
-        help="each block of the image encoder learns so much slower than the next (%(default)s)")
+        help="rate of each block of the image encoder / rate of the next (%(default)s)")
     add("--final-lr", type=share, default=0.1, help="final rate / initial rate (%(default)s)")
     add("--weight-decay", "--wd", type=non_negative, default=0.1, help="weight decay (%(default)s)")
     add("--clip-grad", "--max-norm", type=non_negative, default=0.1,
         help="largest gradient norm, 0 for any (%(default)s)")
 
     add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"),
-        help="write a video's frames; no training")
+        help="write a video's frames, or those of each video in a folder; no training")
     add("--rate", type=positive, default=4, help="with it: write every N-th frame (%(default)s)")
     return parser
 
 
-def shares(text):
+def ratio(text):
     """Type of an option of whole numbers from 1 with colons between."""
     parts = text.split(":")
     if not all(part.isdecimal() and int(part) for part in parts):
@@ -191,9 +188,9 @@ class Item(NamedTuple):
     """A video, or an image: a video of one frame. All frames are annotated."""
     name: str
     images: tuple  # a path of each frame
-    masks: tuple   # ((number, path or JsonFrame), ...) of each frame, see find_objects
+    masks: tuple   # ((object_id, path or JsonFrame), ...) of each frame, see find_objects
     still: bool
-    source: int    # which --data-path
+    source: int    # index of its --data-path
 
 
 class JsonFrame(NamedTuple):
@@ -222,13 +219,13 @@ class Clip(NamedTuple):
 
 
 class VideoDataset(torch.utils.data.Dataset):
-    """[(epoch, number)] -> training: Clip, index; validation: images, masks, index.
+    """Videos and images: [(epoch, index)] -> training: Clip, item; validation: images, masks, item.
 
-    Training: [list of keys] gives a list. The item's index is number modulo len(items): the same item
-    may be drawn several times in an epoch. A clip that cannot be loaded is named and replaced by one of
-    another item of the same --data-path. What is random depends on (seed, epoch, number) alone.
-    Validation: images (T, 3, S, S) uint8 and, of the item's own size, ids (T, H, W) uint8, 1 to N or
-    255 for void, of a video, masks (N + 1, H, W) bool of an image, the last its void pixels.
+    Training: [list of keys] gives a list. The item is index modulo len(items), as an epoch may have
+    several clips of an item. A clip that cannot be loaded is reported and replaced by one of another
+    item of the same --data-path. What is random depends on (seed, epoch, index) alone.
+    Validation: images (T, 3, S, S) uint8; at the item's own size, of a video ids (T, H, W) uint8, 1 to
+    N or 255 for void; of an image masks (N + 1, H, W) bool, the last its void pixels.
     """
     classes, unit = [], "videos and images"
 
@@ -241,15 +238,15 @@ class VideoDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         if isinstance(key, list):
             return [self[pair] for pair in key]
-        epoch, number = key
+        epoch, index = key
         if not self.train:
-            return *read_item(self.items[number], self.args), number
-        index = number if number < 0 else number % len(self.items)  # -1 fills up, see MixSampler
-        with utils.seeded(self.args.seed, epoch, number):
-            item = self.items[index]
+            return *read_item(self.items[index], self.args), index
+        place = index if index < 0 else index % len(self.items)  # -1 fills up, see MixSampler
+        with utils.seeded(self.args.seed, epoch, index):
+            item = self.items[place]
             for failed in range(self.args.max_replaced + 1):
                 try:
-                    return self.draw_clip(item), index
+                    return self.cut_clip(item), place
                 except utils.InputError as error:
                     if failed == self.args.max_replaced:
                         raise utils.InputError(f"{error} (--max-replaced {failed}: as many clips in a row "
@@ -258,8 +255,8 @@ class VideoDataset(torch.utils.data.Dataset):
                     others = [other for other in self.items if other.source == item.source]
                     item = others[draw_int(0, len(others) - 1)]
 
-    def draw_clip(self, item):
-        """A random clip of the item; InputError if it cannot be read or shows no object."""
+    def cut_clip(self, item):
+        """Returns a random Clip of the item; InputError if it cannot be read or shows no object."""
         args, images, masks = self.args, item.images, item.masks
         num_frames = 1 if item.still else args.num_frames
         starts = range(len(images) - (num_frames - 1) * args.stride)
@@ -269,14 +266,14 @@ class VideoDataset(torch.utils.data.Dataset):
         for start in starts:
             frames = range(start, len(images), args.stride)[:num_frames]
             frames = frames[::-1] if backwards else frames
-            if numbers := draw_objects(masks[frames[0]], args.max_objects):
+            if object_ids := draw_objects(masks[frames[0]], args.max_objects):
                 break
         else:
             raise utils.InputError(f"{masks[0][0][1]}: no clip of it begins with an object")
         size = utils.image_size(images[frames[0]])[::-1]
-        images, _, masks = zip(*[read_frame(images[t], masks[t], size, numbers) for t in frames])
+        images, _, masks = zip(*[read_frame(images[t], masks[t], size, object_ids) for t in frames])
         images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
-        images, masks = resize_images(images, args.image_size), shrink_masks(masks, args)
+        images, masks = resize_images(images, args.image_size), resize_clip_masks(masks, args.image_size)
         masks, void = masks[:, :-1], masks[:, -1:]
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
@@ -287,7 +284,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(batch):
-        """Training: list of clips, indices; validation: the one item."""
+        """Returns clips and their items' indices in training, the single item in validation."""
         if len(batch[0]) == 2:
             clips, indices = zip(*batch)
             return [*clips], indices
@@ -296,10 +293,10 @@ class VideoDataset(torch.utils.data.Dataset):
 
 
 class MixSampler(torch.utils.data.Sampler):
-    """Yields batches of keys (epoch, number), each of one --data-path; order by (seed, epoch) alone.
+    """Yields batches of keys (epoch, index), each of one --data-path; order by (seed, epoch) alone.
 
-    An epoch is every clip once, in turn 1 / --phases of them; with --mix as many batches of the
-    first --data-path, and of the others in proportion: small ones come around again, large ones take
+    An epoch has every clip once, or 1 / --phases of them in turn; with --mix as many batches of the
+    first --data-path, and the others' in proportion: small ones come around again, large ones take
     several epochs. Rank r of n takes every n-th of a batch n times as large; -1 fills up.
     """
 
@@ -321,23 +318,23 @@ class MixSampler(torch.utils.data.Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch, skip=0):
-        """skip: --batch-size times the batches that an interrupted epoch has trained on."""
+        """Draws the epoch's batches; skip: --batch-size times those that a resumed epoch has done."""
         batches, world_size = [], self.share.step
         for part, ((clips, size), count) in enumerate(zip(self.parts, self.counts)):
-            numbers, drawn = [], Counter()  # drawn: how often each item, in this epoch
+            indices, drawn = [], Counter()  # drawn: how often each item, in this epoch
             # Passes over all clips, each in a new order, follow each other; an epoch is the next
             # `count` clips of them, wherever in a pass it begins or ends
             for position in range(epoch * count, (epoch + 1) * count):
                 passes_done, place = divmod(position, len(clips))
-                if not numbers or place == 0:
+                if not indices or place == 0:
                     order = self.permutation(len(clips), part, passes_done)
-                index = clips[order[place]]
-                numbers.append(index + self.num_items * drawn[index])  # see VideoDataset
-                drawn[index] += 1
-            batches += [numbers[i:i + size] for i in range(0, count, size)]
+                item = clips[order[place]]
+                indices.append(item + self.num_items * drawn[item])  # see VideoDataset
+                drawn[item] += 1
+            batches += [indices[i:i + size] for i in range(0, count, size)]
         order = self.permutation(len(batches), -1, epoch)
         batches = [batches[i] + [-1] * (-len(batches[i]) % world_size) for i in order]
-        self.keys = [[(epoch, number) for number in batch[self.share]]
+        self.keys = [[(epoch, index) for index in batch[self.share]]
                      for batch in batches[skip // self.args.batch_size:]]
 
     def permutation(self, length, *numbers):
@@ -356,22 +353,22 @@ def happens(probability):
 
 
 def draw_int(low, high):
-    """A whole number from low to high, both included."""
+    """Returns a random whole number from low to high, both included."""
     return torch.randint(low, high + 1, ()).item()
 
 
 def change_clip(images, masks, args):
-    """Frames (H, W, 3) and masks (N + 1, H, W), lists -> the same, mirrored, turned, sheared alike.
+    """Mirrors, rotates and shears frames (H, W, 3) and masks (N + 1, H, W), lists, all alike.
 
-    The last mask is void. Where an object would vanish from the first frame, the clip is not turned and sheared.
+    The last mask is void. If an object would leave the first frame, the clip is only mirrored.
     """
     if happens(args.hflip_prob):
         images, masks = [np.flip(x, 1) for x in images], [np.flip(x, 2) for x in masks]
-    turn, shear = [math.radians((2 * torch.rand(()).item() - 1) * limit)
-                   for limit in (args.degrees, args.shear)]
+    angle, shear = [math.radians((2 * torch.rand(()).item() - 1) * limit)
+                    for limit in (args.degrees, args.shear)]
     height, width = masks[0].shape[1:]
     centre = np.array([width - 1, height - 1]) / 2
-    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    matrix = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     matrix = matrix @ [[1, -math.tan(shear)], [0, 1]]
     matrix = np.column_stack([matrix, centre - matrix @ centre])
 
@@ -385,7 +382,7 @@ def change_clip(images, masks, args):
 
 
 def change_colours(images, args):
-    """Images (T, 3, S, S) uint8: a change that all frames share, then one of each frame."""
+    """Changes the colours of images (T, 3, S, S) uint8: of all frames alike, then of each frame."""
     brightness, contrast, saturation = args.jitter
     images = v2.ColorJitter(brightness, contrast, saturation)(images)
     images = v2.RandomGrayscale(args.gray_prob)(images)
@@ -394,9 +391,9 @@ def change_colours(images, args):
     return torch.stack([jitter(image) for image in images])
 
 
-def shrink_masks(masks, args):
-    """Masks (N, H, W) uint8 of each frame -> (T, N, S, S) bool: that of the nearest pixel."""
-    side = (args.image_size, args.image_size)
+def resize_clip_masks(masks, image_size):
+    """Masks (N, H, W) uint8 of each frame -> (T, N, S, S) bool, nearest-neighbour resized."""
+    side = (image_size, image_size)
     return torch.from_numpy(np.stack([[
         cv2.resize(np.ascontiguousarray(mask), side, interpolation=cv2.INTER_NEAREST_EXACT)
         for mask in frame] for frame in masks])) > 0
@@ -405,9 +402,9 @@ def shrink_masks(masks, args):
 def simulate_prompts(masks, args, void):
     """Masks (T, N, S, S) bool of a clip -> prompts, corrected, draws of Clip: what a user may do.
 
-    void (T, 1, S, S): where nothing is clicked.
-    Masks on one or two frames, or clicks and boxes there and clicks on what is then wrong, on these
-    and other frames. A clip of one frame is clicked or boxed. All as the official training.
+    void (T, 1, S, S): where nothing is clicked. Masks are given on one or two frames; or clicks and
+    boxes there, and clicks on what is then wrong, on these and other frames. A clip of one frame is
+    clicked or boxed. All as in the official training.
     """
     num_frames, num_objects = masks.shape[:2]
     by_points = happens(args.prob_points) or num_frames == 1
@@ -427,7 +424,7 @@ def simulate_prompts(masks, args, void):
         coords, labels = draw(masks[t], void[t])
         prompts[t] = {"point_coords": coords, "point_labels": labels}
     draws = torch.rand(num_frames, args.num_correction_points, num_objects)
-    for places in draws.flatten(0, 1):  # views: what is subtracted changes draws
+    for places in draws.flatten(0, 1):  # views: subtracting changes draws
         if happens(args.prob_click_truth):
             places -= 1
     return prompts, (*frames, *others[:corrected - prompted]), draws
@@ -458,10 +455,10 @@ def next_clicks(masks, pred, draws, void):
     """Masks, pred (N, S, S) bool, draws (N,) in [0, 1) -> clicks (N, 1, 2) (x, y), labels (N, 1).
 
     On any wrong pixel, all equally likely; label 1 where the mask lacks it, else 0. A draw below 0:
-    as if pred were empty. Where nothing is wrong, on the background; where there is none, on the object
-    (official: always background, at 0, 0 where there is none). Void (N or 1, S, S) is none of these.
+    as if pred were empty. If nothing is wrong, on the background; without background, on the object
+    (official: always background, at 0, 0 without any). Never on void (N or 1, S, S).
     """
-    def or_else(region, other):  # of each object, the other region where the first is empty
+    def or_else(region, other):  # of each object, the other region if the first is empty
         return torch.where(region.flatten(1).any(1)[:, None, None], region, other)
 
     wrong = (masks ^ (pred & (draws >= 0)[:, None, None])) & ~void
@@ -480,53 +477,64 @@ def box_of(mask):
     return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
 
 
+@functools.lru_cache(maxsize=1)  # of a clip's first frame objects are drawn, then read
 def find_objects(sources):
-    """((number, source), ...) of one frame -> {object: function that returns its mask (H, W) bool}.
+    """((object_id, source), ...) of one frame -> {object_id: function returning its mask (H, W) bool}.
 
-    Number IDS: the file holds ids. IDS_AND_VOID: of which 255 is void, whose key is VOID. Else the
-    file shows that object alone.
+    IDS instead of an object_id: the file holds ids; IDS_AND_VOID: 255 is void and stored under the
+    key VOID. Each mask is decoded once, when it is asked for.
     """
     found = {}
-    for number, source in sources:
+    for object_id, source in sources:
         if isinstance(source, JsonFrame):
-            for k, code in enumerate(read_codes(source), 1):
-                found[k] = functools.partial(decode_rle, code, source)
-            continue
-        mask = utils.read_mask(source)
-        if mask.min() < 0:
-            raise utils.InputError(f"{source}: ids must not be negative; 0 is background, each other "
-                                   "number one object")
-        if number > 0:
-            found[number] = functools.partial(np.greater, mask, 0)
-            continue
-        for k in np.unique(mask[mask > 0]).tolist():
-            is_void = number == IDS_AND_VOID and k == VOID_ID
-            found[VOID if is_void else k] = functools.partial(np.equal, mask, k)
+            codes = read_json(source.path)["masklet"][source.frame]
+            for k, code in enumerate(codes, 1):
+                found[k] = functools.cache(functools.partial(decode_rle, code, source))
+        elif object_id > 0:
+            found[object_id] = functools.cache(functools.partial(read_object, source))
+        else:
+            ids = read_id_mask(source)
+            for k in np.unique(ids[ids > 0]).tolist():
+                is_void = object_id == IDS_AND_VOID and k == VOID_ID
+                found[VOID if is_void else k] = functools.partial(np.equal, ids, k)
     return found
+
+
+def read_id_mask(path):
+    """Reads a mask of ids (H, W); InputError if one is negative."""
+    ids = utils.read_mask(path)
+    if ids.min() < 0:
+        raise utils.InputError(f"{path}: ids must not be negative; 0 is background, each other "
+                               "number one object")
+    return ids
+
+
+def read_object(path):
+    """Reads the mask (H, W) bool of one object: any single id, or 255 with soft edges."""
+    ids = read_id_mask(path)
+    if ((ids > 0) & (ids < ids.max())).any():
+        return utils.read_binary_mask(path)
+    return ids > 0
 
 
 @functools.lru_cache(maxsize=4)
 def read_json(path):
-    """A json file of SA-V or SA-1B; InputError if it is none."""
+    """Reads SA-V's or SA-1B's json -> {"masklet": [[code of each object] of each frame], ...}."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "masklet" not in data:
             data = {"masklet": [[mask["segmentation"] for mask in data["annotations"]]]}
         if not data["masklet"] or not all(type(codes) is list for codes in data["masklet"]):
             raise ValueError("masklet is not a list of lists")
+        data["video_frame_count"] = int(data.get("video_frame_count") or 0)
         return data
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise utils.InputError(f"{path}: neither SA-V's nor SA-1B's json ({type(error).__name__}: "
                                f"{error}); remove or replace it") from None
 
 
-def read_codes(source):
-    """The run-length codes of a JsonFrame's objects, None for one that was not annotated there."""
-    return read_json(source.path)["masklet"][source.frame]
-
-
 def decode_rle(code, source):
-    """{"size": [H, W], "counts": ...}, COCO's run lengths, compressed or not -> mask (H, W) bool."""
+    """Decodes COCO's {"size": [H, W], "counts": compressed or not} -> mask (H, W) bool."""
     try:
         counts = code["counts"]
         counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
@@ -569,69 +577,62 @@ def short(value, length=60):
 
 
 def draw_objects(sources, most):
-    """Numbers of random objects that a frame shows, at most so many."""
-    found, numbers = find_objects(sources), []
+    """Returns the ids of random objects that a frame shows, at most `most`."""
+    found, object_ids = find_objects(sources), []
     for i in torch.randperm(len(found)).tolist():
-        number = [*found][i]
-        if number != VOID and len(numbers) < most and found[number]().any():
-            numbers.append(number)
-    return numbers
+        object_id = [*found][i]
+        if object_id != VOID and len(object_ids) < most and found[object_id]().any():
+            object_ids.append(object_id)
+    return object_ids
 
 
-def read_frame(image_source, sources, size, numbers=None):
-    """Image (H, W, 3) uint8 RGB, numbers of its objects, their masks (N + 1, H, W) uint8, void last.
+def read_frame(image_source, sources, size, object_ids=None):
+    """Returns image (H, W, 3) uint8 RGB, object_ids, and masks (N + 1, H, W) uint8, void last.
 
-    Of the objects in numbers, or of all that are there. size (H, W): the clip's, which all must have.
+    Of these objects, or of all in the frame. size (H, W): the clip's, which all must have.
     """
     image, found = utils.read_image(image_source), find_objects(sources)
-    numbers = [k for k in found if k != VOID] if numbers is None else numbers
-    masks = np.zeros((len(numbers) + 1, *size), np.uint8)
+    object_ids = [k for k in found if k != VOID] if object_ids is None else object_ids
+    masks = np.zeros((len(object_ids) + 1, *size), np.uint8)
     check_size(image_source, image.shape[:2], size)
-    for k, number in enumerate([*numbers, VOID]):
-        if number in found:
-            mask = found[number]()
-            check_size(sources[0][1], mask.shape, size)
-            masks[k] = mask
-    return image, numbers, masks
+    for i, object_id in enumerate([*object_ids, VOID]):
+        if object_id in found:
+            mask = found[object_id]()
+            check_size(dict(sources).get(object_id, sources[0][1]), mask.shape, size)
+            masks[i] = mask
+    return image, object_ids, masks
 
 
 def check_size(source, found, size):
-    """InputError if (H, W) of an image or mask is not that of its clip."""
+    """Checks that (H, W) of an image or mask is that of its clip."""
     if found != size:
         raise utils.InputError(f"{source}: {found[1]}x{found[0]} pixels, but its clip has "
                                f"{size[1]}x{size[0]}; save all frames and masks at one size")
 
 
 def read_item(item, args):
-    """Item -> images (T, 3, S, S) uint8, and the masks of VideoDataset's validation."""
+    """Returns images (T, 3, S, S) uint8 of an item, and the masks of VideoDataset's validation."""
     size, frames, ids = utils.image_size(item.images[0])[::-1], [], []
     for image_source, sources in zip(item.images, item.masks):
-        image, numbers, masks = read_frame(image_source, sources, size)
+        image, object_ids, masks = read_frame(image_source, sources, size)
         frames.append(resize_images([image], args.image_size)[0])
         if item.still:
             kept = [*masks[:-1].any((1, 2)), True]  # objects with a pixel, and void
             return torch.stack(frames), torch.from_numpy(masks[kept]) > 0
         ids.append(np.zeros(size, np.int64))
-        for number, mask in zip([*numbers, -1], masks):
-            ids[-1][mask > 0] = number
-    numbers = sorted({number for frame in ids for number in np.unique(frame).tolist()} - {0, -1})
-    if len(numbers) > 254:
-        raise utils.InputError(f"{item.masks[0][0][1]}: {len(numbers)} objects; at most 254 can be "
+        for object_id, mask in zip([*object_ids, -1], masks):  # -1: void
+            ids[-1][mask > 0] = object_id
+    object_ids = sorted({k for frame in ids for k in np.unique(frame).tolist()} - {0, -1})
+    if len(object_ids) > 254:
+        raise utils.InputError(f"{item.masks[0][0][1]}: {len(object_ids)} objects; at most 254 can be "
                                "told apart")
-    ids = np.stack([number_ids(frame, numbers) for frame in ids])
-    return torch.stack(frames), torch.from_numpy(ids)
-
-
-def number_ids(ids, numbers):
-    """Ids (H, W) -> uint8: 1 to N for the objects in numbers, 255 for -1 (void), else 0."""
-    numbered = np.where(ids == -1, VOID_ID, 0).astype(np.uint8)
-    for i, number in enumerate(numbers, 1):
-        numbered[ids == number] = i
-    return numbered
+    new_ids = np.array([VOID_ID, *range(len(object_ids) + 1)], np.uint8)
+    ids = [new_ids[np.searchsorted([-1, 0, *object_ids], frame)] for frame in ids]
+    return torch.stack(frames), torch.from_numpy(np.stack(ids))
 
 
 def find_items(data_path, args, list_name=None, source=0):
-    """Items of --data-path number `source`, by its layout: those that a list names, or all."""
+    """Returns the items of a --data-path, by its layout: those that a list names, or all."""
     root = Path(data_path)
     if data_path not in args.data_path:  # of --val-path
         args = SimpleNamespace(**{**vars(args), "img_folder": None, "gt_folder": None})
@@ -655,9 +656,9 @@ def find_items(data_path, args, list_name=None, source=0):
 
 
 def find_voc(root, args, names):
-    """JPEGImages/ID.jpg with SegmentationObject/ID.png: 0 background, 255 void."""
+    """Yields images JPEGImages/ID.jpg with SegmentationObject/ID.png: 0 background, 255 void."""
     images, masks = utils.list_images(root / "JPEGImages"), utils.list_images(root / "SegmentationObject")
-    for name in sorted(masks) if names is None else names:
+    for name in select(names, sorted(masks)):
         for folder, found in (("JPEGImages", images), ("SegmentationObject", masks)):
             if name not in found:
                 raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it "
@@ -666,11 +667,9 @@ def find_voc(root, args, names):
 
 
 def find_sa1b(root, args, names):
-    """sa_N.jpg with sa_N.json, which holds the run-length codes of its masks."""
-    images = utils.list_images(root)
-    if names is None:
-        names = sorted((path.stem for path in root.glob("sa_*.json")), key=by_number)
-    for name in names:
+    """Yields images sa_N.jpg with sa_N.json, which holds the run-length codes of its masks."""
+    images, jsons = utils.list_images(root), [path.stem for path in root.glob("sa_*.json")]
+    for name in select(names, sorted(jsons, key=by_number)):
         path = root / f"{name}.json"
         if name not in images or not path.is_file():
             raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is "
@@ -679,72 +678,106 @@ def find_sa1b(root, args, names):
 
 
 def find_sav(root, args, names):
-    """VIDEO_manual.json with VIDEO.mp4, or a folder VIDEO of frames named by their number in the video.
+    """Yields videos VIDEO_manual.json with a folder VIDEO of frames named by their numbers.
 
     Frames on which an object was not annotated, or that the folder lacks, are left out.
     """
-    jsons = {path.name.removesuffix("_manual.json"): path for path in find_jsons(args.gt_folder or root)}
-    left_out = 0
-    for name in jsons if names is None else names:
+    jsons, left_out, from_1 = find_jsons(args.gt_folder or root), 0, []
+    for name in select(names, jsons):
         if name not in jsons:
             raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of "
                                    "the list")
         path, data = jsons[name], read_json(jsons[name])
-        count, length = len(data["masklet"]), int(data.get("video_frame_count") or 0)
+        count, length = len(data["masklet"]), data["video_frame_count"]
         if length and math.ceil(length / args.ann_every) != count:
-            raise utils.InputError(f"{path}: has masks of {count} frames, but the video {length}; give "
-                                   f"--ann-every {round(length / count)}")
-        numbers = [t * args.ann_every for t, codes in enumerate(data["masklet"])
-                   if codes and None not in codes]
-        folder, frames = Path(args.img_folder or path.parent), {}
-        if (folder / name).is_dir():
-            images = {int(stem): image for stem, image in utils.list_images(folder / name).items()
-                      if stem.isdecimal()}
-            frames = {number: images[number] for number in numbers if number in images}
-            last = (count - 1) * args.ann_every
-            if len(images) > 1 and max(images) - min(images) < min(len(images), last):
-                raise utils.InputError(f"{folder / name}: frames {min(images)} to {max(images)}, one by one, "
-                                       f"but masks up to frame {last}; name them by their number in the "
-                                       "video, or give --ann-every 1 if these are those with masks")
+            fitting = [every for every in (4, 1) if math.ceil(length / every) == count]
+            remedy = f"give --ann-every {fitting[0]}" if fitting else \
+                "it may be incomplete: replace it, or give the --ann-every that it was made with"
+            raise utils.InputError(f"{path}: has masks of {count} frames, but the video {length}; {remedy}")
+        folder = Path(args.img_folder or path.parent, name)
+        annotated = [t * args.ann_every for t, codes in enumerate(data["masklet"])
+                     if codes and None not in codes]
+        images, first = number_frames(folder, annotated, (count - 1) * args.ann_every, length)
+        if first:
+            from_1.append(folder)
+        frames = [frame for frame in annotated if frame in images]
+        if not frames and Path(f"{folder}.mp4").is_file():
+            videos = shlex.quote(str(args.img_folder or args.gt_folder or root))
+            raise utils.InputError(f"{path}: no frames in {folder}/; write those of all videos: python "
+                                   f"train_sam2.py --extract-frames {videos} {videos} --rate {args.ann_every}")
         if not frames:
-            raise utils.InputError(f"{path}: no frames in {folder / name}/; write them with --extract-frames "
-                                   f"{folder / name}.mp4 {folder / name}, or give --img-folder")
+            raise utils.InputError(f"{path}: neither {folder}.mp4 nor frames in {folder}/ are there; add "
+                                   "them, or give --img-folder")
         left_out += count - len(frames)
-        yield name, tuple(frames.values()), tuple(
-            ((IDS, JsonFrame(path, number // args.ann_every)),) for number in frames)
+        yield name, tuple(images[frame] for frame in frames), tuple(
+            ((IDS, JsonFrame(path, frame // args.ann_every)),) for frame in frames)
+    if any(path.name.endswith("_auto.json") for path in jsons.values()):
+        print("note: no *_manual.json is there: the masks are those of *_auto.json")
+    if from_1:
+        print(f"note: the frames of {len(from_1)} videos are numbered from 1, such as {from_1[0]}: their "
+              "first image is taken for the video's frame 0")
     if left_out:
         print(f"note: {left_out} frames have no image, or an object that was not annotated, and are "
               "left out")
 
 
+def number_frames(folder, annotated, last, length):
+    """Returns {frame: image} of a folder of numbered images, and the first number: 0 or 1.
+
+    annotated: frames with masks; last: the last that may have some; length: of the video, or 0 if
+    unknown. InputError if the names cannot be the numbers of the video's frames.
+    """
+    paths = utils.list_images(folder) if folder.is_dir() else {}
+    images = {int(stem): path for stem, path in paths.items() if stem.isdecimal()}
+    if not images:
+        return {}, 0
+    first, final = min(images), max(images)
+    named, in_a_row = f"{folder}: frames {first} to {final}", len(images) == final - first + 1
+    if in_a_row and 1 < len(images) <= last:
+        raise utils.InputError(f"{named}, one by one, but masks up to frame {last}; name them by their "
+                               "number in the video, or give --ann-every 1 if these are those with masks")
+    if first == 1:
+        whole = final == length if length else in_a_row
+        sparse = not any(frame in images for frame in annotated) and final <= (length or final)
+        if whole or sparse:
+            return {number - 1: path for number, path in images.items()}, 1
+    allowed = length - 1 if first else length + 1  # a decoder may find a few frames more
+    if length and (final > allowed or first == 1 and in_a_row):
+        raise utils.InputError(f"{named}, but the video's are 0 to {length - 1}; name them by their number "
+                               "in the video")
+    return images, 0
+
+
 def find_jsons(folder):
-    """SA-V's annotations in a folder or in its folders."""
-    folder = Path(folder)
-    return sorted(folder.glob("*_manual.json")) or sorted(folder.glob("*/*_manual.json"))
+    """Returns {video: path} of SA-V's jsons in a folder or its folders: manual ones, else auto."""
+    for kind in ("_manual.json", "_auto.json"):
+        for pattern in (f"*{kind}", f"*/*{kind}"):
+            if paths := sorted(Path(folder).glob(pattern)):
+                return {path.name.removesuffix(kind): path for path in paths}
+    return {}
 
 
 def find_videos(root, args, names):
-    """JPEGImages/VIDEO/FRAME.jpg with Annotations/VIDEO/FRAME.png, or VIDEO/OBJECT/FRAME.png."""
+    """Yields JPEGImages/VIDEO/FRAME.jpg with Annotations/VIDEO/FRAME.png or /OBJECT/FRAME.png."""
     images_root = Path(args.img_folder or find_folder(root, "JPEGImages", "--img-folder"))
     masks_root = Path(args.gt_folder or find_folder(root, "Annotations", "--gt-folder"))
-    if names is None:
-        names = sorted(path.name for path in images_root.iterdir()
-                       if path.is_dir() and path.name[0] != ".")
+    if not images_root.is_dir():
+        raise utils.InputError(f"{images_root}: no such folder; give another --img-folder")
+    names = select(names, sorted(path.name for path in images_root.iterdir()
+                                 if path.is_dir() and path.name[0] != "."))
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled, void = Counter(), []
     for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
-        for stem in sorted(masks.keys() - images.keys()):
-            raise utils.InputError(f"{masks[stem][0][1]}: {images_root / name} has no frame {stem}; add "
-                                   "it or remove this mask")
+        check_pairs(images_root / name, images, masks)
         frames = sorted(masks, key=by_number)
         unlabelled[name] = len(images) - len(frames)
         if not frames:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of "
                                    "the list")
-        ids = first_ids(tuple(path for stem in frames for number, path in masks[stem]
-                              if number == IDS))
+        ids = first_ids(tuple(path for stem in frames for object_id, path in masks[stem]
+                              if object_id == IDS))
         if ids - {VOID_ID}:  # not masks of 0 and 255 alone
             masks = {stem: ((IDS_AND_VOID, masks[stem][0][1]),) for stem in frames}
             if VOID_ID in ids:
@@ -759,8 +792,19 @@ def find_videos(root, args, names):
               f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
 
 
+def check_pairs(folder, images, masks):
+    """Checks that each frame with masks has an image in folder; images, masks: dicts by frame."""
+    for name in sorted(masks.keys() - images.keys(), key=by_number):
+        remedy = "add it or remove this mask"
+        names, mask_names = [sorted(found, key=by_number) for found in (images, masks)]
+        if images and (names[0] != mask_names[0] or len(images) == len(masks)):
+            remedy = (f"its images are {names[0]} to {names[-1]}, the masks {mask_names[0]} to "
+                      f"{mask_names[-1]}: give both the same numbers")
+        raise utils.InputError(f"{masks[name][0][1]}: {folder} has no frame {name}; {remedy}")
+
+
 def find_folder(data_path, name, option):
-    """DATA_PATH/NAME, or DAVIS' folder of one resolution in it."""
+    """Returns DATA_PATH/NAME, or DAVIS' folder of one resolution in it."""
     for sub in ("480p", "Full-Resolution", ""):
         if Path(data_path, name, sub).is_dir():
             return Path(data_path, name, sub)
@@ -769,28 +813,32 @@ def find_folder(data_path, name, option):
 
 
 def find_masks(folder):
-    """{frame: ((IDS, path),)} of a folder of ids, {frame: ((1, path), ...)} of one per object."""
+    """Returns {frame: ((IDS, path),)} of masks of ids, {frame: ((1, path), ...)} of object folders."""
+    if not folder.is_dir():
+        return {}
     masks = {stem: ((IDS, path),) for stem, path in utils.list_images(folder).items()}
-    if not masks:
-        objects = sorted((path for path in folder.iterdir() if path.is_dir()),
-                         key=lambda path: by_number(path.name))
-        named = all(path.name.isdecimal() and int(path.name) for path in objects)
-        for k, path in enumerate(objects, 1):
-            number = int(path.name) if named else k
-            for stem, file in utils.list_images(path).items():
-                masks[stem] = (*masks.get(stem, ()), (number, file))
-    return masks
+    objects = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."),
+                     key=lambda path: by_number(path.name))
+    named, by_object = all(path.name.isdecimal() and int(path.name) for path in objects), {}
+    for k, path in enumerate(objects, 1):
+        object_id = int(path.name) if named else k
+        for stem, file in utils.list_images(path).items():
+            by_object[stem] = (*by_object.get(stem, ()), (object_id, file))
+    if masks and by_object.keys() - masks.keys():
+        raise utils.InputError(f"{folder}: holds masks and folders of masks, such as {objects[0].name}; "
+                               "keep either one mask per frame, or one folder per object")
+    return masks or by_object
 
 
 @functools.lru_cache(maxsize=None)
 def first_ids(paths):
-    """Ids, without 0, of a video's masks, up to the first that shows more than 255.
+    """Returns the ids, without 0, of a video's masks; stops at the first with another id than 255.
 
     None of 16-bit masks, in which 255 is an id like any other.
     """
     ids = set()
     for path in paths:
-        with contextlib.suppress(utils.InputError):  # raised where the mask is used
+        with suppress(utils.InputError):  # raised where the mask is used
             mask = utils.read_mask(path)
             ids |= {*np.unique(mask).tolist()} - {0} if mask.itemsize == 1 else set()
         if ids - {VOID_ID}:
@@ -799,12 +847,12 @@ def first_ids(paths):
 
 
 def by_number(name):
-    """Sort key by which frame 10 comes after frame 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Returns a sort key by which frame 10 comes after frame 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def read_names(name, data_path):
-    """Names of the videos in a list: a file, or the one of that name in DATA_PATH/ImageSets."""
+    """Reads the names in a list: a file, or the list of that name in DATA_PATH/ImageSets."""
     if not name:
         return None
     folders = [Path(data_path, "ImageSets", sub) for sub in ("", "2017", "Segmentation")]
@@ -813,8 +861,8 @@ def read_names(name, data_path):
     if path is None:
         raise utils.InputError(f"{name}: no such list, nor {paths[1]}; write one with one video per line")
     try:
-        names = list(dict.fromkeys(utils.read_lines(path)))
-    except (OSError, UnicodeDecodeError) as error:
+        names = utils.read_lines(path)
+    except OSError as error:
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per "
                                "line") from None
     if not names:
@@ -822,8 +870,15 @@ def read_names(name, data_path):
     return names
 
 
+def select(names, known):
+    """Returns a list's names, or all known ones; spaces around a name are kept if it is known so."""
+    if names is None:
+        return [*known]
+    return [*dict.fromkeys(name if name in known else name.strip() for name in names)]
+
+
 def check_item(frame, whole):
-    """Whether there is an object; if not `whole`, True once the sizes agree. InputError if bad."""
+    """Returns whether there is an object; if not `whole`, True if sizes agree. InputError if bad."""
     image_source, sources, first = frame
     size = utils.image_size(first)[::-1]
     if whole:
@@ -835,27 +890,44 @@ def check_item(frame, whole):
 
 
 def keep_usable(items, part, num_frames, args):
-    """Items long enough and with an object, as far as the start has read; others are reported."""
-    enough = [item for item in items if item.still or len(item.images) >= num_frames]
-    if len(enough) < len(items):
-        print(f"note: {len(items) - len(enough)} of {len(items)} {part} videos have fewer than "
-              f"{num_frames} frames and are left out")
+    """Returns the items that have a clip of num_frames which begins with an object; reports others.
+
+    A frame whose pixels the start does not read counts as one with an object.
+    """
+    enough, kept = [item for item in items if item.still or len(item.images) >= num_frames], []
+    left_out = Counter({f"videos have fewer than {num_frames} frames": len(items) - len(enough)})
+    late = f"videos show objects only where no clip of {num_frames} frames begins (give fewer " \
+           "--num-frames, or a smaller --stride)"
+    if part == "validation":
+        late = "videos show objects only on their last two frames, which have no figure,"
     frames = [(image, mask, item.images[0]) for item in enough
               for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))
-    kept = [item for item in enough if any([next(found) for _ in item.images])]
-    if len(kept) < len(enough):
-        print(f"note: {len(enough) - len(kept)} of {len(items)} {part} videos and images have no object "
-              "and are left out")
-    if not kept:
-        raise utils.InputError(f"{' '.join(args.data_path)}: none of {len(items)} {part} videos has "
-                               f"{num_frames} frames and an object; look at them, or give fewer "
-                               "--num-frames or a smaller --stride")
-    return kept
+    for item in enough:
+        shown, span = [next(found) for _ in item.images], 1 if item.still else num_frames
+        firsts = shown[:len(shown) - span + 1]
+        if part == "training" and args.reverse_time_prob:
+            firsts += shown[span - 1:]
+        if any(firsts):
+            kept.append(item)
+        else:
+            left_out[late if any(shown) else "videos and images have no object"] += 1
+    for reason, count in left_out.items():
+        if count:
+            print(f"note: {count} of {len(items)} {part} {reason} and are left out")
+    if kept:
+        return kept
+    paths = " ".join(args.val_path if part == "validation" and args.val_path else args.data_path)
+    if all(item.still for item in items):
+        raise utils.InputError(f"{paths}: none of {len(items)} {part} images has an object; give images "
+                               "whose masks are not empty")
+    raise utils.InputError(f"{paths}: none of {len(items)} {part} videos has {num_frames} frames and an "
+                           "object on the first of them; look at them, or give fewer --num-frames or a "
+                           "smaller --stride")
 
 
 def create_loaders(args):
-    """Training and validation loaders over checked videos and images."""
+    """Returns training and validation loaders over checked videos and images."""
     if args.demo and not args.data_path:
         args.data_path = [utils.draw_demo("clips", Path(args.output_dir, "data"), 60)]
     if not args.data_path and not (args.img_folder and args.gt_folder):
@@ -879,7 +951,7 @@ def create_loaders(args):
         groups = [([item for items, _ in groups for item in items], val_items)]
     for items, given in groups:
         if given and args.test_only and not args.overfit:
-            items, given = [], given[:args.limit]  # which a test does not need
+            items, given = [], given[:args.limit]  # a test needs no training items
         else:
             items, given = utils.split_items(items, args, given or None)
         train_items += items
@@ -893,13 +965,13 @@ def create_loaders(args):
             raise utils.InputError(f"{path}: nothing of it is left to train on, but --mix gives it a share")
     train_set = VideoDataset(train_items, args, train=True, augment=not args.overfit)
     val_set = VideoDataset(val_items, args, train=False, augment=False)
-    mix = MixSampler(train_items, args)
-    train_loader = utils.create_loader(train_set, args, shuffle=True, batches=mix)
+    batches = MixSampler(train_items, args)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, batches=batches)
     return train_loader, utils.create_loader(val_set, args, shuffle=False, batch_size=1)
 
 
 def check_mix(args):
-    """InputError if options of several data sets do not fit --data-path."""
+    """Checks that the options of several data sets fit --data-path."""
     paths = len(args.data_path)
     for option, numbers, fitting in (("--mix", args.mix or args.data_path, [paths]),
                                      ("--multiplier", args.multiplier, [1, paths])):
@@ -915,7 +987,7 @@ def check_mix(args):
 
 
 def sanity_check(train_set, val_set, args):
-    """Prints what is in the data and draws what training sees."""
+    """Prints what is in the data and draws what training sees; returns {part: items}."""
     for part, dataset in (("train", train_set), ("val", val_set)):
         if not dataset.items:  # of a test
             continue
@@ -923,13 +995,13 @@ def sanity_check(train_set, val_set, args):
         for item in dataset.items:
             size, areas = utils.image_size(item.images[0])[::-1], []
             for image_source, sources in zip(item.images, item.masks):
-                _, numbers, masks = read_frame(image_source, sources, size)
-                areas.append(dict(zip(numbers, masks.mean((1, 2)).tolist())))
-            numbers = {number for found in areas for number, share in found.items() if share}
+                _, object_ids, masks = read_frame(image_source, sources, size)
+                areas.append(dict(zip(object_ids, masks.mean((1, 2)).tolist())))
+            object_ids = {k for found in areas for k, share in found.items() if share}
             sizes[f"{size[1]}x{size[0]}"] += 1
-            objects.append(len(numbers))
+            objects.append(len(object_ids))
             lengths.append(len(item.images))
-            found = [found.get(number, 0) for found in areas for number in numbers]
+            found = [found.get(k, 0) for found in areas for k in object_ids]
             shares += [share for share in found if share]
             absent += [not share for share in found]
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
@@ -938,34 +1010,30 @@ def sanity_check(train_set, val_set, args):
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
               f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
-    rows = {}
-    count = len(train_set.items)
+    rows, count = {}, len(train_set.items)
     for index in np.linspace(0, count - 1, min(8, count)).astype(int).tolist():  # of all data sets
-        clip, _ = train_set[0, index]
-        drawn = draw_clip(clip)
-        blank = np.full_like(drawn[0], 255)
-        rows[train_set.items[index].name] = [*drawn, *[blank] * (args.num_frames - len(drawn))]
-    path = Path(args.output_dir, "sanity_check.png")
-    if not rows:
-        return {"train": 0, "val": len(val_set.items)}
-    utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
-    print(f"wrote {path}")
-    return {"train": len(train_set.items), "val": len(val_set.items)}
+        frames = paint_clip(train_set[0, index][0])
+        blank = [np.full_like(frames[0], 255)] * (args.num_frames - len(frames))
+        rows[train_set.items[index].name] = frames + blank
+    if rows:
+        path = Path(args.output_dir, "sanity_check.png")
+        utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
+        print(f"wrote {path}")
+    return {"train": count, "val": len(val_set.items)}
 
 
-def draw_clip(clip):
-    """The frames of a training clip with masks and prompts drawn in; prompted ones are framed."""
-    drawn = []
-    numbers = torch.arange(1, clip.masks.shape[1] + 1)[:, None, None]
+def paint_clip(clip):
+    """Returns the frames of a training clip with masks and prompts; prompted ones have a border."""
+    painted = []
+    ids = torch.arange(1, clip.masks.shape[1] + 1)[:, None, None]
     for t, (image, masks) in enumerate(zip(clip.images, clip.masks)):
         image = np.ascontiguousarray(image.permute(1, 2, 0))
-        image = utils.overlay(image, (masks * numbers).amax(0).numpy())
-        size = max(2, len(image) // 100)
+        image = utils.overlay(image, (masks * ids).amax(0).numpy())
+        size, side = max(2, len(image) // 100), len(image) - 1
         if t in clip.prompts:
-            cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 255, 0), size)
+            cv2.rectangle(image, (0, 0), (side, side), (255, 255, 0), size)
             points = clip.prompts[t]
-            for coords, labels in zip(points.get("point_coords", ()),
-                                      points.get("point_labels", ())):
+            for coords, labels in zip(points.get("point_coords", ()), points.get("point_labels", ())):
                 coords, labels = coords.int().tolist(), labels.tolist()
                 if labels == [2, 3]:
                     cv2.rectangle(image, *coords, (255, 255, 0), max(1, size // 2))
@@ -973,39 +1041,100 @@ def draw_clip(clip):
                     colour = (0, 255, 0) if labels[0] else (255, 0, 0)
                     cv2.circle(image, coords[0], 2 * size, colour, -1)
         elif t in clip.corrected:
-            cv2.rectangle(image, (0, 0), (len(image) - 1, len(image) - 1), (255, 0, 0), size)
-        drawn.append(image)
-    return drawn
+            cv2.rectangle(image, (0, 0), (side, side), (255, 0, 0), size)
+        painted.append(image)
+    return painted
 
 
-def extract_frames(path, folder, args):
-    """Every --rate-th frame of a video -> folder/00000.jpg, 00004.jpg ...: numbers in the video."""
-    folder, video = Path(folder), cv2.VideoCapture(str(path))
-    if not Path(path).is_file() or not video.isOpened():
+def extract_frames(source, folder, args):
+    """Writes every --rate-th frame of a video into folder, of each in a folder into folder/VIDEO.
+
+    Returns {"frames": how many were written}. InputError at the end, after all other videos, if one
+    cannot be read, or not to its end.
+    """
+    source, folder = Path(source), Path(folder)
+    videos, written, bad = {folder: source}, 0, []
+    if source.is_dir():
+        videos = find_video_files(source, folder)
+    for target, path in videos.items():
+        try:
+            written += extract_video(path, target, args, skip_whole=source.is_dir())
+        except utils.InputError as error:
+            bad.append(str(error))
+    if bad:
+        more = f"; and {len(bad) - 10} more videos" if len(bad) > 10 else ""
+        raise utils.InputError("; ".join(bad[:10]) + more)
+    return {"frames": written}
+
+
+def find_video_files(source, folder):
+    """Returns {folder/VIDEO: path} of the videos in source, or of those in its folders."""
+    for pattern in ("*", "*/*"):
+        videos = {}
+        for path in sorted(source.glob(pattern)):
+            if path.suffix.lower() in VIDEOS and path.name[0] != "." and path.is_file():
+                target = (folder / path.relative_to(source)).with_suffix("")
+                if target in videos:
+                    raise utils.InputError(f"{path}: {videos[target].name} has the same name; rename one")
+                videos[target] = path
+        if videos:
+            return videos
+    raise utils.InputError(f"{source}: no videos ({' '.join(sorted(VIDEOS))}); give --extract-frames a "
+                           "video, or a folder of videos")
+
+
+def extract_video(path, folder, args, skip_whole):
+    """Writes folder/00000.jpg, 00004.jpg ..., numbers in the video; returns how many.
+
+    A hidden file marks the folder until the last frame is written; then skip_whole skips the video.
+    """
+    try:
+        from predict_video import check_name, lacks_frames
+    except ImportError:
+        raise utils.InputError("--extract-frames: predict_video.py is not beside this script; copy it "
+                               "too") from None
+    check_name(path)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    video, mark = cv2.VideoCapture(str(path)), folder / f".{path.name}.incomplete"
+    if not path.is_file() or not video.isOpened():
         raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, "
                                "then a folder")
-    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
+    names = {found.name for found in folder.glob("[!.]*")}
+    if names and not mark.exists() and not args.overwrite:
+        if skip_whole and names == {f"{args.rate * i:05d}.jpg" for i in range(len(names))}:
+            return 0
         raise utils.InputError(f"{folder}: is not empty; give another folder, or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    number, written = 0, 0
+    mark.touch()
+    for found in [*folder.iterdir()]:  # of an earlier or another video
+        if re.fullmatch(r"[0-9]{5,}\.jpg|\..+\.incomplete", found.name) and found != mark:
+            found.unlink()
+    written, times = 0, []
     while video.grab():
-        if number % args.rate == 0:
-            image = video.retrieve()[1]
-            (folder / f"{number:05d}.jpg").write_bytes(cv2.imencode(".jpg", image)[1].tobytes())
+        utils.raise_if_stopped()
+        if len(times) % args.rate == 0:
+            image = cv2.imencode(".jpg", video.retrieve()[1])[1]
+            (folder / f"{len(times):05d}.jpg").write_bytes(image.tobytes())
             written += 1
-        number += 1
-    if not number:
+        times.append(video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    count, stated = len(times), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    if not count:
         raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
-    print(f"wrote {written} of {number} frames to {folder}")
-    return {"frames": written}
+    print(f"wrote {written} of {count} frames to {folder}")
+    if lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
+        raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read; "
+                               f"frames {count} to {stated - 1} are missing")
+    mark.unlink()
+    return written
 
 
 # --- Model ---
 
 def create_model(args, checkpoint=None):
-    """The net, with the weights of checkpoint or --weights, and the arguments that rebuild it."""
+    """Returns the net, with weights of checkpoint or --weights, and the arguments to rebuild it."""
     arch = {"model": args.model, "image_size": args.image_size}
-    model = NETS[args.model](  # the last two as the official predictors
+    model = NETS[args.model](  # the last two as in the official predictors
         args.image_size, drop_path_rate=args.drop_path, memory_dropout=args.dropout,
         dynamic_multimask_via_stability=True, binarize_mask_from_pts_for_mem_enc=True)
     if checkpoint:
@@ -1015,10 +1144,10 @@ def create_model(args, checkpoint=None):
         path = official_file(args.weights, WEIGHTS)
         state = read_weights(path, {"net": "sam2", **arch}, free=["image_size"])
         load_weights(model, state, path)
-    else:  # made for weights that are trained already, the net would take very long to remember
+    else:  # the defaults suit trained weights; from scratch, memory would learn very slowly
         for block in model.memory_encoder.fuser.layers:
             nn.init.ones_(block.gamma)
-        # A mask gets no gradient while its object is believed absent: start with all there
+        # A mask gets no gradient while its object is taken for absent: start with all present
         nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     for part in frozen_parts(model, args):
         part.requires_grad_(False)
@@ -1027,7 +1156,7 @@ def create_model(args, checkpoint=None):
 
 
 def frozen_parts(model, args):
-    """Modules and parameters that --freeze names."""
+    """Returns the modules and parameters that --freeze names."""
     return [getattr(model, name) for part in args.freeze for name in PARTS[part]]
 
 
@@ -1038,11 +1167,11 @@ def encode(model, images, dtype):
 
 
 def track_clips(model, backbone, videos, clip, args, dtype):
-    """N objects through a clip, prompted and corrected as clip says: yields frame, decoder passes.
+    """Tracks N objects through a clip, prompted and corrected as it says: yields frame, decoder passes.
 
-    backbone: of encode, of the frames of one or several videos, T each, one after the other; videos
-    (N,): which one each object is of. A pass is logits (N, M, S/4, S/4) or of masks that were given
-    (N, 1, S, S), IoU (N, M), score (N, 1).
+    backbone: of encode, for the frames of one or several videos, T each, video after video; videos
+    (N,): the index of each object's. A pass is logits (N, M, S/4, S/4), or (N, 1, S, S) of a mask
+    prompt, IoU (N, M), score (N, 1).
     """
     maps, positions, sizes = backbone
     num_frames = len(clip.masks)
@@ -1060,8 +1189,9 @@ def track_clips(model, backbone, videos, clip, args, dtype):
         feats, codes = [x[:, images] for x in maps], [positions[-1][:, images]]
         prompt = clip.prompts.get(t)
         points, mask = prompt or None, clip.masks[t][:, None] if prompt == {} else None
-        memory = {key: dict(outputs) for key, outputs in bank.items()}  # as now, for the checkpoint
-        _, outputs, finer_maps, seen = run(
+        # A copy: with checkpointing the backward pass must not see memories that came later
+        memory = {key: dict(outputs) for key, outputs in bank.items()}
+        _, outputs, finer_maps, features = run(
             model._track_step, t, prompt is not None, feats, codes, sizes, points, mask, memory,
             num_frames)
         low_res, full_size, iou, best_low_res, best_full_size, pointer, score = outputs
@@ -1077,23 +1207,20 @@ def track_clips(model, backbone, videos, clip, args, dtype):
             points = {"point_coords": coords, "point_labels": labels}
             multimask = model._use_multimask(prompt is not None, points)
             low_res, _, iou, best_low_res, best_full_size, pointer, score = run(
-                model._forward_sam_heads, seen, points, best_low_res, finer_maps, multimask)
+                model._forward_sam_heads, features, points, best_low_res, finer_maps, multimask)
             passes.append((low_res, iou, score))
         yield t, passes
         if t == order[-1]:
             return
-        features, codes = run(
+        stored, codes = run(
             model._encode_new_memory, feats, sizes, best_full_size, score, points is not None)
-        remembered = prompt is not None or args.corrected_as_prompted and t in clip.corrected
-        bank["cond_frame_outputs" if remembered else "non_cond_frame_outputs"][t] = {
-            "obj_ptr": pointer, "maskmem_features": features, "maskmem_pos_enc": codes}
+        as_prompted = prompt is not None or args.corrected_as_prompted and t in clip.corrected
+        bank["cond_frame_outputs" if as_prompted else "non_cond_frame_outputs"][t] = {
+            "obj_ptr": pointer, "maskmem_features": stored, "maskmem_pos_enc": codes}
 
 
 def group_clips(clips, device):
-    """Yields (videos, clip) for track_clips.
-
-    Clips with the same kinds of prompts on the same frames are joined: one pass through the net.
-    """
+    """Joins clips with like prompts on the same frames: yields (videos, clip) for track_clips."""
     groups = {}
     for i, clip in enumerate(clips):
         kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ())
@@ -1117,12 +1244,12 @@ def group_clips(clips, device):
 # --- Loss ---
 
 def criterion(low_res, ious, score, masks, args, void=None):
-    """One pass over N objects -> focal, Dice, IoU and score loss, each summed over objects: (4,).
+    """Returns focal, Dice, IoU and score loss (4,) of a decoder pass, each summed over N objects.
 
-    Logits (N, M, S/4, S/4) or of full size, the predicted ious (N, M), score (N, 1), masks (N, S, S)
-    bool. Masks are compared at full size. Of M masks the one of least loss is trained; where the
-    object is absent, only the score. The large tensors are computed again in the backward pass.
-    void (N, S, S) bool: pixels that do not count.
+    Logits (N, M, S/4, S/4) or of full size, predicted ious (N, M), score (N, 1), masks (N, S, S)
+    bool. Masks are compared at full size. Of M masks the one with the least loss is trained; of an
+    absent object only the score. The backward pass computes the large tensors again. void (N, S, S)
+    bool: pixels that do not count.
     """
     low_res, ious, score = low_res.float(), ious.float(), score[:, 0].float()
     present = masks.flatten(1).any(1)
@@ -1145,10 +1272,10 @@ def criterion(low_res, ious, score, masks, args, void=None):
 
 
 def mask_losses(low_res, masks, args, void=None):
-    """Logits (N, H, W), masks (N, S, S) bool -> focal loss (mean of pixels), Dice loss, IoU: (N,)."""
+    """Returns focal loss (mean of pixels), Dice loss and IoU, each (N,), of logits (N, H, W)."""
     logits = F.interpolate(low_res[:, None], masks.shape[1:], mode="bilinear",
                            align_corners=False)[:, 0]
-    if void is not None:  # neither object nor taken for it: adds nothing to any of the three
+    if void is not None:  # contributes nothing to any of the three
         logits = logits.masked_fill(void, -100)
     target, pred = masks.float(), logits.detach() > 0
     focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
@@ -1159,7 +1286,7 @@ def mask_losses(low_res, masks, args, void=None):
 
 
 def focal_loss(logits, target, alpha, gamma):
-    """Lin et al. 2017, of each logit; target 0 or 1; alpha: weight of 1, the rest that of 0."""
+    """Returns each logit's focal loss (Lin et al. 2017): target 1 weighs alpha, 0 the rest."""
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     if gamma:
         loss = loss * (logits.sigmoid() - target).abs() ** gamma
@@ -1172,49 +1299,41 @@ def focal_loss(logits, target, alpha, gamma):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Means over all objects of all videos, and over those of all images, in [0, 1].
+    """Returns means over all objects of all videos, and over those of all images, in [0, 1].
 
-    Videos: J, F and their mean as DAVIS defines them (davis_scores). val_jf, val_j, val_f: each object's
-    mask on its first frame is given; val_click_...: one click in its middle instead; copied_...: that
-    mask, copied to all frames, the baseline. Images: IoU by an object's box and by that click.
+    Videos: J, F and their mean as DAVIS defines them (davis_scores). val_jf, val_j, val_f: each
+    object's mask on its first frame is given; val_click_...: a click in its middle instead;
+    copied_...: that mask is copied to all frames, the baseline. Images: IoU by box and by click.
     per_video: the same of each video or image: {name: {"objects": 2, "val_jf": ...}}.
     """
     model.eval()
-    items = loader.dataset.items
-    sums = torch.zeros(len(items), 1 + len(FIGURES + IMAGE_FIGURES), dtype=torch.float64)
+    items, found = loader.dataset.items, {}
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
         objects = masks[:-1] if items[index].still else masks % VOID_ID
-        if not objects.any():  # which the start does not notice in a large data set
-            continue
-        if items[index].still:
-            figures = image_scores(model, images, masks, run)
-            sums[index, 1 + len(FIGURES):] = figures.sum(0)
-        else:
-            figures = video_scores(model, images, masks, run)
-            sums[index, 1:1 + len(FIGURES)] = figures.sum(0)
-        sums[index, 0] = len(figures)
+        if objects.any():  # a large data set may hold items without, which the start has not read
+            scores = image_scores if items[index].still else video_scores
+            found[index] = scores(model, images, masks, run)
     utils.raise_if_stopped(run.device)
-    if args.world_size > 1:
-        sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
+    found = utils.merge_over_ranks(found)
     figures, per_video = {}, {}
-    for names, first, still in ((FIGURES, 1, False), (IMAGE_FIGURES, 1 + len(FIGURES), True)):
-        rows = torch.tensor([i for i, item in enumerate(items) if item.still == still],
-                            dtype=torch.int64)
-        if len(rows):
-            total = sums[rows, first:first + len(names)].sum(0) / sums[rows, 0].sum()
-            figures |= dict(zip(names, total.tolist()))
-        for i in rows.tolist():
-            means = (sums[i, first:first + len(names)] / sums[i, 0]).tolist()
-            per_video[items[i].name] = {"objects": int(sums[i, 0]), **dict(zip(names, means))}
+    for names, still in ((FIGURES, False), (IMAGE_FIGURES, True)):
+        none = torch.zeros(0, len(names), dtype=torch.float64)
+        chosen = [(item.name, found.get(i, none)) for i, item in enumerate(items) if item.still == still]
+        if chosen:
+            total = torch.stack([rows.sum(0) for _, rows in chosen]).sum(0)
+            figures |= zip(names, (total / sum(len(rows) for _, rows in chosen)).tolist())
+        for name, rows in chosen:
+            means = dict(zip(names, (rows.sum(0) / len(rows)).tolist()))
+            per_video[name] = {"objects": len(rows), **means}
     return {**figures, "per_video": per_video}
 
 
 def video_scores(model, images, ids, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> (N, 9) float64: FIGURES of its objects.
+    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> FIGURES of N objects, (N, 9) float64.
 
-    Void pixels are left out. An object that is first seen on the last two frames has no row.
+    Void pixels are left out. An object that first appears on the last two frames has no row.
     """
     firsts, rows = first_frames(ids), []
     by_mask, by_click = track_video(model, images, ids, firsts, run)  # ids (T, H, W) each
@@ -1222,7 +1341,7 @@ def video_scores(model, images, ids, run):
         frames, figures = range(first + 1, len(ids) - 1), []
         if not frames:
             continue
-        copied = ids[first].expand_as(ids)  # the baseline: the first mask on every frame
+        copied = ids[first].expand_as(ids)  # the baseline
         for pred in (by_mask, by_click, copied):
             pairs = [((pred[t] == k) & (ids[t] != VOID_ID), ids[t] == k) for t in frames]
             figures += davis_scores(pairs)
@@ -1231,9 +1350,9 @@ def video_scores(model, images, ids, run):
 
 
 def image_scores(model, images, masks, run):
-    """Image (1, 3, S, S) uint8, masks (N + 1, H, W) bool, the last void -> IoU by box and by click.
+    """Image (1, 3, S, S) uint8, masks (N + 1, H, W) bool -> IoU by box, by click: (N, 2) float64.
 
-    (N, 2) float64; void pixels are left out.
+    The last mask is void: those pixels are left out.
     """
     rows, masks, void = [], masks[:-1], masks[-1]
     for prompt in (box_prompt, click_prompt):
@@ -1243,38 +1362,37 @@ def image_scores(model, images, masks, run):
 
 
 def predict_image(model, images, masks, prompt, run):
-    """Image (1, 3, S, S) uint8, masks (N, H, W) bool -> those found by box_prompt or click_prompt."""
+    """Image (1, 3, S, S) uint8, masks (N, H, W) bool -> masks predicted from prompt(mask, scale)."""
     size = masks.shape[1:]
     scale = model.image_size / torch.tensor(size[::-1])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         prompts = [{0: prompt(mask, scale)} for mask in masks]
-        ((_, out),) = model.propagate(Frames(images, run.device), prompts)
-    return torch.cat([
-        enlarge(logits, size)[:, 0].cpu() > 0
-        for logits in out["pred_masks"].float().split(16)])  # objects at a time, for memory
+        ((_, out),) = model.propagate(images, prompts)
+    return torch.cat([enlarge(logits, size)[:, 0].cpu() > 0
+                      for logits in out["pred_masks"].float().split(16)])  # 16 at a time, for memory
 
 
 def box_prompt(mask, scale):
-    """The box of a mask (H, W) bool as a prompt, in pixels of the net's square."""
+    """Returns the box of a mask (H, W) bool as a prompt, in pixels of the net's square."""
     corners = box_of(mask).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # edges of pixels
     return {"point_coords": corners * scale - 0.5, "point_labels": torch.tensor([2, 3])}
 
 
 def click_prompt(mask, scale):
-    """A click in the middle of a mask (H, W) bool."""
+    """Returns a click in the middle of a mask (H, W) bool as a prompt."""
     return {"point_coords": (middle(mask)[None] + 0.5) * scale - 0.5,
             "point_labels": torch.tensor([1])}
 
 
 def first_frames(ids):
-    """Ids (T, H, W), 1 to N, or void -> the first frame of each object."""
+    """Returns the first frame of each object in ids (T, H, W), 1 to N or void."""
     present = torch.stack([torch.bincount(frame.flatten().int(), minlength=256) > 0 for frame in ids])
     present = present[:, 1:VOID_ID]
     return present[:, present.any(0)].int().argmax(0).tolist()
 
 
 def track_video(model, images, ids, firsts, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W), first frames -> labels by mask, by click (T, H, W)."""
+    """Tracks objects 1 to N of ids (T, H, W) from their first frames -> (2, T, H, W): by mask, click."""
     by_mask, by_click = [], []
     for k, first in enumerate(firsts, 1):
         mask = ids[first] == k
@@ -1284,32 +1402,19 @@ def track_video(model, images, ids, firsts, run):
     if not firsts:  # no object
         return labels
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        for t, out in model.propagate(Frames(images, run.device), by_mask + by_click):
+        for t, out in model.propagate(images, by_mask + by_click):
             masks = enlarge(out["pred_masks"].float(), ids.shape[1:])
             for result, logits in zip(labels, masks[:, 0].split(len(firsts))):
-                highest, number = logits.max(0)
-                result[t] = torch.where(highest > 0, number + 1, 0).byte().cpu()
+                highest, index = logits.max(0)
+                result[t] = torch.where(highest > 0, index + 1, 0).byte().cpu()
     return labels
 
 
-class Frames:
-    """Images (T, 3, S, S) uint8, of which [t] is on the device and normalised."""
-
-    def __init__(self, images, device):
-        self.images, self.device = images, device
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, t):
-        return normalize(self.images[t].to(self.device))
-
-
 def davis_scores(pairs):
-    """[(predicted, true mask)], (H, W) bool, of an object's frames -> J&F, J, F, means over frames.
+    """Returns J&F, J and F of [(predicted, true mask)], (H, W) bool: means over an object's frames.
 
-    Perazzi et al. 2016: J is the IoU, F the harmonic mean of the boundary's precision and recall. DAVIS
-    leaves out the first frame, which is given, and the last; each is 1 where both masks are empty.
+    Perazzi et al. 2016: J is the IoU, F the harmonic mean of the boundary's precision and recall.
+    DAVIS leaves out the first frame, which is given, and the last.
     """
     j = float(np.mean([region_similarity(pred.numpy(), true.numpy()) for pred, true in pairs]))
     f = float(np.mean([contour_accuracy(pred.numpy(), true.numpy()) for pred, true in pairs]))
@@ -1317,13 +1422,13 @@ def davis_scores(pairs):
 
 
 def region_similarity(pred, true):
-    """J: intersection over union of masks (H, W) bool; 1 if both are empty."""
+    """Returns J: intersection over union of masks (H, W) bool; 1 if both are empty."""
     union = np.count_nonzero(pred | true)
     return np.count_nonzero(pred & true) / union if union else 1.0
 
 
 def contour_accuracy(pred, true):
-    """F: boundary pixels match within 0.008 of the image's diagonal, rounded up; 1 if both are empty."""
+    """Returns F: boundaries match within 0.008 of the diagonal, rounded up; 1 if both are empty."""
     tolerance = math.ceil(0.008 * math.hypot(*true.shape))
     lines = boundary(pred), boundary(true)
     if not lines[0].any() or not lines[1].any():
@@ -1333,14 +1438,14 @@ def contour_accuracy(pred, true):
 
 
 def boundary(mask):
-    """Pixels (H, W) of a mask that differ from the one to the right, below or both: DAVIS' boundary."""
+    """Returns DAVIS' boundary (H, W): pixels that differ from the next to the right, below or both."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     here = padded[:-1, :-1]
     return (here != padded[:-1, 1:]) | (here != padded[1:, :-1]) | (here != padded[1:, 1:])
 
 
 def near(line, other, tolerance):
-    """Share of the line's pixels that lie within tolerance, in pixels, of the other line."""
+    """Returns the share of the line's pixels within `tolerance` pixels of the other line."""
     distance = cv2.distanceTransform((~other).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.count_nonzero(distance[line] <= tolerance + 1e-3) / np.count_nonzero(line)
 
@@ -1359,7 +1464,7 @@ def middle(mask):
 
 
 def print_table(columns):
-    """{title: figures of evaluate}: a column each, in percent, and the baseline."""
+    """Prints {title: figures of evaluate}, one column per title, in percent."""
     print(" " * 22 + "".join(f"{title:>16}" for title in columns))
     for name in FIGURES + IMAGE_FIGURES:
         if all(name in figures for figures in columns.values()):
@@ -1368,7 +1473,7 @@ def print_table(columns):
 
 
 def write_videos(run, figures):
-    """val_videos.csv: the figures of each video and image."""
+    """Writes val_videos.csv: the figures of each video and image."""
     if run.rank == 0:
         with open(run.folder / "val_videos.csv", "w", newline="", encoding="utf-8") as file:
             columns = ["objects", *(name for name in FIGURES + IMAGE_FIGURES if name in figures)]
@@ -1380,9 +1485,9 @@ def write_videos(run, figures):
 
 @torch.no_grad()
 def draw_samples(model, dataset, run):
-    """val_samples.png: six frames each of the first three videos: image, truth and prediction by mask.
+    """Draws val_samples.png: six frames of three videos: image, truth, prediction by mask.
 
-    Without videos: the first four images, with truth and predictions by boxes.
+    Without videos: the first four images, truth, predictions by boxes.
     """
     model.eval()
     rows = {}
@@ -1401,9 +1506,9 @@ def draw_samples(model, dataset, run):
         for index in range(min(4, len(dataset))):
             item, (inputs, masks, _) = dataset.items[index], dataset[0, index]
             masks = masks[:-1]
-            image, pred = utils.read_image(item.images[0]), predict_image(model, inputs, masks, box_prompt, run)
-            numbers = torch.arange(1, len(masks) + 1)[:, None, None] % 255
-            rows[item.name] = [image, *(utils.overlay(image, (part * numbers).amax(0).numpy())
+            pred = predict_image(model, inputs, masks, box_prompt, run)
+            image, ids = utils.read_image(item.images[0]), torch.arange(1, len(masks) + 1) % 255
+            rows[item.name] = [image, *(utils.overlay(image, (part * ids[:, None, None]).amax(0).numpy())
                                         for part in (masks, pred))]
     utils.save_panel(run.folder / "val_samples.png", rows, titles)
 
@@ -1411,9 +1516,9 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
-    """AdamW: no decay on biases and layer norms; the image encoder slower, its first blocks slowest.
+    """Returns AdamW: no decay of biases and layer norms; the image encoder's first blocks learn slowest.
 
-    As the official training: its position codes are at --vision-lr, and norms of maps are decayed.
+    As in the official training: its position codes are at --vision-lr, norms of maps are decayed.
     """
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     blocks, groups = len(model.image_encoder.trunk.blocks), {}
@@ -1434,18 +1539,18 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, done):
-    """Share of the initial rate when so much of the run is done: a cosine from 1 to --final-lr."""
+    """Returns the share of the initial rate when `done` of the run is over: a cosine."""
     return args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def set_learning_rate(optimizer, args, done):
-    """Before each step."""
+    """Sets the rates before each step."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial"] * learning_rate(args, done)
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """One pass over the training data, or over what a resumed epoch has left; run sums it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
     model.train()
     for part in frozen_parts(model, args):
         if isinstance(part, nn.Module):
@@ -1458,8 +1563,8 @@ def train_one_epoch(model, loader, optimizer, run, args):
         loss_sum, num_objects = 0.0, 0
         sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
         for clips, indices in batches:
-            clips = [clip for clip, index in zip(clips, indices) if index >= 0]
-            if not clips:  # only fills up
+            clips = [clip for clip, index in zip(clips, indices) if index >= 0 and teaches(clip)]
+            if not clips:
                 continue
             images = torch.cat([clip.images for clip in clips]).to(run.device, non_blocking=run.pinned)
             backbone, losses = encode(model, images, run.dtype), 0.0
@@ -1483,8 +1588,13 @@ def train_one_epoch(model, loader, optimizer, run, args):
         optimizer.zero_grad(set_to_none=True)
 
 
+def teaches(clip):
+    """Returns whether a clip has a gradient: not if masks are given on all of its frames."""
+    return any(clip.prompts.get(t) != {} for t in range(len(clip.masks)))
+
+
 def pass_means(progress):
-    """{name: mean of each loss over decoder passes and objects}, before the losses are weighted."""
+    """Returns {name: mean of each unweighted loss over decoder passes and objects}."""
     *sums, count = progress["passes"].tolist()
     return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
 
@@ -1492,7 +1602,7 @@ def pass_means(progress):
 # --- Main ---
 
 def main(args):
-    """Trains as the options say; returns the last figures, those before and the best val_jf."""
+    """Trains as the options say; returns the last figures, those before training and the best."""
     if args.extract_frames:
         return extract_frames(*args.extract_frames, args)
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")

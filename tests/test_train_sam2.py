@@ -2,8 +2,11 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -218,7 +221,7 @@ def test_boxes_move_by_a_tenth_at_most_and_absent_objects_have_none():
     moved = torch.stack(corners) - torch.tensor([[50.0, 100, 100, 200], [5, 5, 504, 504]])
     assert (moved[:, 0].abs().amax(0) <= torch.tensor([5.0, 10, 5, 10])).all()
     assert (moved[:, 0].abs().amax(0) > torch.tensor([4.5, 9, 4.5, 9])).all()
-    assert moved[:, 1].abs().max() <= 20 and torch.stack(corners).min() >= 0 and torch.stack(corners).max() <= 511
+    assert 19 < moved[:, 1].abs().max() <= 20 and torch.stack(corners).min() >= 0 and torch.stack(corners).max() <= 511
 
 
 def test_prompts_have_the_official_shares():
@@ -244,6 +247,15 @@ def test_prompts_have_the_official_shares():
     assert (truth.all(-1) == truth.any(-1)).all() and 0.08 < truth.float().mean() < 0.12
     later = [t for prompts, *_ in plans for t in list(prompts)[1:]]
     assert set(later) == set(range(1, 8))
+    args = options("--image-size", 32, "--prompted-frames", 3, "--corrected-frames", 4, "--prob-points", 1)
+    with utils.seeded(0):
+        plans = [script_.simulate_prompts(masks, args, NO_VOID) for _ in range(600)]
+    counts = [(len(prompts), len(corrected)) for prompts, corrected, _ in plans]
+    for prompted in (1, 2, 3):  # a third each; of these prompted to 4 corrected, equally often
+        corrected = [count for number, count in counts if number == prompted]
+        assert 150 < len(corrected) < 250
+        shares = [corrected.count(count) / len(corrected) for count in range(prompted, 5)]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0.75 / len(shares)
 
 
 def test_a_clip_of_one_frame_is_clicked_or_boxed_and_fixed_numbers_are_kept():
@@ -310,13 +322,29 @@ def brute_force(pred, true, radius):
     return 2 * precision * recall / (precision + recall)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (100, 120), (240, 320)])
-def test_f_equals_the_definition_on_random_blobs(size):
+@pytest.mark.parametrize("size, radius", [((64, 64), 1), ((100, 120), 2), ((240, 320), 4), ((170, 180), 2)])
+def test_f_equals_the_definition_on_random_blobs(size, radius):
+    """radius: 0.008 of the diagonal, rounded up, by hand: 0.72, 1.25, 3.2 and 1.98 (0.0081 would give 3)."""
     draw = np.random.default_rng(0)
     for _ in range(5):
         masks = [demo_data.smooth_noise(draw, max(size), 5)[:size[0], :size[1]] > 0.3 for _ in range(2)]
-        expected = brute_force(*masks, math.ceil(0.008 * math.hypot(*size)))
-        assert script_.contour_accuracy(*masks) == pytest.approx(expected)
+        assert script_.contour_accuracy(*masks) == pytest.approx(brute_force(*masks, radius))
+
+
+@pytest.mark.parametrize("size, radius", [((480, 854), 8), ((480, 910), 9), ((1080, 1920), 18)])
+def test_boundaries_of_davis_sizes_match_within_their_number_of_pixels(size, radius):
+    one = blocks((100, 200, 100, 200), size=size)
+    assert script_.contour_accuracy(blocks((100, 200, 100 + radius, 200 + radius), size=size), one) == 1
+    assert script_.contour_accuracy(blocks((100, 200, 101 + radius, 201 + radius), size=size), one) < 1
+
+
+@pytest.mark.parametrize("radius", [1, 5, 8, 18])
+def test_pixels_match_within_a_circle(radius):
+    size = 2 * radius + 5
+    other, rows = np.zeros((size, size), bool), np.arange(size) - size // 2
+    other[size // 2, size // 2] = True
+    inside = rows[:, None] ** 2 + rows ** 2 <= radius ** 2
+    assert script_.near(inside, other, radius) == 1 and script_.near(~inside, other, radius) == 0
 
 
 def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_object_does(monkeypatch):
@@ -375,9 +403,22 @@ def test_tracking_gives_each_object_its_mask_or_click_where_it_appears(clips):
         assert torch.equal(by_mask[first]["mask_inputs"][0], ids[first] == k)
         x, y = by_click[first]["point_coords"][0].tolist()
         assert ids[first][round(y), round(x)] == k and by_click[first]["point_labels"].tolist() == [1]
-    expected = (images[0].float() - torch.tensor([123.675, 116.28, 103.53])[:, None, None]) \
-        / torch.tensor([58.395, 57.12, 57.375])[:, None, None]
-    assert torch.allclose(given["frame"], expected, atol=1e-5)
+    assert torch.equal(given["frame"], images[0])  # which the net normalises
+
+
+def test_a_mask_prompt_covers_the_pixels_whose_middle_is_in_the_mask():
+    mask = torch.zeros(100, 200, dtype=torch.bool)
+    mask[:46] = True  # the middle of the fifth of ten rows is at 45
+    assert script_.resize_mask(mask, 10)[0].sum(0).tolist() == [5] * 10
+    mask[44:] = False
+    assert script_.resize_mask(mask, 10)[0].sum(0).tolist() == [4] * 10
+
+
+def test_masks_of_clips_are_resized_to_the_nearest_pixel():
+    mask = np.random.default_rng(0).integers(0, 2, (1, 16, 16), np.uint8)
+    enlarged = script_.resize_clip_masks([mask], 48)
+    assert np.array_equal(enlarged[0, 0], np.kron(mask[0], np.ones((3, 3), np.uint8)))
+    assert np.array_equal(script_.resize_clip_masks([enlarged[0].numpy().astype(np.uint8)], 16)[0], mask)
 
 
 def test_a_tiny_object_still_is_a_mask_prompt():
@@ -453,6 +494,24 @@ def test_all_frames_are_transformed_alike_and_masks_with_them(tmp_path):
     assert len({masks.numpy().tobytes() for masks in seen}) == 8
 
 
+@pytest.mark.parametrize("kind", ["ids", "sav"])
+def test_masks_of_a_frame_are_decoded_once(tmp_path, kind, clips, monkeypatch):
+    name, folder = "read_mask", clips
+    if kind == "sav":
+        name, folder = "decode_rle", tmp_path / "sav"
+        for video in ("sav_1", "sav_2"):
+            write_sav(folder, video, sav_masks(5), 20)
+    videos, decoded = dataset(folder, "--max-objects", 2), []
+    owner = script_ if kind == "sav" else utils
+    true = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: decoded.append(args) or true(*args))
+    for epoch in range(5):
+        decoded.clear()
+        script_.find_objects.cache_clear()
+        one, _ = videos[epoch, 0]
+        assert one.masks.shape[:2] == (3, 2) and len(decoded) == (6 if kind == "sav" else 3)
+
+
 def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
     ids = np.zeros((65, 65), np.uint8)
     ids[30:35, 50:55] = 1
@@ -505,6 +564,7 @@ def test_lists_exclusions_and_other_folders(clips, tmp_path):
     moved = dataset(clips, "--img-folder", tmp_path / "images", "--gt-folder", clips / "Annotations")
     assert len(moved.items) == 4
     refuses(clips, "JPEGImages: no such folder", "--img-folder")
+    refuses(clips, "nowhere: no such folder; give another --img-folder", more=["--img-folder", tmp_path / "nowhere"])
     shutil.move(tmp_path / "images", clips / "JPEGImages")
     (tmp_path / "train.txt").write_text("")
     refuses(clips, tmp_path / "train.txt", "lists nothing", more=lists)
@@ -535,7 +595,7 @@ def test_bad_videos_are_refused_in_one_line(clips, tmp_path):
     refuses(clips, mask, "has no frame 00002")
     image.write_bytes(pixels)
     shutil.rmtree(clips / "Annotations/clip_0003")
-    refuses(clips, "clip_0003")
+    refuses(clips, "Annotations/clip_0003: no masks; add them, or leave the video out of the list")
     refuses(tmp_path / "nothing", "JPEGImages: no such folder")
 
 
@@ -580,20 +640,110 @@ def test_sanity_check_counts_and_draws(clips, tmp_path, capsys):
     assert Image.open(tmp_path / "out/sanity_check.png").width == 3 * 260
 
 
-def test_extract_frames_keeps_the_numbers_of_the_video(tmp_path, script):
-    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, (64, 48))
-    for t in range(10):
-        writer.write(np.full((48, 64, 3), 20 * t, np.uint8))
-    writer.release()
-    done = script("train_sam2.py", "--extract-frames", tmp_path / "in.mp4", tmp_path / "out", "--rate", 4)
-    assert done.returncode == 0 and "wrote 3 of 10 frames" in done.stdout, done.stderr
+def grey_frames(count):
+    return [np.full((48, 64, 3), 20 * t, np.uint8) for t in range(count)]
+
+
+def extract(*more):
+    return script_.main(options("--extract-frames", *more))["frames"]
+
+
+def test_extract_frames_keeps_the_numbers_of_the_video(tmp_path, capsys):
+    write_mp4(tmp_path / "in.mp4", grey_frames(10))
+    assert extract(tmp_path / "in.mp4", tmp_path / "out", "--rate", 4) == 3
+    assert "wrote 3 of 10 frames" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jpg", "00004.jpg", "00008.jpg"]
     assert abs(utils.read_image(tmp_path / "out/00004.jpg").mean() - 80) < 5
     with pytest.raises(utils.InputError, match="is not empty"):
-        script_.main(options("--extract-frames", tmp_path / "in.mp4", tmp_path / "out"))
+        extract(tmp_path / "in.mp4", tmp_path / "out")
     (tmp_path / "text.mp4").write_text("x")
     with pytest.raises(utils.InputError, match="not a video"):
-        script_.main(options("--extract-frames", tmp_path / "text.mp4", tmp_path / "new"))
+        extract(tmp_path / "text.mp4", tmp_path / "new")
+
+
+def test_overwriting_leaves_no_frame_of_an_earlier_video_and_nothing_else_is_removed(tmp_path):
+    write_mp4(tmp_path / "long.mp4", grey_frames(12))
+    write_mp4(tmp_path / "short.mp4", grey_frames(5))
+    extract(tmp_path / "long.mp4", tmp_path / "out", "--rate", 1)
+    for name in ("notes.txt", "2026-01.jpg", "cover.jpg"):
+        (tmp_path / "out" / name).write_text("mine")
+    assert extract(tmp_path / "short.mp4", tmp_path / "out", "--rate", 2, "--overwrite") == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000.jpg", "00002.jpg", "00004.jpg", "2026-01.jpg", "cover.jpg", "notes.txt"]
+
+
+def damage(path):
+    """Overwrites the second half of a video's frames; what it states of them stays."""
+    data = bytearray(path.read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    data[(start + end) // 2:end] = bytes(end - (start + end) // 2)
+    path.write_bytes(data)
+
+
+def noisy_frames(count):
+    return [*np.random.default_rng(0).integers(0, 255, (count, 48, 64, 3), np.uint8)]
+
+
+def test_a_video_that_cannot_be_read_to_its_end_is_one_line_and_status_2(tmp_path, script):
+    write_mp4(tmp_path / "in.mp4", noisy_frames(10))
+    damage(tmp_path / "in.mp4")
+    done = script("train_sam2.py", "--extract-frames", tmp_path / "in.mp4", tmp_path / "out", "--rate", 1)
+    count = len([*(tmp_path / "out").glob("*.jpg")])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and 1 <= count < 8
+    assert f"in.mp4: truncated or damaged: {count} of 10 frames can be read; frames {count} to 9 are missing" \
+        in done.stderr
+    (tmp_path / "empty.mp4").write_bytes((tmp_path / "in.mp4").read_bytes()[:40])
+    with pytest.raises(utils.InputError, match="not a video"):
+        extract(tmp_path / "empty.mp4", tmp_path / "new")
+
+
+def test_a_folder_of_videos_is_extracted_and_what_is_whole_is_skipped(tmp_path, capsys):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("a.mp4", "b.c.mp4", "d.mp4"):
+        write_mp4(videos / name, noisy_frames(9))
+    (videos / "notes.txt").write_text("x")
+    (videos / "._a.mp4").write_text("of macOS")
+    whole = (videos / "d.mp4").read_bytes()
+    damage(videos / "d.mp4")
+    with pytest.raises(utils.InputError, match="d.mp4: truncated or damaged"):
+        extract(videos, out)  # the others first; --rate 4
+    frames = {folder.name: sorted(path.name for path in folder.glob("*.jpg")) for folder in out.iterdir()}
+    assert sorted(frames) == ["a", "b.c", "d"]
+    assert frames["a"] == frames["b.c"] == ["00000.jpg", "00004.jpg", "00008.jpg"]
+    before = (out / "a/00000.jpg").stat().st_mtime_ns
+    (videos / "d.mp4").write_bytes(whole)
+    assert extract(videos, out) == 3 and extract(videos, out) == 0  # only the one that was not whole
+    assert (out / "a/00000.jpg").stat().st_mtime_ns == before
+    with pytest.raises(utils.InputError, match="a: is not empty; .*b.c: is not empty"):  # of another rate
+        extract(videos, out, "--rate", 2)
+    assert extract(videos, out, "--rate", 2, "--overwrite") == 15
+    write_mp4(videos / "a.avi", noisy_frames(1))
+    with pytest.raises(utils.InputError, match="a.mp4: a.avi has the same name"):
+        extract(videos, out)
+    with pytest.raises(utils.InputError, match="out/a: no videos"):
+        extract(out / "a", tmp_path / "new")
+
+
+def test_extraction_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    videos, out, asked = tmp_path / "videos/sub", tmp_path / "out/sub", []  # as SA-V's, in folders
+    for name in "ab":
+        write_mp4(videos / f"{name}.mp4", grey_frames(6))
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 10:  # in the second video
+            raise utils.Stopped
+    monkeypatch.setattr(utils, "raise_if_stopped", stop)
+    with pytest.raises(utils.Stopped):
+        extract(videos.parent, out.parent, "--rate", 1)
+    assert len([*(out / "a").iterdir()]) == 6 and 1 < len([*(out / "b").iterdir()]) < 6
+    assert extract(videos.parent, out.parent, "--rate", 1) == 6
+    assert sorted(path.name for path in (out / "b").iterdir()) == [f"{t:05d}.jpg" for t in range(6)]
+    (out / "b/00005.jpg").unlink()
+    (out / "b/.b.mp4.incomplete").touch()  # killed; another video must not take its place
+    with pytest.raises(utils.InputError, match="is not empty"):
+        extract(videos / "a.mp4", out / "b", "--rate", 1)
+    assert extract(videos / "b.mp4", out / "b", "--rate", 1) == 6
 
 
 # --- Training ---
@@ -706,6 +856,97 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(some):
     assert kept[1] < 0.5 * kept[0]
 
 
+def test_checkpointing_sees_the_memories_of_its_frame_alone(some, monkeypatch):
+    """Frame 1 is corrected and so remembered as prompted: computed again, it must not see itself."""
+    masks = some[0].masks
+    coords, labels = script_.draw_clicks(masks[0], NO_VOID[0])
+    monkeypatch.setattr(script_, "next_clicks", lambda *args: (coords, labels))
+    one = script_.Clip(some[0].images, masks, {0: {"point_coords": coords, "point_labels": labels}}, (0, 1),
+                       torch.rand(3, 1, masks.shape[1]))
+    gradients = []
+    for checkpointing in ("False", "True"):
+        torch.manual_seed(0)
+        model = script_.NETS["demo"](64, memory_dropout=0.0).train()
+        torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
+        for block in model.memory_encoder.fuser.layers:
+            torch.nn.init.ones_(block.gamma)
+        gradients.append(step(model, [one], "--gradient-checkpointing", checkpointing)[1])
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        if gradient is not None and not name.endswith("k_proj.bias"):  # whose true gradient is zero
+            assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max()), name
+
+
+GIVEN = ["--num-frames", 2, "--prompted-frames", 2, "--vary-prompted", "False", "--prob-points", 0]  # all by masks
+QUICK = ["--dropout", 0, "--drop-path", 0, "--val-set", "val", "--image-size", 32, "--num-frames", 2]
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Validation that takes no time."""
+    monkeypatch.setattr(script_, "evaluate", lambda *args: {**dict.fromkeys(script_.FIGURES, 0.0), "per_video": {}})
+    monkeypatch.setattr(script_, "draw_samples", lambda *args: None)
+
+
+def last_model(folder):
+    return torch.load(folder / "last.pth", weights_only=True)["model"]
+
+
+def test_clips_teach_unless_masks_are_given_on_all_frames(clips):
+    def teaches(*more):
+        return script_.teaches(dataset(clips, *more)[0, 0][0])
+    assert not teaches(*GIVEN)
+    assert teaches(*GIVEN, "--num-frames", 3)  # one is tracked
+    assert teaches(*GIVEN, "--prob-points", 1) and teaches(*GIVEN, "--num-frames", 1)  # clicked
+    assert teaches(*GIVEN, "--prompted-frames", 1)
+
+
+@pytest.mark.parametrize("more", [["-b", 1], ["-b", 2], ["-b", 1, "--accumulate", 2]])
+def test_steps_of_clips_that_teach_nothing_train_nothing(clips, tmp_path, more, no_figures):
+    train(clips, tmp_path / "run", *QUICK, *GIVEN, *more, "--weight-decay", 0, "--limit", 2)
+    torch.manual_seed(41)
+    start, _ = script_.create_model(options(*SMALL, *QUICK))
+    last = last_model(tmp_path / "run")
+    assert all(torch.equal(value, last[name]) for name, value in start.state_dict().items())
+
+
+@pytest.mark.parametrize("more", [["-b", 2], ["-b", 1, "--accumulate", 2]])
+def test_a_clip_that_teaches_nothing_leaves_a_step_as_it_is(clips, tmp_path, more, no_figures, monkeypatch):
+    """The step of two clips is that of the one that teaches, to the bit."""
+    true = script_.VideoDataset.cut_clip
+
+    def cut_clip(self, item):
+        clip = true(self, item)
+        given = {"prompts": {0: {}, 1: {}}, "corrected": ()}
+        return clip._replace(**given) if item.name == "clip_0002" else clip
+    monkeypatch.setattr(script_.VideoDataset, "cut_clip", cut_clip)
+    train(clips, tmp_path / "one", *QUICK, "--prob-points", 1, "--limit", 1, "-b", 1)
+    train(clips, tmp_path / "two", *QUICK, "--prob-points", 1, "--limit", 2, *more)
+    one, two = last_model(tmp_path / "one"), last_model(tmp_path / "two")
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    losses = [(tmp_path / run / "log.csv").read_text().split("\n")[1].split(",")[3] for run in ("one", "two")]
+    assert losses[0] == losses[1]  # a mean over the objects of the other clip
+
+
+def test_two_processes_leave_out_what_teaches_nothing(clips, tmp_path, no_figures):
+    """A step in which both have such a clip, and one in which one has."""
+    line = [*QUICK, "--prompted-frames", 2, "--vary-prompted", "False", "--prob-points", 0.4, "--seed", 4]
+    args = options("--data-path", clips, *SMALL, *line, "-b", 2)
+    loader = script_.create_loaders(args)[0]
+    steps = [sum(map(script_.teaches, batch)) for batch, _ in loader]
+    assert steps == [0, 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sam2.py",
+               "--data-path", clips, "--output-dir", tmp_path / "two", *SMALL, *line, "-b", 1]
+    done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    train(clips, tmp_path / "one", *line, "-b", 2)
+    one, two = last_model(tmp_path / "one"), last_model(tmp_path / "two")
+    apart = torch.cat([(value - two[name]).abs().flatten() for name, value in one.items()
+                       if not name.endswith("k_proj.bias")])  # whose true gradient is zero
+    assert (apart > 1e-4).double().mean() < 1e-4
+
+
 @pytest.mark.parametrize("part", ["image_encoder", "memory", "prompt"])
 def test_freezing_trains_nothing_of_it_and_frees_memory(part, some):
     kept = []
@@ -805,21 +1046,26 @@ def encode_rle(mask, compressed):
     return {"size": [*mask.shape], "counts": text}
 
 
-def write_sav(folder, name, masks, frames, video=False):
-    """SA-V's layout: masks {number of the frame: [masks of objects, or None]}; the video's frames are grey."""
+def write_sav(folder, name, masks, frames, video=False, first=0, kind="manual", **more):
+    """SA-V's layout: masks {frame: [masks of objects, or None]}; frame t is grey, 40 + 10 t, and named first + t."""
     folder.mkdir(parents=True, exist_ok=True)
     masklet = [[None if mask is None else encode_rle(mask, True) for mask in masks[t]] for t in sorted(masks)]
-    (folder / f"{name}_manual.json").write_text(json.dumps({"video_id": name, "masklet": masklet}))
+    (folder / f"{name}_{kind}.json").write_text(json.dumps({"video_id": name, "masklet": masklet, **more}))
     images = [np.full((64, 96, 3), 40 + 10 * t, np.uint8) for t in range(frames)]
     if video:
-        writer = cv2.VideoWriter(str(folder / f"{name}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 24, (96, 64))
-        for image in images:
-            writer.write(image)
-        writer.release()
+        write_mp4(folder / f"{name}.mp4", images)
     else:
         (folder / name).mkdir()
         for t, image in enumerate(images):
-            save_grey(folder / f"{name}/{t:05d}.png", image)
+            save_grey(folder / f"{name}/{first + t:05d}.png", image)
+
+
+def write_mp4(path, images):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, images[0].shape[1::-1])
+    for image in images:
+        writer.write(image)
+    writer.release()
 
 
 def sav_masks(count, step=4):
@@ -830,24 +1076,27 @@ def sav_masks(count, step=4):
     return masks
 
 
-@pytest.mark.parametrize("video", [False, True])
-def test_sa_v_is_read_to_the_very_masks_and_frames(tmp_path, video):
+def test_sa_v_is_read_to_the_very_masks_and_frames(tmp_path):
     masks = sav_masks(5)
     masks[8][1] = None  # not annotated: the frame is left out
     for name in ("sav_1", "sav_2"):
-        write_sav(tmp_path / "sav", name, masks, 20, video)
+        write_sav(tmp_path / "sav", name, masks, 20)
     items = script_.find_items(str(tmp_path / "sav"), options("--data-path", tmp_path / "sav"))
     assert [(item.name, item.still, len(item.images)) for item in items] == [("sav_1", False, 4), ("sav_2", False, 4)]
-    for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
-        for place in order:
-            t = [0, 4, 12, 16][place]
-            image, _, found = script_.read_frame(items[0].images[place], items[0].masks[place], (64, 96))
-            assert np.array_equal(found[:-1], masks[t]) and abs(np.median(image) - 40 - 10 * t) <= 4.5
-    if video:
-        assert script_.frame_size(items[0].images[0]) == (64, 96)
+    assert_pairs(items[0], masks)
     write_sav(tmp_path / "val", "sav_3", sav_masks(5), 20)
     one, _ = dataset(tmp_path / "sav", "--val-path", tmp_path / "val")[0, 0]
     assert one.masks.shape == (3, 2, 64, 64) and one.masks[0].flatten(1).any(1).all()
+
+
+def assert_pairs(item, masks):
+    """Each frame's image is that of write_sav, and its masks are those given for it."""
+    frames = [t for t in sorted(masks) if all(mask is not None for mask in masks[t])]
+    assert len(item.images) == len(frames)
+    for t, image_source, sources in zip(frames, item.images, item.masks):
+        image, object_ids, found = script_.read_frame(image_source, sources, (64, 96))
+        assert object_ids == [1, 2]
+        assert np.array_equal(found[:-1], masks[t]) and abs(np.median(image) - 40 - 10 * t) <= 4.5
 
 
 def test_sa_v_published_json_is_read_to_the_published_areas(real_data):
@@ -1071,7 +1320,9 @@ def test_objects_of_images_are_scored_by_box_and_by_click(monkeypatch):
     assert figures.tolist() == [[1, 0.5], [1, 1]]
     assert asked[0]["point_labels"].tolist() == [2, 3] and asked[2]["point_labels"].tolist() == [1]
     assert asked[0]["point_coords"] + 0.5 == pytest.approx(torch.tensor([[20, 100 / 6], [40, 50]]))
-    x, y = ((asked[2]["point_coords"][0] + 0.5) * torch.tensor([0.5, 0.3]) - 0.5).round().long().tolist()
+    place = (asked[2]["point_coords"][0] + 0.5) * torch.tensor([0.5, 0.3]) - 0.5  # the middle of a pixel
+    assert torch.allclose(place, place.round(), atol=1e-4)
+    x, y = place.round().long().tolist()
     assert masks[0, y - 3:y + 4, x - 3:x + 4].all()
 
 
@@ -1109,9 +1360,7 @@ def spoil_sizes(folder):
     (lambda folder: shutil.rmtree(folder / "sav_1"), ["sav_1_manual.json: neither", "sav_1.mp4", "--img-folder"]),
     (spoil_json, ["sav_1_manual.json: neither SA-V's nor SA-1B's json"]),
     (spoil_counts, ["sav_1_manual.json, masks of frame 0: no run-length code"]),
-    (spoil_sizes, ["sav_1_manual.json, masks of frame 0: 48x32 pixels, but its clip has 96x64"]),
-    (lambda folder: (shutil.rmtree(folder / "sav_1"), (folder / "sav_1.mp4").write_bytes(b"no video")),
-     ["sav_1.mp4: OpenCV cannot open it"])])
+    (spoil_sizes, ["sav_1_manual.json, masks of frame 0: 48x32 pixels, but its clip has 96x64"])])
 def test_what_is_wrong_with_sa_v_is_one_line(tmp_path, spoil, words):
     for name in ("sav_1", "sav_2"):
         write_sav(tmp_path / "sav", name, sav_masks(5), 20)
@@ -1134,17 +1383,197 @@ def test_masks_are_never_given_to_other_frames(tmp_path, capsys):
     refuses(tmp_path / "sav", "has masks of 5 frames, but the video 18; give --ann-every 4", more=["--ann-every", 1])
     write_sav(tmp_path / "few", "sav_1", sav_masks(5), 5)
     refuses(tmp_path / "few", "few/sav_1: frames 0 to 4, one by one, but masks up to frame 16", "--ann-every 1")
-    for name, frames in (("one", range(1, 6)), ("less", range(4))):  # numbered from 1; not all
+    for name, frames in (("one", range(1, 6)), ("less", range(4))):  # renumbered from 1; not all
         write_sav(tmp_path / name, "sav_1", sav_masks(5), 0)
         for t in frames:
             save_grey(tmp_path / name / f"sav_1/{t:05d}.png", np.zeros((64, 96, 3), np.uint8))
         refuses(tmp_path / name, "one by one, but masks up to frame 16")
 
 
-def test_a_video_that_ends_early_names_the_frame(tmp_path):
+@pytest.mark.parametrize("length", [20.0, None])
+def test_frames_of_sa_v_that_are_numbered_from_1_are_paired_rightly_and_said(tmp_path, length, capsys):
+    more = {"video_frame_count": length} if length else {}
+    write_sav(tmp_path / "all", "sav_1", sav_masks(5), 20, first=1, **more)
+    write_sav(tmp_path / "every 4th", "sav_1", sav_masks(5), 20, first=1, **more)
+    for t in range(20):
+        if t % 4:
+            (tmp_path / f"every 4th/sav_1/{t + 1:05d}.png").unlink()
+    for name in ("all", "every 4th"):
+        (item,) = script_.find_items(str(tmp_path / name), options("--data-path", tmp_path / name))
+        assert_pairs(item, sav_masks(5))
+        assert f"1 videos are numbered from 1, such as {tmp_path / name / 'sav_1'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("frames", [
+    range(2, 22), range(1, 20), range(1, 22), range(25), range(100, 120), [1, 4, 8, 40]])
+def test_frames_of_sa_v_that_cannot_be_the_videos_are_refused(tmp_path, frames):
+    write_sav(tmp_path, "sav_1", sav_masks(5), 0, video_frame_count=20.0)
+    for t in frames:
+        save_grey(tmp_path / f"sav_1/{t:05d}.png", np.zeros((64, 96, 3), np.uint8))
+    refuses(tmp_path, f"sav_1: frames {min(frames)} to {max(frames)}, but the video's are 0 to 19")
+
+
+@pytest.mark.parametrize("frames", [range(20), range(22), range(3, 20), [4, 8, 12, 16], [0, 4, 8, 12, 16]])
+def test_frames_of_sa_v_that_are_numbered_from_0_need_not_be_all(tmp_path, frames, capsys):
+    write_sav(tmp_path, "sav_1", sav_masks(5), 0, video_frame_count=20.0)
+    for t in frames:
+        save_grey(tmp_path / f"sav_1/{t}.png", np.full((64, 96, 3), 40 + 10 * t, np.uint8))
+    (item,) = script_.find_items(str(tmp_path), options("--data-path", tmp_path))
+    assert_pairs(item, {t: masks for t, masks in sav_masks(5).items() if t in frames})
+    assert "numbered from 1" not in capsys.readouterr().out
+
+
+def test_a_json_that_was_cut_gets_no_wrong_remedy(tmp_path):
+    write_sav(tmp_path, "sav_1", sav_masks(3), 20, video_frame_count=20.0)
+    with pytest.raises(utils.InputError, match="3 frames, but the video 20; it may be incomplete") as caught:
+        script_.find_items(str(tmp_path), options("--data-path", tmp_path))
+    assert "--ann-every 7" not in str(caught.value)
+
+
+def test_masks_that_are_numbered_otherwise_than_the_frames_are_refused_by_both_numbers(clips):
+    """Images from 0, masks from 1 or of every second frame: removing the last mask would shift all others."""
+    folder = clips / "Annotations/clip_0001"
+    for t in reversed(range(5)):
+        (folder / f"{t:05d}.png").rename(folder / f"{t + 1:05d}.png")
+    said = "00005.png: {} has no frame 00005; its images are 00000 to 00004, the masks 00001 to 00005: give both"
+    refuses(clips, said.format(clips / "JPEGImages/clip_0001"))
+    for t in reversed(range(5)):
+        (folder / f"{t + 1:05d}.png").rename(folder / f"{2 * t:05d}.png")
+    refuses(clips, "has no frame 00006; its images are 00000 to 00004, the masks 00000 to 00008: give both")
+    (folder / "00006.png").unlink()
+    (folder / "00008.png").rename(folder / "x.png")
+    (folder / "00004.png").unlink()
+    refuses(clips, "x.png", "has no frame x; add it or remove this mask")
+
+
+# --- Other forms of masks and names ---
+
+def masks_of_object(folder, mask):
+    """A folder of masks per object, of one frame; returns the mask as it is read."""
+    path = folder / "Annotations/v/1/00000.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grey(path, mask)
+    (sources,) = script_.find_masks(folder / "Annotations/v").values()
+    script_.find_objects.cache_clear()
+    return script_.find_objects(sources)[1]()
+
+
+@pytest.mark.parametrize("value, dtype", [(1, np.uint8), (7, np.uint8), (255, np.uint8), (65535, np.uint16),
+                                          (True, bool), (300, np.uint16)])
+def test_a_mask_of_one_object_may_have_any_single_value(tmp_path, value, dtype):
+    square = blocks((10, 30, 10, 30), size=(64, 64))
+    assert np.array_equal(masks_of_object(tmp_path, (square * value).astype(dtype)), square)
+
+
+def test_a_mask_of_one_object_with_soft_edges_is_cut_at_half_and_ids_are_refused(tmp_path):
+    square = blocks((10, 30, 10, 30), size=(64, 64))
+    soft = cv2.GaussianBlur(255 * square.astype(np.uint8), (5, 5), 0)
+    found = masks_of_object(tmp_path, soft)
+    assert np.array_equal(found, soft >= 128) and abs(found.sum() - 400) < 10 < (soft > 0).sum() - 400
+    rim = blocks((8, 32, 8, 32), size=(64, 64))
+    for ids in (np.where(square, 1, 255 * rim), np.where(square, 85, 170 * rim), np.where(square, 2, 1 * rim)):
+        with pytest.raises(utils.InputError, match=r"00000.png: has values 0, .* a mask holds 0 \(background\)"):
+            masks_of_object(tmp_path, ids.astype(np.uint8))
+
+
+def test_masks_beside_folders_of_masks_are_refused_if_the_folders_have_more(clips, tmp_path):
+    folder = clips / "Annotations/clip_0001"
+    shutil.copytree(folder, tmp_path / "shown")
+    shutil.move(tmp_path / "shown", folder / "shown")   # the ids are complete: as before
+    (folder / ".ipynb_checkpoints").mkdir()
+    assert [sources[0][0] for sources in script_.find_masks(folder).values()] == [script_.IDS] * 5
+    (folder / "00003.png").unlink()
+    refuses(clips, f"{folder}: holds masks and folders of masks, such as shown; keep either")
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert [sources[0][0] for sources in script_.find_masks(folder).values()] == [1] * 5
+
+
+def test_names_with_other_digits_are_sorted_and_read(clips):
+    """\u00b2 is a digit to str.isdigit, but no number to int."""
+    assert sorted(["f10", "f2\u00b2", "f2"], key=script_.by_number) == ["f2", "f2\u00b2", "f10"]
+    for sub in ("JPEGImages", "Annotations"):
+        (path,) = (clips / sub / "clip_0001").glob("00002.*")
+        path.rename(path.with_stem("00002\u00b2"))
+    (item,) = [item for item in script_.find_items(str(clips), options("--data-path", clips))
+               if item.name == "clip_0001"]
+    assert [path.stem for path in item.images] == ["00000", "00001", "00002\u00b2", "00003", "00004"]
+
+
+def test_spaces_around_the_names_of_a_list(clips, tmp_path):
+    for sub in ("JPEGImages", "Annotations"):
+        (clips / sub / "clip_0001").rename(clips / sub / "clip_0001 ")
+    (tmp_path / "train.txt").write_text("clip_0001 \n  clip_0003\t\nclip_0004\r\nclip_0003\n")
+    items = script_.find_items(str(clips), options("--data-path", clips), str(tmp_path / "train.txt"))
+    assert [item.name for item in items] == ["clip_0001 ", "clip_0003", "clip_0004"]
+
+
+def test_a_single_video_can_be_overfitted(clips, tmp_path):
+    for index in range(1, 6):
+        for sub in ("JPEGImages", "Annotations"):
+            shutil.rmtree(clips / sub / f"clip_{index:04d}")
+    for part in ("train", "val"):
+        videos = dataset(clips, "--overfit", 3, part=part)
+        assert [item.name for item in videos.items] == ["clip_0000"]
+
+
+def late_objects(clips, video, *frames):
+    """Empties all masks of a video but those of these frames."""
+    for t in {*range(5)} - {*frames}:
+        save_grey(frame(clips, "Annotations", video, t, "png"), np.zeros((64, 64), np.uint8))
+
+
+def test_videos_with_objects_on_the_last_frames_only_are_left_out_with_a_remedy(clips, capsys):
+    lists = ["--val-set", "val"]  # 0 and 5
+    late_objects(clips, 1, 3, 4)
+    late_objects(clips, 2, 2)     # the last frame on which a clip of 3 can begin
+    late_objects(clips, 5, 3, 4)  # of validation: the last two have no figure
+    videos = dataset(clips, *lists)
+    said = capsys.readouterr().out
+    assert [item.name for item in videos.items] == ["clip_0002", "clip_0003", "clip_0004"]
+    assert "note: 1 of 4 training videos show objects only where no clip of 3 frames begins (give fewer " \
+        "--num-frames, or a smaller --stride) and are left out" in said
+    assert "note: 1 of 2 validation videos show objects only on their last two frames, which have no figure" in said
+    for epoch in range(20):
+        for index in range(3):
+            assert videos[epoch, index][0].masks[0].any()
+    assert "another clip is taken" not in capsys.readouterr().out
+    assert [item.name for item in dataset(clips, *lists, part="val").items] == ["clip_0000"]
+    backwards = dataset(clips, *lists, "--reverse-time-prob", 1)  # begins on the last
+    assert [item.name for item in backwards.items] == ["clip_0001", "clip_0002", "clip_0003", "clip_0004"]
+    assert len(dataset(clips, *lists, "--num-frames", 2).items) == 4
+    assert [item.name for item in dataset(clips, *lists, "--num-frames", 2, "--stride", 3).items] == [
+        "clip_0003", "clip_0004"]
+
+
+def test_automatic_masks_of_sa_v_alone_are_read_and_said(tmp_path, capsys):
+    write_sav(tmp_path, "sav_1", sav_masks(5), 20, kind="auto")
+    (item,) = script_.find_items(str(tmp_path), options("--data-path", tmp_path))
+    assert item.name == "sav_1"
+    assert_pairs(item, sav_masks(5))
+    assert "no *_manual.json is there: the masks are those of *_auto.json" in capsys.readouterr().out
+    write_sav(tmp_path, "sav_2", sav_masks(5), 20)
+    assert [item.name for item in script_.find_items(str(tmp_path), options("--data-path", tmp_path))] == ["sav_2"]
+    assert "_auto" not in capsys.readouterr().out
+
+
+def test_videos_of_sa_v_without_frames_get_the_command(tmp_path, script):
     for name in ("sav_1", "sav_2"):
-        write_sav(tmp_path / "sav", name, sav_masks(5), 15, video=True)
-    refuses(tmp_path / "sav", "mp4: has no frame 16 that can be read")
+        write_sav(tmp_path / "my sav/000", name, sav_masks(5), 20, video=True, video_frame_count=20.0)
+    folder = tmp_path / "my sav"
+    command = f"train_sam2.py --extract-frames '{folder}' '{folder}' --rate 4"
+    refuses(folder, "sav_1_manual.json: no frames in", f"write those of all videos: python {command}")
+    assert extract(folder, folder, "--rate", 4) == 10
+    for item in script_.find_items(str(folder), options("--data-path", folder)):
+        assert_pairs(item, sav_masks(5))
+
+
+def test_images_of_sa_1b_without_objects_are_one_line_about_images(tmp_path):
+    for k in range(3):
+        save_grey(tmp_path / f"sa_{k}.jpg", np.full((40, 60, 3), 90, np.uint8))
+        codes = [{"segmentation": {"size": [40, 60], "counts": [2400]}}] * k
+        (tmp_path / f"sa_{k}.json").write_text(json.dumps({"annotations": codes}))
+    refuses(tmp_path, f"{tmp_path}: none of 2 training images has an object; give images whose masks are not empty")
 
 
 def test_void_counts_for_nothing():
@@ -1206,15 +1635,6 @@ def test_jsons_of_another_form_are_one_line(tmp_path, text):
 def test_codes_that_are_none_are_one_line(code):
     with pytest.raises(utils.InputError, match="x.json, masks of frame 0: no run-length code"):
         script_.decode_rle(code, script_.JsonFrame("x.json", 0))
-
-
-def test_a_video_is_read_on_after_a_frame_that_is_not_there(tmp_path):
-    write_sav(tmp_path, "a", sav_masks(2), 9, video=True)
-    reader = script_.VideoReader(tmp_path / "a.mp4")
-    for _ in range(2):
-        with pytest.raises(utils.InputError, match="has no frame 12"):
-            reader.read(12)
-        assert abs(np.median(reader.read(8)) - 120) < 5
 
 
 def test_mix_gives_no_share_to_another_data_set(clips, instances, capsys):
