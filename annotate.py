@@ -261,7 +261,8 @@ class Session:
         for part in lists:
             path = folder / f"{part}.txt"
             if path.exists():
-                lists[part] = [name for name in utils.read_lines(path) if name in names]
+                lines = [line if line in names else line.strip() for line in utils.read_lines(path)]
+                lists[part] = [name for name in lines if name in names]
         for name in sorted(names - {*lists["train"], *lists["val"]}):
             count = len(lists["train"]) + len(lists["val"])
             lists["val" if count % 5 == 4 else "train"].append(name)
@@ -359,7 +360,7 @@ def same_file(path, other):
 def fits_list(name):
     """Returns whether a line of train.txt is read as this name, and the name is not a hidden file's."""
     marks = (".", "\ufeff", "\udcff\udcfe", "\udcfe\udcff")  # the last three are byte order marks
-    return not ("\n" in name or name.endswith("\r") or name.isspace() or name.startswith(marks))
+    return not ("\n" in name or "\r" in name or name.isspace() or name.startswith(marks))
 
 
 def replace_text(path, text):

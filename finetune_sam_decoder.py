@@ -457,20 +457,23 @@ def cache_embeddings(model, datasets, run, args):
         hashes = {}
         for index in tqdm(range(rank, len(dataset), world_size), "embeddings", leave=False,
                           disable=utils.hide_bar()):
-            utils.raise_if_stopped()
+            if utils.stop_asked():  # all processes leave together
+                break
             hashes[index] = hashlib.sha256(dataset.items[index][1].read_bytes()).hexdigest()
+        utils.raise_if_stopped(run.device)
         for index, image in utils.merge_over_ranks(hashes).items():
             for mirrored in (False, True) if dataset.augment and args.flip else (False,):
                 key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
                 path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pth"
                 dataset.embeddings[index, mirrored] = path
                 images[path] = dataset.items[index], mirrored
-    own = [*images][rank::world_size]
     missing = []
-    for path in own:
-        utils.raise_if_stopped()
+    for path in [*images][rank::world_size]:
+        if utils.stop_asked():
+            break
         if not is_whole(path):
             missing.append(path)
+    utils.raise_if_stopped(run.device)
     numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
     count = int(utils.sum_over_ranks(torch.tensor(float(len(missing)), device=run.device)))
     needed, free = 2 * numbers * count / 1e9, shutil.disk_usage(folder).free / 1e9
@@ -492,7 +495,10 @@ def cache_embeddings(model, datasets, run, args):
             bar.update(len(batch))
             if utils.stop_asked():  # all processes leave together, below
                 break
-    utils.raise_if_stopped(run.device)  # and wait until all embeddings are there
+    utils.raise_if_stopped(run.device)
+    utils.wait_for_ranks()
+    if not all(path.exists() for path in images):
+        raise utils.InputError(f"{folder}: holds this host's embeddings alone; give all hosts one --cache-dir")
 
 
 class Pending(torch.utils.data.Dataset):
@@ -752,7 +758,7 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
+    """Returns the rate of epoch 0, 1 ...: by the options alone, so a resumed run may change --epochs."""
     floor = min(args.min_lr, args.lr)
     return floor + (args.lr - floor) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
@@ -792,6 +798,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
 
 def prepare_demo(args):
     """Prepares --demo: generated rings, and a small net trained on other objects, not downloaded."""
+    utils.start_process_group(utils.pick_device(args.device))  # so that one process draws and prints
     folder = Path(args.output_dir)
     args.data_path = args.data_path or utils.draw_demo("rings", folder / "data", 120)
     if args.weights or args.sanity_check or args.test_only:
@@ -837,7 +844,9 @@ def main(args):
     keeps = not args.no_cache and args.train != "all"  # embeddings
     if args.test_only:
         run.check_test(same=["masks", "image_size", "base_hash"])
-        loaders = {"test": val_loader, "kept": keep_loader} if keep_loader else {"test": val_loader}
+        loaders = {"test": val_loader}
+        if keep_loader is not None:  # an empty loader, of a process without images, counts as False
+            loaders["kept"] = keep_loader
         if keeps:
             cache_embeddings(model, [loader.dataset for loader in loaders.values()], run, args)
         columns = {title: evaluate(model, loader, run, args) for title, loader in loaders.items()}
@@ -853,11 +862,14 @@ def main(args):
     figures = None
     with run.saved_when_stopped():  # SIGTERM, Ctrl-C
         if keeps:
-            sets = [loader.dataset for loader in (train_loader, val_loader, keep_loader) if loader]
+            loaders = [train_loader, val_loader, *([] if keep_loader is None else [keep_loader])]
+            sets = [loader.dataset for loader in loaders]
             cache_embeddings(model, sets, run, args)
         if "before" not in progress:  # what the starting weights can do: fine-tuning's baseline
             progress["before"] = evaluate(model, val_loader, run, args)
-            progress["keep_before"] = keep_loader and evaluate(model, keep_loader, run, args)
+            progress["keep_before"] = None
+            if keep_loader is not None:
+                progress["keep_before"] = evaluate(model, keep_loader, run, args)
             run.is_best(progress["before"]["val_box_iou"])
             progress["after"] = progress["before"]
             run.save_best()
@@ -879,7 +891,7 @@ def main(args):
 
     figures = figures or evaluate(model, val_loader, run, args)  # nothing was left to train
     columns = {"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]}
-    if keep_loader:  # evaluated with the best weights, not the last
+    if keep_loader is not None:  # evaluated with the best weights, not the last
         utils.wait_for_ranks()
         best = utils.load_checkpoint(run.folder / "best.pth")
         load_weights(part, best["model"], run.folder / "best.pth")

@@ -198,9 +198,12 @@ class Net(NamedTuple):
     required_option: str       # option of its training that predicting needs
     predict: Callable = None   # of nets without prompts: see predict_unet
     overlapping: bool = False  # their classes may overlap: a sigmoid for each, ids from 1
-    encode: Callable = None    # of nets with prompts, as the next four: see encode_efficient_sam
-    decode: Callable = None    # see decode_efficient_sam
-    click: Callable = None     # the same, but the three masks of a single pass, and their scores
+    # Of nets with prompts. Their model has image_size, the side of its square. labels (q, N): 1 object,
+    # 0 background, 2 and 3 the corners of a box, -1 padding
+    encode: Callable = None    # (loaded, image (H, W, 3) uint8) -> its embedding, for the next two
+    decode: Callable = None    # (loaded, embedding, points (q, N, 2) in the square, labels) -> mask
+    #                            logits (q, C, M, M), scores (q, C), index of the best (q,)
+    click: Callable = None     # the same of single clicks (q, 1, 2) -> three masks and their scores
     enlarge: Callable = None   # (loaded, mask logits, size) -> (q, C, *size), the image's (H, W)
     content: Callable = None   # (loaded, size) -> [height, width] it fills of the net's square
     together: int = 1          # queries that are decoded at once
@@ -489,7 +492,7 @@ def encode_sam(loaded, image):
 
 
 def decode_sam(loaded, embedding, points, labels):
-    """Returns, with C 4, the mask of the second pass, the best, and the three of the first."""
+    """Returns as decode_efficient_sam; C is 4: the second pass's mask, the best, then the first's."""
     corner = labels[0] >= 2  # of the box
     kind = sam.BOTH
     if corner.all() or not corner.any():
@@ -516,7 +519,7 @@ def encode_sam2(loaded, image):
 
 
 def decode_sam2(loaded, embedding, points, labels):
-    """Returns, with C 4, the mask of clear prompts and the three of one click.
+    """Returns as decode_efficient_sam; C is 4: the mask of clear prompts, then the three of one click.
 
     The best is the first, as train_sam2.py validates, but after a single click that of the three
     which the net rates highest, as in the official image predictor.
@@ -594,7 +597,7 @@ def click(loaded, embedding, size, clicks):
 
 
 def find_everything(loaded, image, args):
-    """Yields every object of an image once, the largest first, as predict_queries; C is 1.
+    """Yields mask (1, 1, H, W) bool, score (1, 1) and index 0 of every object, the largest first.
 
     As the official SamAutomaticMaskGenerator, without its crops: clicks on a grid; of the three
     masks of each those that the net rates well and whose area hardly depends on the threshold; of

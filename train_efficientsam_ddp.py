@@ -435,7 +435,7 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
+    """Returns the rate of epoch 0, 1 ...: by the options alone, so a resumed run may change --epochs."""
     return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 

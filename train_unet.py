@@ -45,8 +45,8 @@ def get_args_parser():
         help="the same as --output-dir models/NAME, as in the article")
     add("--val-path", help="folder of the same layout to validate on, instead of splitting")
     add("--split", help="split.json of another run to use, instead of splitting by --seed")
-    add("--img-ext", help="only images with this extension, npy too (those of image files)")
-    add("--mask-ext", help="only masks with this extension, npy too (those of image files)")
+    add("--img-ext", help="extension of the images, such as png or npy (any image file)")
+    add("--mask-ext", help="extension of the masks, such as png or npy (any image file)")
     add("--image-size", type=pixel_size, default=(96, 96),
         help="N or W,H: pixels that images are resized to (96)")
     add("--input-w", type=utils.number(int, 32), help="width, overrides --image-size")
@@ -192,7 +192,7 @@ def find_items(data_path, args):
                                f"{len(folders)}")
     masks = [list_images(folder, args.mask_ext) for folder in folders]
     for folder, found in zip(folders, masks):
-        for name in sorted(images.keys() ^ found.keys()):
+        for name in sorted(images.keys() ^ found.keys()):  # the first one is named
             path, other = images.get(name), folder
             if name not in images:
                 path, other = found[name], Path(data_path, "images")
@@ -234,7 +234,7 @@ def create_loaders(args):
 
 
 def count_trained(num_images, args):
-    """Returns how many images an epoch trains on: all, but as many in each process."""
+    """Returns how many images an epoch trains on: as many in each process, all if they can be."""
     world_size = utils.ranks()[1]
     left_out = num_images % world_size
     if left_out and not (args.test_only or args.sanity_check):
@@ -424,7 +424,7 @@ def create_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """Returns the rate of epoch 0, 1 ...: of the epoch alone, so --epochs may grow on resuming."""
+    """Returns the rate of epoch 0, 1 ...: by the options alone, so a resumed run may change --epochs."""
     if args.scheduler == "CosineAnnealingLR":
         floor = min(args.min_lr, args.lr)
         return floor + (args.lr - floor) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2

@@ -136,7 +136,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def known_spelling(self, word):
-        """Returns --batch-size=4 for -batch_size=4 and --batch_size=4, and other words unchanged."""
+        """Returns --batch-size=4 for -batch_size=4 and --batch_size=4, else the word itself."""
         if re.match(r"-[\d.]", word):  # a value, as in --box -1,2,3,4
             return " " + word  # the space stops argparse from taking it for an option
         name, equals, value = word.partition("=")
@@ -150,7 +150,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """Returns the type of an int or float option within bounds: number(int, 1) takes 1, 2 ...; no nan."""
+    """Returns the type of a number option within bounds: number(int, 1) takes 1, 2 ...; no nan."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
@@ -287,10 +287,18 @@ class Run:
         if self.checkpoint:
             check_resume(self.checkpoint, self.args)
             for name, part in self.parts.items():
+                if name not in self.checkpoint:
+                    raise InputError(f"--resume {self.args.resume}: was saved without {name}; start "
+                                     "a new run from it with --weights")
                 part.load_state_dict(self.checkpoint[name])
+            # lr_scheduler: a part that only some scripts have
             others = self.checkpoint.keys() - {*self.head, *self.parts, "lr_scheduler", "args"}
             self.progress.update({key: self.checkpoint[key] for key in others})
             print(f"resumed in epoch {self.progress['epoch'] + 1} after step {self.progress['step']}")
+        if self.args.world_size > 1:  # the same weights in all processes, whatever machine drew them
+            with torch.no_grad():
+                for tensor in [*parts["model"].parameters(), *parts["model"].buffers()]:
+                    torch.distributed.broadcast(tensor, 0)
         if self.rank == 0:
             self.lock = lock_folder(self.folder)  # held while this object lives
             prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
@@ -308,12 +316,13 @@ class Run:
     def steps(self, loader):
         """Yields, for each remaining step of the epoch, its --accumulate batches.
 
-        A batch ends with the indices of its items, -1 for one that only fills up. Between steps: the
+        A batch ends with the indices of its items; -1 is padding, so that all processes have as many.
+        Between steps: the
         progress bar, last.pth every --save-every steps, Stopped once a signal has come to any process.
         Randomness on the device (dropout) derives from (seed, epoch, step, rank) alone.
         """
         args, progress = self.args, self.progress
-        loader.sampler.set_epoch(progress["epoch"])
+        loader.sampler.set_epoch(progress["epoch"])  # len(loader) is that of a whole epoch
         self.steps_per_epoch = math.ceil(len(loader) / args.accumulate)
         done = progress["step"] * args.batch_size * args.accumulate
         loader.sampler.set_epoch(progress["epoch"], skip=done)
@@ -342,7 +351,7 @@ class Run:
         self.seconds = time.perf_counter() - started
 
     def finish_gradient(self, optimizer, loss_sum, count, clip_grad=0.0, averaged=False):
-        """Turns the gradient of loss_sum into that of the mean over count; False: skip this step.
+        """Divides the gradient of loss_sum by count; returns whether to take the step.
 
         loss_sum, count (of images, labelled pixels, objects ...): of this process's batches of the
         step; gradient and mean are those of all processes. averaged: DistributedDataParallel has made
@@ -358,6 +367,7 @@ class Run:
                 p.grad = torch.zeros_like(p)
         parameters = [p for p in trained if p.grad is not None]
         gradients = [p.grad for p in parameters]
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes the scale if nothing counted yet
         self.scaler.unscale_(optimizer)
         sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
                 for value in (loss_sum, count, len(self.items))]
@@ -377,7 +387,8 @@ class Run:
         for buffer, before in zip(model.buffers(), self.buffers):
             buffer.copy_(before)
         progress["skipped"] += 1
-        if not (self.scaler.get_scale() > 1 and math.isfinite(loss_sum)):  # fp16's scale adapts
+        adapting = self.scaler.get_scale() > 1 and math.isfinite(loss_sum)  # of fp16: its scale falls
+        if not adapting:
             progress["bad_steps"] += 1
         if progress["bad_steps"] == 10:
             names = ", ".join(item[0] for item in self.items)
@@ -444,6 +455,7 @@ class Run:
             yield
         except Stopped:
             self.save_last()
+            wait_for_ranks()  # torchrun ends all processes once one has left
             raise
 
     def plot_curves(self, *groups):
@@ -517,9 +529,9 @@ def split_items(items, args, val_items=None):
 
 
 def check_items(check, items, args):
-    """Returns, for each item, whether it contains an object: check(item, whole), which may raise InputError.
+    """Calls check(item, whole) for each item; returns the results, whether it has an object, in order.
 
-    whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
+    check may raise InputError. whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
     sizes suffice. --workers processes check a large data set, and each of torchrun's its share.
     """
     rank, world_size = ranks()
@@ -531,8 +543,11 @@ def check_items(check, items, args):
         generator=torch.Generator())
     results = []
     for batch in tqdm(loader, "checking", leave=False, disable=hide_bar()):
-        raise_if_stopped()
+        if stop_asked():  # all processes leave together, below
+            break
         results += batch
+    nccl = world_size > 1 and torch.distributed.get_backend() == "nccl"
+    raise_if_stopped("cuda" if nccl else "cpu")
     found = dict(zip(range(rank, len(items), world_size), results))
     return list(merge_over_ranks(found).values())
 
@@ -587,7 +602,7 @@ def draw_demo(kind, folder, count):
 # --- Checkpoints ---
 
 def load_checkpoint(path):
-    """Returns a checkpoint or state dict, on the CPU: verified, and never a pickle that runs code."""
+    """Returns a checkpoint or state dict, on the CPU: verified, never a pickle that runs code."""
     reason = "damaged (checksum differs); restore it from a copy"
     try:  # the zip's checksums first, which torch.load does not look at
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None:
@@ -660,7 +675,7 @@ def read_lines(path):
         text = data.decode("utf-16") if utf16 else data.decode("utf-8-sig", "surrogateescape")
     except UnicodeDecodeError:
         raise InputError(f"{path}: neither UTF-8 nor UTF-16 text; save it as UTF-8") from None
-    return [line for line in re.split("\r?\n", text) if line.strip()]
+    return [line for line in re.split("\r\n?|\n", text) if line.strip()]
 
 
 def nfc(name):
@@ -736,7 +751,8 @@ def read_binary_mask(path):
     if mask.min() < 0 or mask.max() > 255 or 0 < mask.max() < 192 or holds_codes(mask):
         found = ", ".join(map(str, np.unique(mask)[:5]))
         raise InputError(f"{path}: has values {found} ...; a mask holds 0 (background) and 255 "
-                         "(object): multiply a 0/1 mask by 255, give each class a folder")
+                         "(object): multiply a 0/1 mask by 255, cut a soft one at 128, "
+                         "give each class a folder")
     return mask >= 128
 
 
@@ -908,7 +924,7 @@ def hide_bar():
 # --- Internals; scripts call a few ---
 
 def switch(text):
-    """Type of on/off options, as to Python bool("False") is True."""
+    """Returns the value of an on/off option: to Python, bool("False") is True."""
     value = text.lower()
     if value not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -916,18 +932,15 @@ def switch(text):
 
 
 def amp_mode(text):
-    """Type of --amp; the articles' `--amp True` and `--amp False` mean auto and off."""
+    """Returns the mode of --amp; the articles' `--amp True` and `--amp False` mean auto and off."""
     mode = {"true": "auto", "false": "off"}.get(text.lower(), text.lower())
     if mode not in ("auto", "bf16", "fp16", "off"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp16, off")
     return mode
 
 
-
-
-
 def is_out_of_memory(error):
-    """Whether a RuntimeError or MemoryError says so, of the CPU or a device."""
+    """Returns whether a RuntimeError or MemoryError says that memory, of any device, is full."""
     words = ("Memory", "of memory", "allocate memory", "enough memory")
     return any(word in f"{type(error).__name__} {error}" for word in words)
 
@@ -940,9 +953,9 @@ def remember_signal(number, frame):
 
 
 def ignore_group_signals(worker):
-    """worker_init_fn of loaders: a signal to all processes must not end them before the step.
+    """Keeps a loader process alive when a signal hits the whole group, so that the step can finish.
 
-    SIGTERM of the script itself still does: so Python ends the loaders when the script ends.
+    SIGTERM from the script itself still ends it: so Python ends the loaders when the script ends.
     """
     def obey_parent():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

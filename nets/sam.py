@@ -528,7 +528,9 @@ def resize_positions(state_dict, model):
     resized = dict(state_dict)
     for name, parameter in model.image_encoder.named_parameters(prefix="image_encoder"):
         table = state_dict.get(name, parameter)
-        if table.shape == parameter.shape or table.ndim != parameter.ndim:  # another net's: left as it is
+        if not isinstance(table, torch.Tensor) or table.ndim != parameter.ndim:  # another net's
+            continue
+        if table.shape == parameter.shape:
             continue
         if name.endswith("pos_embed"):
             table, size = table.permute(0, 3, 1, 2), parameter.shape[1:3]

@@ -1,5 +1,6 @@
 """Weights from files: fetched, read, checked, loaded. Of the files of nets/, this one alone needs utils.py."""
 import hashlib
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -37,10 +38,11 @@ def fetch_weights(name, url, sha256=None, size=None):
         try:
             with zipfile.ZipFile(path) as archive:
                 member = next(name for name in archive.namelist() if name.endswith(path.stem))
-                path.with_suffix(".tmp").write_bytes(archive.read(member))
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes do not share one
+                temporary.write_bytes(archive.read(member))
         except (zipfile.BadZipFile, StopIteration):
             raise InputError(f"{path}: not the published file; delete it and run again") from None
-        return path.with_suffix(".tmp").replace(path.with_suffix(""))
+        return temporary.replace(path.with_suffix(""))
 
 
 def official_file(path, table):

@@ -42,6 +42,8 @@ def main(folder):
         utils.wait_for_ranks()  # until the first has saved
         utils.Run.finish_gradient = finish_gradient
         start("stopped", "--resume", "auto")
+        if name == "finetune_sam_decoder":  # the second process has no image to validate on
+            start("few", "--overfit", 1, "--keep-path", folder / name / "data", "--epochs", 1)
         figures = start("test", "--test-only", "--weights", folder / name / "whole/last.pth")
         (folder / name / f"figures_{utils.ranks()[0]}.json").write_text(json.dumps(figures))
     utils.leave_process_group()
