@@ -543,8 +543,7 @@ def decode_rle(code, source):
                 counts.sum() != height * width:
             raise ValueError(f"run lengths of {counts.sum()} pixels for {width}x{height}")
     except (ValueError, TypeError, KeyError) as error:
-        raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace "
-                               "it") from None
+        raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace it") from None
     runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns
     return runs.reshape(width, height).T
 
@@ -624,8 +623,7 @@ def read_item(item, args):
             ids[-1][mask > 0] = object_id
     object_ids = sorted({k for frame in ids for k in np.unique(frame).tolist()} - {0, -1})
     if len(object_ids) > 254:
-        raise utils.InputError(f"{item.masks[0][0][1]}: {len(object_ids)} objects; at most 254 can be "
-                               "told apart")
+        raise utils.InputError(f"{item.masks[0][0][1]}: {len(object_ids)} objects; at most 254 can be told apart")
     new_ids = np.array([VOID_ID, *range(len(object_ids) + 1)], np.uint8)
     ids = [new_ids[np.searchsorted([-1, 0, *object_ids], frame)] for frame in ids]
     return torch.stack(frames), torch.from_numpy(np.stack(ids))
@@ -661,8 +659,7 @@ def find_voc(root, args, names):
     for name in select(names, sorted(masks)):
         for folder, found in (("JPEGImages", images), ("SegmentationObject", masks)):
             if name not in found:
-                raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it "
-                                       "out")
+                raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it out")
         yield name, (images[name],), (((IDS_AND_VOID, masks[name]),),)
 
 
@@ -672,8 +669,7 @@ def find_sa1b(root, args, names):
     for name in select(names, sorted(jsons, key=by_number)):
         path = root / f"{name}.json"
         if name not in images or not path.is_file():
-            raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is "
-                                   "missing")
+            raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is missing")
         yield name, (images[name],), (((IDS, JsonFrame(path, 0)),),)
 
 
@@ -685,8 +681,7 @@ def find_sav(root, args, names):
     jsons, left_out, from_1 = find_jsons(args.gt_folder or root), 0, []
     for name in select(names, jsons):
         if name not in jsons:
-            raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of "
-                                   "the list")
+            raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of the list")
         path, data = jsons[name], read_json(jsons[name])
         count, length = len(data["masklet"]), data["video_frame_count"]
         if length and math.ceil(length / args.ann_every) != count:
@@ -717,8 +712,7 @@ def find_sav(root, args, names):
         print(f"note: the frames of {len(from_1)} videos are numbered from 1, such as {from_1[0]}: their "
               "first image is taken for the video's frame 0")
     if left_out:
-        print(f"note: {left_out} frames have no image, or an object that was not annotated, and are "
-              "left out")
+        print(f"note: {left_out} frames have no image, or an object that was not annotated, and are left out")
 
 
 def number_frames(folder, annotated, last, length):
@@ -774,8 +768,7 @@ def find_videos(root, args, names):
         frames = sorted(masks, key=by_number)
         unlabelled[name] = len(images) - len(frames)
         if not frames:
-            raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of "
-                                   "the list")
+            raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
         ids = first_ids(tuple(path for stem in frames for object_id, path in masks[stem]
                               if object_id == IDS))
         if ids - {VOID_ID}:  # not masks of 0 and 255 alone
@@ -863,8 +856,7 @@ def read_names(name, data_path):
     try:
         names = utils.read_lines(path)
     except OSError as error:
-        raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per "
-                               "line") from None
+        raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per line") from None
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
     return names
@@ -896,10 +888,11 @@ def keep_usable(items, part, num_frames, args):
     """
     enough, kept = [item for item in items if item.still or len(item.images) >= num_frames], []
     left_out = Counter({f"videos have fewer than {num_frames} frames": len(items) - len(enough)})
-    late = f"videos show objects only where no clip of {num_frames} frames begins (give fewer " \
-           "--num-frames, or a smaller --stride)"
+    remedy = "give fewer --num-frames or a smaller --stride"
+    late = f"videos show objects only where no clip of {num_frames} frames begins ({remedy})"
     if part == "validation":
         late = "videos show objects only on their last two frames, which have no figure,"
+        remedy = "give others by --val-set or --val-path"
     frames = [(image, mask, item.images[0]) for item in enough
               for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))
@@ -922,8 +915,7 @@ def keep_usable(items, part, num_frames, args):
         raise utils.InputError(f"{paths}: none of {len(items)} {part} images has an object; give images "
                                "whose masks are not empty")
     raise utils.InputError(f"{paths}: none of {len(items)} {part} videos has {num_frames} frames and an "
-                           "object on the first of them; look at them, or give fewer --num-frames or a "
-                           "smaller --stride")
+                           f"object on the first of them; look at them, or {remedy}")
 
 
 def create_loaders(args):
@@ -931,8 +923,7 @@ def create_loaders(args):
     if args.demo and not args.data_path:
         args.data_path = [utils.draw_demo("clips", Path(args.output_dir, "data"), 60)]
     if not args.data_path and not (args.img_folder and args.gt_folder):
-        raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, "
-                               "or --demo")
+        raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, or --demo")
     args.data_path = args.data_path or [str(Path(args.img_folder).parent)]
     check_mix(args)
     val_items, train_items, groups = [], [], []  # groups: items, and those given for validation
@@ -976,14 +967,11 @@ def check_mix(args):
     for option, numbers, fitting in (("--mix", args.mix or args.data_path, [paths]),
                                      ("--multiplier", args.multiplier, [1, paths])):
         if len(numbers) not in fitting:
-            raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one "
-                                   "for each")
+            raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one for each")
     if args.split and (args.val_set or args.train_set):
-        raise utils.InputError("--split: takes the place of --train-set and --val-set; give one or the "
-                               "other")
+        raise utils.InputError("--split: takes the place of --train-set and --val-set; give one or the other")
     if paths > 1 and (args.img_folder or args.gt_folder):
-        raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them "
-                               "out")
+        raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them out")
 
 
 def sanity_check(train_set, val_set, args):
@@ -1091,15 +1079,13 @@ def extract_video(path, folder, args, skip_whole):
     try:
         from predict_video import check_name, lacks_frames
     except ImportError:
-        raise utils.InputError("--extract-frames: predict_video.py is not beside this script; copy it "
-                               "too") from None
+        raise utils.InputError("--extract-frames: predict_video.py is not beside this script; copy it too") from None
     check_name(path)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, mark = cv2.VideoCapture(str(path)), folder / f".{path.name}.incomplete"
     if not path.is_file() or not video.isOpened():
-        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, "
-                               "then a folder")
+        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, then a folder")
     names = {found.name for found in folder.glob("[!.]*")}
     if names and not mark.exists() and not args.overwrite:
         if skip_whole and names == {f"{args.rate * i:05d}.jpg" for i in range(len(names))}:
@@ -1564,7 +1550,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
         sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
         for clips, indices in batches:
             clips = [clip for clip, index in zip(clips, indices) if index >= 0 and teaches(clip)]
-            if not clips:
+            if not clips:  # they only fill up, or teach nothing
                 continue
             images = torch.cat([clip.images for clip in clips]).to(run.device, non_blocking=run.pinned)
             backbone, losses = encode(model, images, run.dtype), 0.0

@@ -1532,13 +1532,15 @@ def test_videos_with_objects_on_the_last_frames_only_are_left_out_with_a_remedy(
     said = capsys.readouterr().out
     assert [item.name for item in videos.items] == ["clip_0002", "clip_0003", "clip_0004"]
     assert "note: 1 of 4 training videos show objects only where no clip of 3 frames begins (give fewer " \
-        "--num-frames, or a smaller --stride) and are left out" in said
+        "--num-frames or a smaller --stride) and are left out" in said
     assert "note: 1 of 2 validation videos show objects only on their last two frames, which have no figure" in said
     for epoch in range(20):
         for index in range(3):
             assert videos[epoch, index][0].masks[0].any()
     assert "another clip is taken" not in capsys.readouterr().out
     assert [item.name for item in dataset(clips, *lists, part="val").items] == ["clip_0000"]
+    (clips / "ImageSets/late.txt").write_text("clip_0005\n")
+    refuses(clips, "none of 1 validation videos has 3 frames and an object", "--val-set", more=["--val-set", "late"])
     backwards = dataset(clips, *lists, "--reverse-time-prob", 1)  # begins on the last
     assert [item.name for item in backwards.items] == ["clip_0001", "clip_0002", "clip_0003", "clip_0004"]
     assert len(dataset(clips, *lists, "--num-frames", 2).items) == 4
