@@ -17,7 +17,6 @@ from nets.sam2 import NETS, SAM2, WEIGHTS, LayerNorm2d, sam2_demo, sam2_hiera_ti
 from parity_fill import fill, manifest
 from parity_inputs import discs, frames
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 FIXTURES = ROOT / "tests/fixtures/sam2"
 REGISTRY = json.loads((FIXTURES / "sam2_registry.json").read_text())
 ATOL = {"mini": 1e-4, "tiny": 5e-4}
