@@ -588,7 +588,7 @@ def draw_objects(sources, most):
 def read_frame(image_source, sources, size, object_ids=None):
     """Returns image (H, W, 3) uint8 RGB, object_ids, and masks (N + 1, H, W) uint8, void last.
 
-    Of these objects, or of all in the frame. size (H, W): the clip's, which all must have.
+    Of `object_ids`, or of all objects. size (H, W): the clip's, which all must have.
     """
     image, found = utils.read_image(image_source), find_objects(sources)
     object_ids = [k for k in found if k != VOID] if object_ids is None else object_ids
@@ -1100,8 +1100,11 @@ def extract_video(path, folder, args, skip_whole):
     while video.grab():
         utils.raise_if_stopped()
         if len(times) % args.rate == 0:
-            image = cv2.imencode(".jpg", video.retrieve()[1])[1]
-            (folder / f"{len(times):05d}.jpg").write_bytes(image.tobytes())
+            decoded, image = video.retrieve()
+            if not decoded:
+                break
+            encoded = cv2.imencode(".jpg", image)[1].tobytes()
+            (folder / f"{len(times):05d}.jpg").write_bytes(encoded)
             written += 1
         times.append(video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     count, stated = len(times), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
