@@ -498,7 +498,8 @@ def cache_embeddings(model, datasets, run, args):
     utils.raise_if_stopped(run.device)
     utils.wait_for_ranks()
     if not all(path.exists() for path in images):
-        raise utils.InputError(f"{folder}: holds this host's embeddings alone; give all hosts one --cache-dir")
+        raise utils.InputError(f"{folder}: holds this host's embeddings alone; give all hosts one "
+                               "--cache-dir")
 
 
 class Pending(torch.utils.data.Dataset):
@@ -746,7 +747,7 @@ def draw_samples(model, dataset, run):
 # --- Training ---
 
 def create_optimizer(model, args):
-    """Returns AdamW; weight decay on matrices only, not on norms, biases, tokens (article: on all)."""
+    """Returns AdamW; weight decay on matrices, not on norms, biases, tokens (article: on all)."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for name, p in model.named_parameters() if "pos" in name}  # position codes
     decayed, others = [], []

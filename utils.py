@@ -618,7 +618,7 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(path, state):
-    """Saves to a temporary name, then renames it: path is always the whole old file or the whole new."""
+    """Saves to a temporary name, then renames it: path is always the whole old or new file."""
     path, temporary, buffer = Path(path), Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
     torch.save(state, buffer)
     try:
@@ -1123,7 +1123,7 @@ def lock_folder(folder):
 
 
 def prepare_folder(args, split):
-    """Removes stale temporary files, refuses an earlier run's folder, writes args.json and split.json."""
+    """Removes stale files, refuses an earlier run's folder, writes args.json and split.json."""
     folder = Path(args.output_dir)
     for stale in [*folder.glob("*.pth.*.tmp"), *folder.glob("log.csv.tmp")]:
         stale.unlink()
@@ -1149,7 +1149,7 @@ def prepare_folder(args, split):
 
 
 def data_hash(items):
-    """Returns eight hex digits of the names and sizes (not the contents) of all files in nested lists."""
+    """Returns eight hex digits of the names and sizes, not contents, of all files in nested lists."""
     digest = hashlib.sha256()
     for item in items:
         if isinstance(item, (list, tuple)):
