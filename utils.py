@@ -531,8 +531,9 @@ def split_items(items, args, val_items=None):
 def check_items(check, items, args):
     """Calls check(item, whole) for each item; returns the results, whether it has an object, in order.
 
-    check may raise InputError. whole: read the pixels, as of the first READ_WHOLE items, and of all with --sanity-check; else the
-    sizes suffice. --workers processes check a large data set, and each of torchrun's its share.
+    check may raise InputError. whole: read the pixels, as of the first READ_WHOLE items, and of all
+    with --sanity-check; else the sizes suffice. --workers processes check a large data set, and each
+    of torchrun's its share.
     """
     rank, world_size = ranks()
     tasks = [(item, args.sanity_check or i < READ_WHOLE) for i, item in enumerate(items)]
