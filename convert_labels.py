@@ -152,7 +152,7 @@ def draw_coco(shape, mask):
 
 
 def decode_counts(text):
-    """COCO's compressed run lengths -> list of int.
+    """Decodes COCO's compressed run lengths to a list of int.
 
     A character holds five bits, the lowest first, and whether more follow; the highest bit is the
     sign. From the fourth number on it is the difference to the one two before.
@@ -277,7 +277,7 @@ class Notes(dict):
 
 
 def short(value, length=60):
-    """Any value as one line of printable text."""
+    """Returns any value as one line of printable text."""
     text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
     text = text if len(text) <= length else text[:length] + " ..."
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -193,7 +193,7 @@ def sample_points(mask, count):
 
 
 def box_of(mask):
-    """Mask (H, W) bool -> x0, y0, x1, y1 of its outermost pixels."""
+    """Returns x0, y0, x1, y1 of the outermost pixels of a mask (H, W) bool."""
     rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
     return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
 
@@ -655,13 +655,13 @@ def segment(model, embedding, size, points, labels, boxes, kind, low_logits, dty
 
 
 def depth(mask):
-    """Mask (H, W) bool -> distance of each pixel to the nearest one outside, float32; 0 outside."""
+    """Returns each pixel's distance to the nearest one outside a mask (H, W) bool; 0 outside."""
     padded = np.pad(np.asarray(mask, np.uint8), 1)
     return torch.from_numpy(cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1])
 
 
 def middle(mask):
-    """Mask (H, W) bool -> (x, y) float32 of the place farthest from its edge."""
+    """Returns (x, y) float32 of the place in a mask (H, W) bool that is farthest from its edge."""
     distance = depth(mask)
     y, x = divmod(distance.argmax().item(), distance.shape[1])
     return torch.tensor([x, y], dtype=torch.float32)

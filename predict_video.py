@@ -243,7 +243,10 @@ def lacks_frames(path, stated, rate, times):
     packets = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     if sum(iter(packets.grab, False)) - len(times) > 2:
         return True
-    if stated / rate - times[-1] > 3 / rate and not is_whole_matroska(path, head):
+    whole = is_whole_matroska(path, head)
+    if whole is None:
+        whole = stated / rate - times[-1] <= 3 / rate
+    if not whole:
         return True
     print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
           "is longer")
@@ -251,12 +254,14 @@ def lacks_frames(path, stated, rate, times):
 
 
 def is_whole_matroska(path, head):
-    """Returns whether an mkv or webm file of these first bytes is as long as its segment says."""
+    """Returns whether an mkv or webm file of these first bytes is as long as it says, or None."""
     place = head.find(b"\x18\x53\x80\x67") + 4  # of the segment's size
     if head[:4] != b"\x1a\x45\xdf\xa3" or place < 4:
-        return False
+        return None
     width = 9 - head[place].bit_length()  # of the size, in bytes
     size = int.from_bytes(head[place:place + width], "big") - 2**(7 * width)
+    if size == 2**(7 * width) - 1:  # a stream, of unknown size
+        return None
     return place + width + size <= path.stat().st_size
 
 

@@ -472,7 +472,7 @@ def next_clicks(masks, pred, draws, void):
 
 
 def box_of(mask):
-    """Mask (H, W) bool -> x0, y0, x1, y1 of its outermost pixels."""
+    """Returns x0, y0, x1, y1 of the outermost pixels of a mask (H, W) bool."""
     rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
     return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
 
@@ -549,7 +549,7 @@ def decode_rle(code, source):
 
 
 def decode_counts(text):
-    """COCO's compressed run lengths -> list of int.
+    """Decodes COCO's compressed run lengths to a list of int.
 
     A character holds five bits, the lowest first, and whether more follow; the highest bit is the
     sign. From the fourth number on it is the difference to the one two before.
@@ -569,7 +569,7 @@ def decode_counts(text):
 
 
 def short(value, length=60):
-    """Any value as one line of printable text."""
+    """Returns any value as one line of printable text."""
     text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
     text = text if len(text) <= length else text[:length] + " ..."
     return "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -1440,13 +1440,13 @@ def near(line, other, tolerance):
 
 
 def depth(mask):
-    """Mask (H, W) bool -> distance of each pixel to the nearest one outside, float32; 0 outside."""
+    """Returns each pixel's distance to the nearest one outside a mask (H, W) bool; 0 outside."""
     padded = np.pad(np.asarray(mask, np.uint8), 1)
     return torch.from_numpy(cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1])
 
 
 def middle(mask):
-    """Mask (H, W) bool -> (x, y) float32 of the place farthest from its edge."""
+    """Returns (x, y) float32 of the place in a mask (H, W) bool that is farthest from its edge."""
     distance = depth(mask)
     y, x = divmod(distance.argmax().item(), distance.shape[1])
     return torch.tensor([x, y], dtype=torch.float32)
