@@ -547,7 +547,7 @@ def check_items(check, items, args):
         if stop_asked():  # all processes leave together, below
             break
         results += batch
-    nccl = world_size > 1 and torch.distributed.get_backend() == "nccl"
+    nccl = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
     raise_if_stopped("cuda" if nccl else "cpu")
     found = dict(zip(range(rank, len(items), world_size), results))
     return list(merge_over_ranks(found).values())
