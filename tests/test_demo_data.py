@@ -23,6 +23,6 @@ def test_otsu_is_dataset_iou_and_misled_by_the_drawn_cells():
     mask = np.zeros((4, 4), np.uint8)
     mask[1:3] = 255
     masks = [mask, np.zeros_like(mask)]
-    assert demo_data.baseline_cells([image, image], masks) == 4 / 20  # 4 in both, 12 + 8 in either
+    assert demo_data.otsu_iou([(image, [mask]) for mask in masks]) == 4 / 20  # 4 in both, 12 + 8 in either
     drawn = [demo_data.draw_cells(index) for index in range(12)]
-    assert demo_data.baseline_cells(*zip(*drawn)) < 0.5
+    assert demo_data.otsu_iou((image, [mask]) for image, mask in drawn) < 0.5
