@@ -412,14 +412,14 @@ def evaluate(model, loader, run, args):
         image = image.to(run.device, non_blocking=run.pinned)
         label = label.to(run.device, non_blocking=run.pinned)
         logits = predict(model, image, run.dtype, label.shape[-2:])
-        losses[int(index)] = (criterion({"out": logits}, label) * (label != VOID).sum()).item()
+        losses[int(index)] = criterion({"out": logits}, label) * (label != VOID).sum()
         counts += count_pixels(logits.argmax(1), label, num_classes)
     utils.raise_if_stopped(run.device)
     counts = utils.sum_over_ranks(counts).cpu()
     if not counts.sum():
         raise utils.InputError(f"{args.val_set}.txt: none of its images has a labelled pixel; look at "
                                "their masks")
-    losses = utils.merge_over_ranks(losses)
+    losses = utils.merge_over_ranks({index: loss.item() for index, loss in losses.items()})
     figures = {"val_loss": sum(losses.values()) / counts.sum().item()}
     for key, value in scores(counts).items():
         figures[f"val_{key}" if isinstance(value, float) else key] = value

@@ -372,8 +372,9 @@ def evaluate(model, loader, run, args):
             mask = mask[None].to(run.device)  # (1, K, H, W)
             logit = F.interpolate(logit[None], mask.shape[-2:], mode="bilinear")
             loss = criterion(logit, mask.float(), args.loss)
-            found[index] = loss.cpu(), count_pixels(logit > 0, mask > 0).cpu()
+            found[index] = loss, count_pixels(logit > 0, mask > 0)
     utils.raise_if_stopped(run.device)
+    found = {index: (loss.cpu(), counts.cpu()) for index, (loss, counts) in found.items()}
     losses, counts = zip(*utils.merge_over_ranks(found).values())
     counts = torch.stack(counts)  # (images, K, 3)
     (iou, dice), (image_iou, image_dice) = scores(counts.sum(0)), scores(counts)

@@ -317,9 +317,8 @@ class Run:
         """Yields, for each remaining step of the epoch, its --accumulate batches.
 
         A batch ends with the indices of its items; -1 is padding, so that all processes have as many.
-        Between steps: the
-        progress bar, last.pth every --save-every steps, Stopped once a signal has come to any process.
-        Randomness on the device (dropout) derives from (seed, epoch, step, rank) alone.
+        Between steps: the progress bar, last.pth every --save-every steps, Stopped once a signal has
+        come to any process. Randomness on the device (dropout) derives from (seed, epoch, step, rank).
         """
         args, progress = self.args, self.progress
         loader.sampler.set_epoch(progress["epoch"])  # len(loader) is that of a whole epoch

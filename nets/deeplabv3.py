@@ -132,17 +132,17 @@ class DeepLabV3(nn.Module):
 # --- Images in, masks out ---
 
 def normalize(image):
-    """RGB uint8 (3, H, W) -> float32 by ImageNet's statistics."""
+    """Normalises RGB uint8 (3, H, W) -> float32 by ImageNet's statistics."""
     return v2.functional.normalize(image / 255, PIXEL_MEAN, PIXEL_STD)
 
 
 def resize(image, side):
-    """Image (3, H, W) uint8 with its shorter side made `side` pixels."""
+    """Resizes an image (3, H, W) uint8 so that its shorter side is `side` pixels."""
     return v2.functional.resize(image, scaled_size(image, side), antialias=True)
 
 
 def scaled_size(image, side):
-    """[height, width] of image (..., H, W) once its shorter side is `side`."""
+    """Returns [height, width] of an image (..., H, W) once its shorter side is `side`."""
     height, width = image.shape[-2:]
     return [max(side, round(length * side / min(height, width))) for length in (height, width)]
 

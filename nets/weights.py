@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from utils import InputError, first_rank_first, load_checkpoint
 from nets import sam
+from utils import InputError, first_rank_first, load_checkpoint
 
 
 def fetch_weights(name, url, sha256=None, size=None):
-    """Path of an official file in the torch hub cache: fetched once, verified always, unzipped.
+    """Returns the path of an official file in the torch hub cache: fetched once, verified, unzipped.
 
     sha256: hex digest or the first part of it; size in bytes; None where it is not published.
     """
@@ -46,14 +46,14 @@ def fetch_weights(name, url, sha256=None, size=None):
 
 
 def official_file(path, table):
-    """path, or where it is a name in table (a net's WEIGHTS): the path of that official file."""
+    """Returns path or, if it is a name in table (a net's WEIGHTS), the path of that official file."""
     return fetch_weights(**table[path]) if path in table else path
 
 
 def read_weights(path, wanted, free=()):
-    """Tensors by name: a bare state dict, {"model": ...}, or our checkpoint of the wanted net.
+    """Reads a state dict: a bare one, {"model": ...}, or that of our checkpoint of the wanted net.
 
-    free: arguments of the net that may differ in our checkpoint, which is said.
+    free: arguments of the net that may differ in our checkpoint; a note is printed if they do.
     """
     checkpoint = load_checkpoint(path)
     arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) and "format" in checkpoint else {}
@@ -66,7 +66,7 @@ def read_weights(path, wanted, free=()):
 
 
 def state_of(checkpoint):
-    """State dict inside a loaded checkpoint; {} if there is none.
+    """Returns the state dict inside a loaded checkpoint; {} if there is none.
 
     Strips the prefixes that DistributedDataParallel, torch.compile and Lightning put before every key.
     """
@@ -80,7 +80,7 @@ def state_of(checkpoint):
 
 
 def check_net(checkpoint, path, wanted):
-    """InputError unless our checkpoint is of the wanted net and arguments; bare weights pass."""
+    """Raises InputError if our checkpoint is of another net or other arguments; bare weights pass."""
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         return
     found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
