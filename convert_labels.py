@@ -498,38 +498,51 @@ def read_yolo_names(folder, notes):
     return []
 
 
+# Patterns of YAML. Each *+ keeps what it has matched, so that no file takes long
+GAP = r"(?:[^\S\n]|(?<=\s)#.*)*+"   # spaces and a comment, up to the end of the line
+BLANK = r"(?:\s|(?<=\s)#.*)*+"      # the same over any number of lines
+DASH = r"-(?!--)"                   # of an entry; --- begins another document
+ID = r"""["']?(?P<id>\d+)["']?[ \t]*:"""
+QUOTED = r"""'(?:[^']|'')*+'|"(?:[^"\\]|\\.)*+\""""
+PLAIN = r"""(?!["'&*!|>%@`])(?:(?!\s#|:\s)LETTER)*?"""  # up to a comment, or a colon and a space
+
+
 def parse_yaml(text):
     """Returns the names under "names:", a list or a map of ids, in brackets or line by line."""
-    blank, key = r"(?:\s|(?<=\s)#.*)*+", r"""["']?(?P<id>\d+)["']?[ \t]*:"""  # blank: and comments
-    start = re.compile(rf"""^["']?names["']?[ \t]*:{blank}""", re.M).search(text)
+    start = re.search(rf"""^["']?names["']?[ \t]*:{BLANK}""", text, re.M)
     if not start:
         return []
-    names, position, form = [], start.end(), text[start.end():start.end() + 1]
-    marker = {"[": "", "-": "-(?!--)"}.get(form, key)
+    position, form = start.end(), text[start.end():start.end() + 1]
+    marker = {"[": "", "-": DASH}.get(form, ID)
     if form in ("[", "{"):
         position += 1
-        letter, gap, separator, ending = r"[^,\[\]{}]", blank, r",|(?=[\]}])", r"[\]}]"
-    else:  # ends before a line that is neither indented nor an entry of a list
-        letter, gap, separator = ".", r"(?:[^\S\n]|(?<=\s)#.*)*+", r"\n|\Z"
-        ending = r"^(?!-(?!--))|\Z"
-    quoted, special = r"""'(?:[^']|'')*+'|"(?:[^"\\]|\\.)*+\"""", r"""['"&*!|>%@`]"""
-    plain = rf"(?!{special})(?:(?!\s#|:\s){letter})*?"
-    entry = re.compile(rf"{blank}{marker}{gap}(?P<name>{quoted}|{plain}){gap}(?:{separator})")
-    ending = re.compile(rf"{blank}(?:{ending})", re.M)
+        name = QUOTED + "|" + PLAIN.replace("LETTER", r"[^,\[\]{}]")
+        entry = rf"{BLANK}{marker}{BLANK}(?P<name>{name}){BLANK}(?:,|(?=[\]}}]))"
+        ending = rf"{BLANK}[\]}}]"
+    else:  # one per line, up to a line that is neither indented nor begins with a dash
+        name = QUOTED + "|" + PLAIN.replace("LETTER", ".")
+        entry = rf"{BLANK}{marker}{GAP}(?P<name>{name}){GAP}(?:\n|\Z)"
+        ending = rf"{BLANK}(?:^(?!{DASH})|\Z)"
+    entry, ending, names = re.compile(entry), re.compile(ending, re.M), []
     while not ending.match(text, position):
         found = entry.match(text, position)
         if not found:
             raise ValueError(f"{short(text[position:].strip(), 40)} is not the name of a class")
-        position, name = found.end(), found["name"].strip()
-        if name.startswith("'"):
-            name = name[1:-1].replace("''", "'")
-        elif name.startswith('"'):
-            name = json.loads(name, strict=False)
-        names.append((int(found["id"]) if marker == key else len(names), name))
-    for expected, (class_id, _) in enumerate(sorted(names)):
+        position = found.end()
+        class_id = int(found["id"]) if marker == ID else len(names)
+        names.append((class_id, unquote_yaml(found["name"].strip())))
+    names.sort()
+    for expected, (class_id, _) in enumerate(names):
         if class_id != expected:
             raise ValueError(f"class {class_id} where {expected} is due")
-    return [name for _, name in sorted(names)]
+    return [name for _, name in names]
+
+
+def unquote_yaml(name):
+    """Returns a name without the quotes of YAML around it, if it has any."""
+    if name.startswith("'"):
+        return name[1:-1].replace("''", "'")
+    return json.loads(name, strict=False) if name.startswith('"') else name
 
 
 def load_yolo(path, names, notes):

@@ -1,4 +1,4 @@
-"""Weights from files: fetched, read, checked, loaded. Of the files of nets/, this one alone needs utils.py."""
+"""Fetches, reads, checks and loads weights. Of the files of nets/, this one alone needs utils.py."""
 import hashlib
 import os
 import sys
@@ -12,9 +12,10 @@ from utils import InputError, first_rank_first, load_checkpoint
 
 
 def fetch_weights(name, url, sha256=None, size=None):
-    """Returns the path of an official file in the torch hub cache: fetched once, verified, unzipped.
+    """Returns the path of an official file in the torch hub cache; fetches and unzips it once.
 
-    sha256: hex digest or the first part of it; size in bytes; None where it is not published.
+    It is verified each time. sha256: hex digest or the first part of it; size in bytes; None where
+    it is not published.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     with first_rank_first():
@@ -46,7 +47,7 @@ def fetch_weights(name, url, sha256=None, size=None):
 
 
 def official_file(path, table):
-    """Returns path or, if it is a name in table (a net's WEIGHTS), the path of that official file."""
+    """Returns path, or of a name in table (a net's WEIGHTS) the path of that official file."""
     return fetch_weights(**table[path]) if path in table else path
 
 
@@ -80,7 +81,7 @@ def state_of(checkpoint):
 
 
 def check_net(checkpoint, path, wanted):
-    """Raises InputError if our checkpoint is of another net or other arguments; bare weights pass."""
+    """Raises InputError if our checkpoint is of another net or arguments; bare weights pass."""
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         return
     found = {"net": checkpoint.get("net"), **checkpoint.get("arch", {})}
