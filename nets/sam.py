@@ -275,7 +275,10 @@ class PromptEncoder(nn.Module):
 # --- Mask decoder ---
 
 class DecoderAttention(nn.Module):
-    """Attention of q (P, N, D) over k, v (P, K, D), in D / downsample channels -> (P, N, D)."""
+    """Attention of q (P, N, D) over k, v (P, K, D), in D / downsample channels -> (P, N, D).
+
+    used (P, K) bool: whether each key counts; None: all do.
+    """
 
     def __init__(self, dim, num_heads, downsample=1):
         super().__init__()
@@ -286,10 +289,11 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(dim, inner)
         self.out_proj = nn.Linear(inner, dim)
 
-    def forward(self, q, k, v):
+    def forward(self, q, k, v, used=None):
         q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (P, heads, N, channels of a head)
+        mask = None if used is None else used[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, mask)  # (P, heads, N, channels of a head)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -311,12 +315,12 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = DecoderAttention(dim, num_heads, downsample=2)
 
-    def forward(self, queries, keys, query_pe, key_pe):
+    def forward(self, queries, keys, query_pe, key_pe, used=None):
         if self.first:
-            queries = self.self_attn(queries, queries, queries)
+            queries = self.self_attn(queries, queries, queries, used)
         else:
             q = queries + query_pe
-            queries = queries + self.self_attn(q, q, queries)
+            queries = queries + self.self_attn(q, q, queries, used)
         queries = self.norm1(queries)
 
         q, k = queries + query_pe, keys + key_pe
@@ -324,7 +328,7 @@ class TwoWayAttentionBlock(nn.Module):
         queries = self.norm3(queries + self.mlp(queries))
 
         q = queries + query_pe
-        keys = self.norm4(keys + self.cross_attn_image_to_token(k, q, queries))
+        keys = self.norm4(keys + self.cross_attn_image_to_token(k, q, queries, used))
         return queries, keys
 
 
@@ -332,6 +336,7 @@ class TwoWayTransformer(nn.Module):
     """Image (B, D, E, E), its position code, tokens (B, N, D) -> tokens, image (B, E*E, D).
 
     The position code is (1, D, E, E). make_mlp: a function that returns a block's feed-forward part.
+    used (B, N) bool: tokens that others and the image look at; None: all.
     """
 
     def __init__(self, depth, dim, num_heads, make_mlp):
@@ -341,11 +346,11 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = DecoderAttention(dim, num_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
-    def forward(self, image, image_pe, tokens):
+    def forward(self, image, image_pe, tokens, used=None):
         keys, key_pe = image.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2)
         queries = tokens
         for layer in self.layers:
-            queries, keys = layer(queries, keys, tokens, key_pe)
+            queries, keys = layer(queries, keys, tokens, key_pe, used)
         attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys)
         return self.norm_final_attn(queries + attended), keys
 
@@ -358,6 +363,7 @@ class MaskDecoder(nn.Module):
     get that prompt, as in the official code. Any other P: ValueError.
     multimask_output: True gives three masks of different extent, False the one for clear prompts.
     The IoU is the decoder's own guess of each mask's quality, not bounded.
+    used (P, N) bool: the prompt's tokens that count, where objects have different kinds of prompts.
     """
 
     def __init__(self, dim, depth, num_heads, mlp_dim, num_multimask):
@@ -375,7 +381,7 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(dim, dim, num_masks)
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
-                multimask_output):
+                multimask_output, used=None):
         images, prompts = len(image_embeddings), len(sparse_prompt_embeddings)
         if prompts % images and prompts != 1:
             raise ValueError(f"prompts must be 1 or a multiple of {images} images, got {prompts}")
@@ -386,7 +392,9 @@ class MaskDecoder(nn.Module):
         image = (image_embeddings[:, None] + dense).flatten(0, 1)        # (P, D, E, E)
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(prompts, -1, -1), sparse], 1)  # (P, 1 + masks + N, D)
-        tokens, image = self.transformer(image, image_pe, tokens)
+        if used is not None:
+            used = F.pad(used, (tokens.shape[1] - used.shape[1], 0), value=True)
+        tokens, image = self.transformer(image, image_pe, tokens, used)
         image = image.transpose(1, 2).unflatten(2, image_embeddings.shape[-2:])
         upscaled = self.output_upscaling(image)                          # (P, D / 8, 4E, 4E)
         weights = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
@@ -478,25 +486,18 @@ def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimas
     """One pass over P objects -> mask logits (P, C, M, M), predicted IoU (P, C); C is 3 or 1.
 
     embeddings (P, D, E, E); points (P, N, 2), labels (P, N) and boxes (P, 4) in pixels of the square;
-    kinds (P,): POINTS, BOX or BOTH count; low_logits (P, 1, M, M) of an earlier pass, or None. Each
-    kind of prompt has its own number of tokens, and so a call of its own.
+    kinds (P,): POINTS, BOX or BOTH count; low_logits (P, 1, M, M) of an earlier pass, or None.
     """
-    groups = [(kinds == kind).nonzero()[:, 0] for kind in (POINTS, BOX, BOTH)]
-    outputs = []
-    for kind, chosen in zip((POINTS, BOX, BOTH), groups):
-        if not len(chosen):
-            continue
-        clicks = None if kind == BOX else (points[chosen], labels[chosen])
-        corners = None if kind == POINTS else boxes[chosen]
-        earlier = None if low_logits is None else low_logits[chosen]
-        with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
-            sparse, dense = model.prompt_encoder(points=clicks, boxes=corners, masks=earlier)
-            outputs.append(model.mask_decoder(
-                image_embeddings=embeddings[chosen], image_pe=model.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
-                multimask_output=multimask))
-    order = torch.cat(groups).argsort()
-    return [torch.cat(part).float()[order] for part in zip(*outputs)]
+    with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
+        clicks, _ = model.prompt_encoder(points=(points, labels))  # (P, N + 1, D): padding without box
+        corners, dense = model.prompt_encoder(boxes=boxes, masks=low_logits)
+        by_click, by_box = kinds != BOX, kinds != POINTS
+        used = torch.stack([by_click] * points.shape[1] + [~by_box, by_box, by_box], 1)
+        masks, iou = model.mask_decoder(
+            image_embeddings=embeddings, image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=torch.cat([clicks, corners], 1), dense_prompt_embeddings=dense,
+            multimask_output=multimask, used=used)
+    return masks.float(), iou.float()
 
 
 def two_passes(model, embeddings, points, labels, boxes, kinds, dtype):

@@ -344,6 +344,26 @@ def test_the_mask_prompt_reaches_the_prompt_encoder():
     torch.testing.assert_close(outputs[1][1:], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_an_object_sees_prompts_of_its_kind_alone():
+    """As the official classes called for each object by itself, which have no mask of tokens."""
+    torch.manual_seed(0)
+    model = script_.NETS["demo"](64).eval()
+    kinds = torch.tensor([script_.POINTS, script_.BOX, script_.BOTH])
+    points, labels = 64 * torch.rand(3, 2, 2), torch.tensor([[1, 0], [1, -1], [1, 0]])
+    boxes, earlier = torch.tensor([[5., 6, 30, 40]]).repeat(3, 1), torch.randn(3, 1, 16, 16)
+    embeddings = torch.randn(3, *model.image_encoder(torch.zeros(1, 3, 64, 64)).shape[1:])
+    with torch.no_grad():
+        joint = script_.decode(model, embeddings, points, labels, boxes, kinds, earlier, True, None)
+        for i, kind in enumerate(kinds):
+            clicks = None if kind == script_.BOX else (points[i:i + 1], labels[i:i + 1])
+            box = None if kind == script_.POINTS else boxes[i:i + 1]
+            sparse, dense = model.prompt_encoder(clicks, box, earlier[i:i + 1])
+            alone = model.mask_decoder(embeddings[i:i + 1], model.prompt_encoder.get_dense_pe(), sparse, dense,
+                                       True)
+            for one, together in zip(alone, joint):
+                torch.testing.assert_close(together[i], one[0], atol=2e-5, rtol=1e-5)
+
+
 def test_each_click_sees_what_the_ones_before_have_cut_out(monkeypatch):
     """A net that finds too much: each further click is a background one, and the logits are fed back."""
     calls = []

