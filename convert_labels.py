@@ -607,22 +607,20 @@ def find_predictions(root):
 
     The id is None where each class has a mask of its own, as their areas may overlap.
     """
-    classes, layers = {}, {}
-    with reading(root / "areas.csv", "give a folder that predict.py wrote, or one with masks/"):
+    layers = {}
+    remedy = "run predict.py again, or give a folder that it wrote, or one with masks/"
+    with reading(root / "areas.csv", remedy):
         text = read_text(root / "areas.csv", "surrogateescape")  # a file name may be any bytes
         for row in csv.DictReader(io.StringIO(text, newline="")):
-            classes.setdefault(row["image"], []).append(row["class"])
-        for key, names in classes.items():
-            mask = root / f"{key}_mask.png"
-            own_masks = [root / f"{key}_mask_{name}.png" for name in names]
-            if own_masks[0].is_file():
-                found = [(class_name(name), path, None) for name, path in zip(names, own_masks)]
-            elif names[0] == "object 1":  # of a net with prompts: ids without a background
-                found = [("object", mask, k) for k in range(1, 255) if f"object {k}" in names]
-            else:  # of several classes the first is the background
-                names = names[1:] or names
-                found = [(class_name(name), mask, k) for k, name in enumerate(names, 1)]
-            layers[key] = found
+            key, number, name = row["image"], int(row["id"] or 0), class_name(row["class"])
+            own_mask = root / f"{key}_mask_{utils.file_part(row['class'])}.png"
+            if own_mask.is_file():
+                layer = name, own_mask, None
+            else:  # a net with prompts numbers its objects
+                name = "object" if name == f"object {number}" else name
+                layer = name, root / f"{key}_mask.png", number
+            if number:  # not the background, or one of --all-masks
+                layers.setdefault(key, []).append(layer)
     names = dict.fromkeys(name for found in layers.values() for name, *_ in found)
     return [*names], layers
 

@@ -10,7 +10,8 @@ Inputs: image files, .npy arrays (as train_efficientsam.py reads them), folders 
 .txt lists of them: one path per line, relative to the list's folder or to the working directory.
 Writes for each image, at its own size: NAME_mask.png (palette PNG of class ids, 0 background; classes
 of train_unet.py count from 1), NAME_overlay.png and, where classes may overlap, NAME_mask_CLASS.png
-(0 and 255); also areas.csv (pixels of each class in each image) and, with --coco, annotations.json.
+(0 and 255); also areas.csv (pixels of each class in each image; its id is that in NAME_mask.png)
+and, with --coco, annotations.json.
 NAME is the file's, with its extension and folders where others have the same.
 SAM, SAM 2 and EfficientSAM need prompts, and number what they cut out from 1: each --box is an
 object; the --points together are one, or belong to a single box. --prompts gives those of a folder,
@@ -384,7 +385,7 @@ def predict_batch(loaded, images, args):
 
 
 def write_classes(logits, image, loaded, prefix, annotate):
-    """Writes mask and overlay; returns [class, pixels, ""] of each class.
+    """Writes mask and overlay; returns [id, class, pixels, ""] of each class.
 
     The mask holds the most probable class. Classes that may overlap are numbered from 1, 0 is where
     none has a probability above 0.5; if there are several, each also gets a mask of its own.
@@ -399,13 +400,13 @@ def write_classes(logits, image, loaded, prefix, annotate):
     utils.save_mask(f"{prefix}_mask.png", mask)
     utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, mask))
     found = []
-    for k, name in enumerate(loaded.classes):
-        class_mask = (logits[k] > 0).cpu().numpy() if overlapping else mask == k
+    for k, name in enumerate(loaded.classes, int(overlapping)):
+        class_mask = (logits[k - 1] > 0).cpu().numpy() if overlapping else mask == k
         if overlapping and len(logits) > 1:
-            utils.save_image(f"{prefix}_mask_{name}.png", class_mask * np.uint8(255))
-        found.append([name, np.count_nonzero(class_mask), ""])
-        if overlapping or k:  # background is no object
-            annotate(k + overlapping, class_mask)
+            utils.save_image(f"{prefix}_mask_{utils.file_part(name)}.png", class_mask * np.uint8(255))
+        found.append([k, name, np.count_nonzero(class_mask), ""])
+        if k:  # background is no object
+            annotate(k, class_mask)
     return found
 
 
@@ -648,7 +649,7 @@ def each_object(parts):
 
 
 def write_objects(parts, image, prefix, annotate, all_masks):
-    """Writes mask and overlay; returns [object, pixels, score] of each object.
+    """Writes mask and overlay; returns [id, object, pixels, score] of each object.
 
     The mask holds ids 1, 2 ...; a later object lies above an earlier one.
     """
@@ -656,11 +657,11 @@ def write_objects(parts, image, prefix, annotate, all_masks):
     for k, (masks, scores, best) in enumerate(each_object(parts), 1):
         ids[masks[best]] = k
         annotate(1, masks[best], round(scores[best], 4))
-        rows.append([f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
+        rows.append([k, f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
         if all_masks:  # the last three: SAM and SAM 2 put another mask first
             for i, (mask, score) in enumerate(zip(masks[-3:], scores[-3:]), 1):
                 utils.save_image(f"{prefix}_{k}_{i}.png", mask * np.uint8(255))
-                rows.append([f"object {k} mask {i}", int(mask.sum()), f"{score:.4f}"])
+                rows.append(["", f"object {k} mask {i}", int(mask.sum()), f"{score:.4f}"])
     utils.save_mask(f"{prefix}_mask.png", ids)
     utils.save_image(f"{prefix}_overlay.png", utils.overlay(image, ids))
     return rows
@@ -705,7 +706,7 @@ def plan_outputs(paths, loaded, args):
     """Returns [(name, path)], queries by name, errors; InputError if a file must not be written."""
     endings, prompts, queries, bad = ["_mask.png", "_overlay.png"], {}, {}, []
     if loaded.net.overlapping and len(loaded.classes) > 1:
-        endings += [f"_mask_{name}.png" for name in loaded.classes]
+        endings += [f"_mask_{utils.file_part(name)}.png" for name in loaded.classes]
     if args.prompts:
         prompts = read_all_prompts(args.prompts)
     inputs = [*zip(name_outputs(paths, endings), paths)]
@@ -772,7 +773,7 @@ def write_tables(output_dir, areas, images, annotations, loaded, args):
     """Writes areas.csv and, with --coco, annotations.json."""
     path = output_dir / "areas.csv"
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *areas])
+        csv.writer(file).writerows([["image", "id", "class", "pixels", "share", "score"], *areas])
     if args.coco:
         names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
         names.pop(0, None)  # the background
@@ -815,8 +816,8 @@ def main(args):
             try:
                 for name, path, image, rows in done:
                     height, width = image.shape[:2]
-                    areas += [[name, label, pixels, pixels / (height * width), score]
-                              for label, pixels, score in rows]
+                    areas += [[name, k, label, pixels, f"{pixels / (height * width):.6f}", score]
+                              for k, label, pixels, score in rows]
                     images.append({"id": len(images) + 1, "file_name": path.as_posix(),
                                    "width": width, "height": height})
             except utils.InputError as error:
@@ -831,9 +832,9 @@ def main(args):
     finally:  # however it ends: what has been written is listed
         write_tables(output_dir, areas, images, annotations, loaded, args)
     if len(paths) == 1:
-        for _, name, pixels, share, score in areas:
+        for _, k, name, pixels, share, score in areas:
             rating = f"  score {score}" if score else ""
-            print(f"  {name:>15}  {pixels:12,} pixels  {share:7.2%}{rating}")
+            print(f"  {k:>3}  {name:>15}  {pixels:12,} pixels  {float(share):7.2%}{rating}")
     empty = len(images) - len({row[0] for row in areas})
     if empty and args.everything:
         print(f"note: nothing found in {empty} images; try a lower --min-iou or --min-stability")

@@ -3,8 +3,8 @@
 Command line    ArgumentParser  Obsolete  number  numbers  run  InputError  Stopped
 A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
 Data            split_items  check_items  create_loader  seeded  draw_demo
-Images          list_images  read_lines  nfc  read_image  read_mask  read_binary_mask  image_size
-                save_image  save_mask  overlay  save_panel
+Images          list_images  read_lines  nfc  file_part  read_image  read_mask  read_binary_mask
+                image_size  save_image  save_mask  overlay  save_panel
 Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_rank_first
                 stop_asked  raise_if_stopped  hide_bar
 Internals       scripts call a few
@@ -681,6 +681,11 @@ def read_lines(path):
 def nfc(name):
     """Returns name with each accented letter as one character (NFC): macOS writes them as two."""
     return unicodedata.normalize("NFC", name)
+
+
+def file_part(name):
+    """Returns a class's name as a part of a file's name: without / and what else none may have."""
+    return re.sub(r'[/\\:*?"<>|]', "_", str(name))
 
 
 def read_image(path):

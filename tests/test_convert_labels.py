@@ -506,8 +506,8 @@ def predicted(folder, ids, rows, **masks):
     for name, mask in masks.items():
         utils.save_image(folder / f"p0_mask_{name}.png", mask * np.uint8(255))
     with open(folder / "areas.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"],
-                                    *[["p0", name, 1, 1, ""] for name in rows]])
+        csv.writer(file).writerows([["image", "id", "class", "pixels", "share", "score"],
+                                    *[["p0", k, name, 1, 1, ""] for k, name in rows]])
     return folder
 
 
@@ -516,16 +516,19 @@ def test_predictions_of_each_kind_of_net_keep_their_classes(tmp_path):
     ids = np.where(second, 2, first * 1)  # of train_unet.py's classes from 1, the more probable one
     save_images(tmp_path / "in", "p0.png")
     words = ["--images", tmp_path / "in", "--to", "masks", "--output-dir"]
-    source = predicted(tmp_path / "unet", ids, ["a", "b"], a=first, b=second)
-    assert convert("masks", source, *words, tmp_path / "1")["objects"] == {"a": 1, "b": 1}
+    source = predicted(tmp_path / "unet", ids, [(1, "a"), (2, "b/c")], a=first, b_c=second)
+    assert convert("masks", source, *words, tmp_path / "1")["objects"] == {"a": 1, "b/c": 1}
     assert (read(tmp_path / "1/masks/0", "p0.png")[0] == 255 * first).all()
     assert (read(tmp_path / "1/masks/1", "p0.png")[0] == 255 * second).all()
-    source = predicted(tmp_path / "sam", ids, ["object 1", "object 1 mask 1", "object 2"])
+    source = predicted(tmp_path / "sam", ids, [(1, "object 1"), ("", "object 1 mask 1"), (2, "object 2")])
     assert convert("masks", source, *words, tmp_path / "2")["objects"] == {"object": 2}
     assert (read(tmp_path / "2/masks/0", "p0.png")[0] == 255 * (first | second)).all()
-    source = predicted(tmp_path / "deeplab", ids, ["sky", "a", "b"])
+    source = predicted(tmp_path / "deeplab", ids, [(0, "sky"), (1, "a"), (2, "b")])
     assert convert("masks", source, *words, tmp_path / "3")["objects"] == {"a": 1, "b": 1}
     assert (read(tmp_path / "3/masks/0", "p0.png")[0] == 255 * (first & ~second)).all()
+    (source / "areas.csv").write_text("image,class,pixels\np0,sky,1\n")  # of an earlier version
+    with pytest.raises(utils.InputError, match="areas.csv: has no 'id'; run predict.py again"):
+        convert("masks", source, *words, tmp_path / "4")
 
 
 def test_names_of_predictions_may_be_any_bytes(tmp_path):
@@ -533,7 +536,7 @@ def test_names_of_predictions_may_be_any_bytes(tmp_path):
     (predicted(tmp_path / "out", ids, []) / "p0_mask.png").rename(tmp_path / "out" / f"{name}_mask.png")
     save_images(tmp_path / "in", f"{name}.png")
     with open(tmp_path / "out/areas.csv", "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerow([name, "cat", 1, 1, ""])
+        csv.writer(file).writerow([name, 1, "cat", 1, 1, ""])
     convert("masks", tmp_path / "out", "--images", tmp_path / "in", "--to", "voc", "--output-dir", tmp_path / "data")
     assert utils.read_lines(tmp_path / "data" / VOC / "ImageSets/Segmentation/val.txt") == ["a_b__"]
     assert (tmp_path / "data" / VOC / "JPEGImages/a_b__.png").is_file()
@@ -768,12 +771,8 @@ def test_crowds_stay_crowds_in_coco(tmp_path):
 
 
 def test_what_predict_wrote_becomes_coco(tmp_path):
-    (tmp_path / "out").mkdir()
     mask = rectangle(4, 6, 14, 16) * 1 + rectangle(50, 0, 60, 10) * 1 + lower_triangle() * 2
-    utils.save_mask(tmp_path / "out/p0_mask.png", mask)
-    with open(tmp_path / "out/areas.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["image", "class", "pixels", "share", "score"], *[
-            ["p0", name, 1, 1, ""] for name in ("background", "cat", "dog")]])
+    predicted(tmp_path / "out", mask, enumerate(["background", "cat", "dog"]))
     convert("masks", tmp_path / "out", "--to", "coco", "--rle", "--output-dir", tmp_path / "back")
     found = json.loads((tmp_path / "back/annotations.json").read_text())
     assert found["images"] == [{"id": 1, "file_name": "p0", "width": 60, "height": 48}]

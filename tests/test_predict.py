@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -90,11 +91,13 @@ def test_nothing_is_overwritten_unless_asked(trained, tmp_path):
 def test_overlapping_classes_get_a_mask_each(tmp_path):
     logits = torch.full((2, 1, 3), -1.0)
     logits[0, 0, :2], logits[1, 0, 1:] = 1.0, 2.0  # pixel 0: class a, pixel 1: both, b likelier, pixel 2: b
-    loaded = SimpleNamespace(net=predict.NETS["unet"], classes=["a", "b"])
-    predict.write_classes(logits, np.zeros((1, 3, 3), np.uint8), loaded, tmp_path / "x", lambda *_: None)
+    loaded, given = SimpleNamespace(net=predict.NETS["unet"], classes=["a", "../b:"]), []
+    found = predict.write_classes(logits, np.zeros((1, 3, 3), np.uint8), loaded, tmp_path / "x",
+                                  lambda category, mask: given.append((category, mask.sum())))
+    assert found == [[1, "a", 2, ""], [2, "../b:", 2, ""]] and given == [(1, 2), (2, 2)]  # as in the mask
     assert np.array(Image.open(tmp_path / "x_mask.png")).tolist() == [[1, 2, 2]]
     assert np.array(Image.open(tmp_path / "x_mask_a.png")).tolist() == [[255, 255, 0]]
-    assert np.array(Image.open(tmp_path / "x_mask_b.png")).tolist() == [[0, 255, 255]]
+    assert np.array(Image.open(tmp_path / "x_mask_.._b_.png")).tolist() == [[0, 255, 255]]
 
 
 @pytest.mark.parametrize("make, words", [
@@ -155,11 +158,11 @@ def test_areas_csv_counts_the_pixels_of_the_masks(scenes_run, tmp_path, capsys):
     run("--weights", folder / "run/last.pth", voc(folder, "JPEGImages/scene_0000.jpg"), "--output-dir", tmp_path)
     rows = [line.split(",") for line in (tmp_path / "areas.csv").read_text().splitlines()]
     mask = np.array(Image.open(tmp_path / "scene_0000_mask.png"))
-    assert rows[0] == ["image", "class", "pixels", "share", "score"]
-    assert [row[1] for row in rows[1:]] == ["background", "disc", "square", "triangle"]
-    assert [int(row[2]) for row in rows[1:]] == np.bincount(mask.ravel(), minlength=4).tolist()
-    assert sum(float(row[3]) for row in rows[1:]) == pytest.approx(1)
-    assert "disc" in capsys.readouterr().out
+    assert rows[0] == ["image", "id", "class", "pixels", "share", "score"]
+    assert [row[1:3] for row in rows[1:]] == [["0", "background"], ["1", "disc"], ["2", "square"], ["3", "triangle"]]
+    assert [int(row[3]) for row in rows[1:]] == np.bincount(mask.ravel(), minlength=4).tolist()
+    assert [row[4] for row in rows[1:]] == [f"{(mask == k).mean():.6f}" for k in range(4)]
+    assert re.search("  1 +disc +[0-9,]+ pixels +[0-9.]+%\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("kind", ["unet", "deeplabv3"])
@@ -230,7 +233,7 @@ def test_boxes_give_what_validation_scored(objects_run, tmp_path):
     for name in split:
         ids = np.load(folder / f"gts/{name}.npy").astype(int)
         for k, own in enumerate(np.unique(ids[ids > 0]), 1):
-            scores = [float(row[4]) for row in rows if row[:1] == [name] and row[1].startswith(f"object {k} mask")]
+            scores = [float(row[5]) for row in rows if row[:2] == [name, ""] and row[2].startswith(f"object {k} mask")]
             mask = np.array(Image.open(tmp_path / f"out/{name}_{k}_{np.argmax(scores) + 1}.png")) > 0
             ious.append((mask & (ids == own)).sum() / (mask | (ids == own)).sum())
     assert np.mean(ious) == pytest.approx(figures["val_iou"], abs=1e-4)
@@ -275,9 +278,9 @@ def test_a_list_of_prompts_is_one_object_per_entry(objects_run, tmp_path):
         given = [word for point in points for word in ("--point", point)]
         run("--weights", folder / "run/last.pth", tmp_path / "x.png", *given, *more, "--output-dir", tmp_path / f"{k}")
         (alone,) = (tmp_path / f"{k}/areas.csv").read_text().splitlines()[1:]
-        pixels, found = (int(row.split(",")[2]) for row in (alone, rows[k]))
+        pixels, found = (int(row.split(",")[3]) for row in (alone, rows[k]))
         assert abs(pixels - found) <= 2 and pixels > 0  # several at once are rounded otherwise
-    assert len(rows) == 3
+    assert [row.split(",")[1] for row in rows] == ["1", "2", "3"]
 
 
 # --- SAM ---
@@ -408,7 +411,7 @@ def test_sam2_gives_what_its_net_gives(sam2_file, tmp_path, prompts, points, lab
     found = utils.read_mask(tmp_path / "out/x_mask.png") == 1
     assert (found != masks[best]).mean() < 0.01 and 0 < found.sum() < found.size
     rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
-    assert float(rows[0][4]) == pytest.approx(ious[best], abs=2e-3) and len(rows) == 4
+    assert float(rows[0][5]) == pytest.approx(ious[best], abs=2e-3) and len(rows) == 4
     if len(masks) == 3:
         for k in range(3):
             assert ((utils.read_mask(tmp_path / f"out/x_1_{k + 1}.png") > 0) != masks[k]).mean() < 0.01
@@ -936,15 +939,15 @@ def test_everything_finds_each_object_once(objects_run, tmp_path, monkeypatch):
         own = mask[truth == k]
         assert (own == own[0]).all() and own[0] == [0, 3, 2, 1, 4, 5][k]
     rows = [line.split(",") for line in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
-    assert [int(row[2]) for row in rows] == [(truth == k).sum() for k in (3, 2, 1, 4, 5)]
-    assert all(0.9 < float(row[4]) <= 0.91 for row in rows)  # of the clicks on it, that rated best
+    assert [int(row[3]) for row in rows] == [(truth == k).sum() for k in (3, 2, 1, 4, 5)]
+    assert all(0.9 < float(row[5]) <= 0.91 for row in rows)  # of the clicks on it, that rated best
     found = json.loads((tmp_path / "out/annotations.json").read_text())["annotations"]
     assert len(found) == 5 and len({json.dumps(one["segmentation"]) for one in found}) == 5
     run(*line, "--output-dir", tmp_path / "small", "--min-pixels", 2000)
     assert len((tmp_path / "small/areas.csv").read_text().splitlines()) == 3
     run(*line, "--output-dir", tmp_path / "unsure", "--min-stability", 0, "--min-iou", 0.98)
     rows = [line.split(",") for line in (tmp_path / "unsure/areas.csv").read_text().splitlines()[1:]]
-    assert {row[4] for row in rows} == {"0.9900"} and len(rows) == 5
+    assert {row[5] for row in rows} == {"0.9900"} and len(rows) == 5
 
 
 def test_everything_that_finds_nothing_says_so(objects_run, tmp_path, monkeypatch, capsys):
