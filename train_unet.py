@@ -5,6 +5,7 @@
 
 Data:   DATA_PATH/images/NAME.png (any image), DATA_PATH/masks/0/NAME.png ...: one folder per class,
         which may overlap: 0 background, 255 object. For a single class also DATA_PATH/masks/NAME.png.
+        DATA_PATH/masks/classes.txt, if there is one, names the classes 0, 1 ..., one per line.
         Split 80:20, or validated on --val-path.
 Writes: OUTPUT_DIR/best.pth (best val_iou), model.pth (its bare weights, as the article), last.pth
         (for --resume), log.csv, curves.png, val_samples.png (image | truth | prediction), split.json,
@@ -199,7 +200,28 @@ def find_items(data_path, args):
             raise utils.InputError(f"{path}: {other} has no image file of that name; add it or remove "
                                    "this one (.npy: --mask-ext npy)")
     items = [(name, images[name], [found[name] for found in masks]) for name in sorted(images)]
-    return items, [folder.name for folder in folders]
+    return items, name_classes(root, folders)
+
+
+def name_classes(root, folders):
+    """Returns the folders' class names: line K, from 0, of masks/classes.txt for masks/K.
+
+    A folder that the file does not name, or all if there is none, keep their own.
+    """
+    path, names = root / "classes.txt", {}
+    if path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            raise utils.InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+        names = {str(k): line.strip() for k, line in enumerate(lines) if line.strip()}
+    names = [names.get(folder.name, folder.name) for folder in folders]
+    files = Counter(map(utils.file_part, names))  # predict.py writes one for each
+    clashing = [name for name in names if files[utils.file_part(name)] > 1]
+    if clashing:
+        raise utils.InputError(f"{path}: classes {' and '.join(clashing)} have one name in predict.py's "
+                               "files; give each another")
+    return names
 
 
 def check_item(item, whole):
@@ -219,7 +241,7 @@ def create_loaders(args):
     val_items, val_classes = find_items(args.val_path, args) if args.val_path else (None, classes)
     if val_classes != classes and args.num_classes > 1:
         raise utils.InputError(f"{args.val_path}/masks: classes {val_classes}, but training has "
-                               f"{classes}; use the same names")
+                               f"{classes}; use the same folders and classes.txt")
     train_items, val_items = utils.split_items(items, args, val_items)
     for part in [val_items] if args.test_only else [train_items, val_items]:
         if not any(utils.check_items(check_item, part, args)):

@@ -205,14 +205,26 @@ def test_soft_edges_on_an_empty_or_full_mask(cells):
         assert (train_unet.read_item(item)[1] == (value > 0)).all()
 
 
-def test_classes_in_folders_may_overlap(cells, tmp_path):
+def test_classes_in_folders_may_overlap(cells, tmp_path, capsys):
     for name in ("10", "9", "edge"):
         shutil.copytree(cells / "masks/0", cells / "masks" / name)
     items, classes = train_unet.find_items(cells, options("--num_classes", 4))
     assert classes == ["0", "9", "10", "edge"]
+    lines = ["\ufeffperson ", *["x"] * 8, "", "\u72d7/dog", "y"]  # of 0 to 11; as convert_labels.py writes them
+    (cells / "masks/classes.txt").write_bytes("\r\n".join(lines).encode())
     figures = train(cells, tmp_path / "run", "--num_classes", 4, "--epochs", 1)
-    assert len(figures["class_iou"]) == 4
-    assert torch.load(tmp_path / "run/best.pth", weights_only=True)["classes"] == classes
+    assert len(figures["class_iou"]) == 4 and "  class person over the set: IoU " in capsys.readouterr().out
+    checkpoint = torch.load(tmp_path / "run/best.pth", weights_only=True)
+    assert checkpoint["classes"] == ["person", "9", "\u72d7/dog", "edge"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("cat\ncat\n", ["classes cat and cat have one name"]), ("a/b\na_b", ["classes a/b and a_b have one name"]),
+    ("1\n", ["classes 1 and 1 have one name"]), (b"\xff\xfec\0", ["not UTF-8 text; save it as UTF-8"])])
+def test_names_of_classes_that_cannot_be(cells, text, words):
+    shutil.copytree(cells / "masks/0", cells / "masks/1")
+    (cells / "masks/classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refuses(cells, cells / "masks/classes.txt", *words, more=["--num-classes", 2])
 
 
 def test_masks_may_lie_without_a_class_folder(cells):
@@ -492,7 +504,13 @@ def test_classes_of_training_and_validation_must_agree(cells, tmp_path):
     for folder, names in ((cells, ("cell", "edge")), (tmp_path / "val", ("cell", "rim"))):
         shutil.copytree(folder / "masks/0", folder / "masks" / names[1])
         (folder / "masks/0").rename(folder / "masks" / names[0])
-    refuses(cells, "['cell', 'rim']", "['cell', 'edge']", more=["--num-classes", 2, "--val-path", tmp_path / "val"])
+    more = ["--num-classes", 2, "--val-path", tmp_path / "val"]
+    refuses(cells, "['cell', 'rim']", "['cell', 'edge']", more=more)
+    for folder, names in ((cells, "cat\ndog"), (tmp_path / "val", "dog\ncat")):
+        for k, path in enumerate(sorted(path for path in (folder / "masks").iterdir() if path.is_dir())):
+            path.rename(folder / f"masks/{k}")
+        (folder / "masks/classes.txt").write_text(names)
+    refuses(cells, "['dog', 'cat']", "['cat', 'dog']; use the same folders and classes.txt", more=more)
 
 
 def test_testing_on_other_images_or_at_another_size_is_said(cells, tmp_path, capsys):
