@@ -12,6 +12,8 @@ Reads:  coco     a json file: polygons, run lengths (compressed or not), crowds
                  classes in classes.txt or data.yaml, else in --classes
         masks    a folder with images/ and masks/ (0 and 255), or an --output-dir of predict.py:
                  each connected part of a class is an object
+        dsb     a folder per image, as the 2018 Data Science Bowl has them: ID/images/ID.png and
+                ID/masks/*.png (0 and 255), each mask a nucleus; NAME is ID
 Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), masks/classes.txt
         voc      VOCdevkit/VOC2012/: JPEGImages, SegmentationClass, SegmentationObject,
                  ImageSets/Segmentation/train.txt and val.txt, class_names.json
@@ -58,6 +60,7 @@ IGNORED = "__ignore__"  # LabelMe's name of areas that are neither class nor bac
 LABELME_POINTS = {  # of LabelMe's and X-AnyLabeling's shapes: how many points they may have
     "rectangle": (2, 4, 5), "oriented_rectangle": (4, 5), "rotation": (4, 5),
     "quadrilateral": (4, 5), "circle": (2,), "ellipse": (2, 3, 4), "mask": (2,)}
+BOXES = "boxes of {}, no polygons, left out (predict.py --prompts makes masks of boxes)"
 BAD_VALUES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, cv2.error)
 
 
@@ -67,7 +70,7 @@ def get_args_parser():
     parser = utils.ArgumentParser(__doc__.splitlines()[0],
                                   "%(prog)s KIND INPUT --to LAYOUT [LAYOUT ...] [options]")
     add = parser.add_argument
-    add("kind", choices=list(READERS), help="what INPUT is: coco, labelme, yolo or masks")
+    add("kind", choices=list(READERS), help=f"what INPUT is: {', '.join(READERS)}")
     add("input", metavar="INPUT", help="json file, or folder")
     add("--to", nargs="+", required=True, choices=list(TARGETS),
         help="one or several: masks (for train_unet.py), voc (train_deeplabv3.py), npy "
@@ -223,6 +226,10 @@ def draw_ellipse(mask, points):
     mask |= np.hypot((x * ax + y * ay) / a / a, (x * ay - y * ax) / a / b) <= 1
 
 
+class BoxError(ValueError):
+    """Raised in place of drawing an object that has a box but no outline."""
+
+
 def draw_yolo(values, mask):
     """Draws a polygon [x, y, x, y ...] in fractions of the image's width and height."""
     if len(values) in (4, 5):  # a fifth number is a confidence
@@ -237,8 +244,12 @@ def draw_yolo(values, mask):
 
 
 def refuse_box(mask):
-    """Raises ValueError, in place of drawing an object that has a box but no outline."""
-    raise ValueError("a box, not a polygon; predict.py --prompts makes masks of boxes")
+    raise BoxError
+
+
+def draw_file(path, mask):
+    """Draws a mask file of the same size."""
+    mask |= utils.read_binary_mask(path)
 
 
 def draw_part(left, top, part, mask):
@@ -264,6 +275,7 @@ class Item(NamedTuple):
     path: Path | None  # None if there is no such image
     size: tuple  # (width, height) as the annotations say, None where they do not
     load: Callable
+    name: str = ""  # in the layouts, if it is not that of the file
 
 
 class Notes(dict):
@@ -368,8 +380,9 @@ def check_parts(root, folder):
     """Raises InputError if not root but its parts, as train/ and valid/, have such a folder."""
     parts = sorted(str(path.parent) for path in root.glob(f"*/{folder}") if path.is_dir())
     if parts:
+        hint = " (dsb, if each has one image)" if folder == "masks" else ""
         raise utils.InputError(f"{root}: has no {folder}/, but its parts have; convert each on its "
-                               f"own: {', '.join(parts)}")
+                               f"own{hint}: {', '.join(parts[:3])}{' ...' if parts[3:] else ''}")
 
 
 def find_image(folder, name):
@@ -641,7 +654,44 @@ def load_masks(layers):
     return objects
 
 
-READERS = {"coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "masks": read_masks}
+def read_dsb(args, notes):
+    """Returns the name of the class and the Items of a folder that holds a folder per image."""
+    root, items = Path(args.input), []
+    if args.images:
+        raise utils.InputError("--images: those of dsb are in INPUT; leave it out")
+    folders = {path.parent for sub in ("images", "masks") for path in root.glob(f"*/{sub}")}
+    folders = [folder for folder in sorted(folders) if folder.name[0] != "."]
+    for folder in tqdm(folders, "reading", leave=False, disable=utils.hide_bar()):
+        utils.raise_if_stopped()
+        images, masks = [list_folder(folder / sub) for sub in ("images", "masks")]
+        if masks is None:
+            notes.add("images without masks/, left out (an empty one says: no object)", folder)
+            continue
+        path = images[0] if images else None
+        if images and len(images) > 1:
+            raise utils.InputError(f"{images[1]}: a second image beside {path.name}; keep the one "
+                                   "that the masks are of")
+        for mask in masks:
+            if path and utils.image_size(mask) != utils.image_size(path):
+                sizes = ["{}x{}".format(*utils.image_size(file)) for file in (mask, path)]
+                raise utils.InputError(f"{mask}: {sizes[0]} pixels, but {path} has {sizes[1]}; save "
+                                       "both at one size")
+        objects = [Object("nucleus", mask, [partial(draw_file, mask)]) for mask in masks]
+        file = (path or folder / "images").relative_to(root).as_posix()
+        items.append(Item(file, path, (None, None), objects.copy, folder.name))
+    if not items:
+        raise utils.InputError(f"{root}: no folder in it has images/ and masks/; give one that holds "
+                               "a folder per image, as stage1_train")
+    return ["nucleus"], items
+
+
+def list_folder(folder):
+    """Returns the image files of a folder, None if there is no such folder."""
+    return [*utils.list_images(folder).values()] if folder.is_dir() else None
+
+
+READERS = {"coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "masks": read_masks,
+           "dsb": read_dsb}
 
 
 # --- COCO ---
@@ -712,15 +762,17 @@ def draw_objects(item, size, view, classes, notes):
         if obj.name not in classes and not is_ignored:
             notes.add("objects of other classes, left out", obj.name)
             continue
-        mask, reasons = np.zeros(size[::-1], bool), []
+        mask, errors = np.zeros(size[::-1], bool), []
         for draw in obj.shapes:
             try:
                 draw(view(mask))
             except BAD_VALUES as error:
-                reasons.append(reason(error))
+                errors.append(error)
         window, part = crop(mask)
-        if reasons:
-            notes.add("objects with shapes that cannot be used", f"{obj.where}: {reasons[0]}")
+        if errors and isinstance(errors[0], BoxError):
+            notes.add(BOXES.format(obj.name), obj.where)
+        elif errors:
+            notes.add("objects with shapes that cannot be used", f"{obj.where}: {reason(errors[0])}")
         elif not part.size:
             notes.add("objects that cover no pixel, left out", obj.where)
         if part.size:
@@ -836,7 +888,7 @@ def find_images(items, args, notes):
         if item.path in paths:
             raise utils.InputError(f"{args.input}: two entries of {item.path}; make them one")
         paths |= {item.path} - {None}
-        name = output_name(file)
+        name = output_name(item.name or file.with_suffix("").as_posix())
         while name.casefold() in found:
             name += "_2"
         found[name.casefold()] = name, item, file, size, view
@@ -866,10 +918,9 @@ def find_view(item, size, args, notes):
     return view
 
 
-def output_name(file):
+def output_name(path):
     """Returns an image's name in the layouts: a line that reading a list leaves as it is."""
-    parts = re.split(r"[/\\:]", file.with_suffix("").as_posix())
-    name = "_".join(part for part in parts if part.strip(". "))
+    name = "_".join(part for part in re.split(r"[/\\:]", path) if part.strip(". "))
     name = utils.nfc("".join(letter if letter.isprintable() else "_" for letter in name))
     return name.encode()[-200:].decode(errors="ignore").strip(". ") or "image"
 
@@ -951,6 +1002,11 @@ def main(args):
             notes.add("classes without an object", name)
     for what, (count, *first) in notes.items():
         print(f"note: {what}: {count} ({'; '.join(first)}{'; ...' if count > 2 else ''})")
+    boxes = [name for name in classes if not counts[name] and BOXES.format(name) in notes]
+    if boxes:
+        raise utils.InputError(f"{args.input}: {', '.join(boxes)}: has only boxes, no polygons; export "
+                               "polygons (segmentation), make masks by predict.py --prompts, or leave "
+                               "the class out with --classes")
     if not counts.total():
         raise utils.InputError(f"{args.input}: no object in {len(found)} images; see the notes")
     return {"images": len(found), "objects": dict(counts)}

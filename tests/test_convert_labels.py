@@ -262,8 +262,8 @@ def test_yolo_polygons_to_the_pixel(tmp_path, capsys, names):
     assert not read(tmp_path / "data/masks/1", "train_p1.png")[0].any()
     assert (tmp_path / "data/images/train_p1.jpg").read_bytes() == (root / "images/train/p1.jpg").read_bytes()
     out = capsys.readouterr().out
-    assert "images without a .txt" in out and "bare.png" in out and "line 4 of" in out and "a box, not a polygon" in out
-    assert "line 5 of" in out and "is not in 0..1" in out
+    assert "images without a .txt" in out and "bare.png" in out and "boxes of cat, no polygons, left out" in out
+    assert "line 4 of" in out and "line 5 of" in out and "is not in 0..1" in out
     assert "lines without a class of 0 to 1, left out: 1" in out and "line 6 of" in out
     assert "images without an object: 1" in out
     images = json.loads((tmp_path / "data/annotations.json").read_text())["images"]
@@ -673,15 +673,113 @@ def test_yolo_classes_may_be_written_as_floats(tmp_path, capsys, word, taken):
 
 def test_confidences_and_boxes_are_said(tmp_path, capsys):
     source = yolo(tmp_path / "set", [f"0 {outline(BOX)} 0.9", "1 0.5 0.5 0.2 0.2 0.9"])
-    with pytest.raises(utils.InputError, match="no object in 1 images; see the notes"):
+    with pytest.raises(utils.InputError, match="set: dog: has only boxes, no polygons; export polygons"):
         convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
-    assert note(capsys, "cannot be used: 2 (line 1 of", "p0.txt: a box, not a polygon; predict.py --prompts",
-                "p0.txt: 9 numbers are no pairs x y; if the last is a confidence, save the labels without")
+    out = capsys.readouterr().out
+    assert "cannot be used: 1 (line 1 of" in out and "9 numbers are no pairs x y; if the last is a confid" in out
+    assert "note: boxes of dog, no polygons, left out (predict.py --prompts makes masks of boxes): 1 (line 2 of" in out
     save_images(tmp_path, "p0.png")
     box = {"bbox": [4, 6, 10, 10]}
     path = coco(tmp_path, [(0, 5, [], box), (0, 5, [[]], box), (0, 5, None, box), (0, 5, [BOX], box)])
     assert convert("coco", path, "--to", "npy", "--output-dir", tmp_path / "data")["objects"] == {"cat": 1, "dog": 0}
-    assert note(capsys, "cannot be used: 3 (annotation 1 of p0.png: a box, not a polygon; predict.py --prompts")
+    assert note(capsys, "boxes of cat, no polygons", ": 3 (annotation 1 of p0.png; annotation 2 of p0.png; ...)")
+
+
+@pytest.mark.parametrize("kind", ["yolo", "coco"])
+def test_a_class_that_has_only_boxes_is_refused(tmp_path, kind):
+    """As of a detector's labels; a class without any object is none of these."""
+    if kind == "yolo":
+        source = yolo(tmp_path / "set", [f"1 {outline(BOX)}", "0 0.5 0.5 0.2 0.2", "2 0.5 0.5 0.2 0.2"], "cat,dog,cow,x")
+    else:
+        save_images(tmp_path, "p0.png")
+        box = {"bbox": [4, 6, 10, 10]}
+        source = coco(tmp_path, [(0, 2, [BOX]), (0, 1, [], box), (0, 3, [], box)],
+                      categories=[(1, "cat"), (2, "dog"), (3, "cow"), (4, "x")])
+    words = [kind, source, "--to", "masks", "--output-dir", tmp_path / "data"]
+    with pytest.raises(utils.InputError, match=": cat, cow: has only boxes, .* leave the class out with --classes$"):
+        convert(*words)
+    assert convert(*words, "--classes", "dog,x", "--overwrite")["objects"] == {"dog": 1, "x": 0}
+
+
+# --- A folder per image ---
+
+def dsb(folder, *masks, name="p0", image="p0.png"):
+    """A folder of the 2018 Data Science Bowl's kind: one image, a mask for each nucleus."""
+    save_images(folder / name / "images", image)
+    (folder / name / "masks").mkdir()
+    for k, mask in enumerate(masks):
+        utils.save_image(folder / name / f"masks/{k}f.png", mask * np.uint8(255))
+    return folder
+
+
+def test_nuclei_of_a_folder_per_image_to_the_pixel(tmp_path, capsys):
+    first, second, inner = rectangle(4, 6, 14, 16), rectangle(10, 10, 30, 20), rectangle(20, 12, 24, 16)
+    source = dsb(tmp_path / "set", first, second | rectangle(50, 40, 52, 42), inner, ~rectangle(0, 0, 60, 48))
+    dsb(source, name="v1.2", image="x.tif")
+    (source / "v1.2/masks/.DS_Store").write_bytes(b"x")
+    for name in ("v1.2/extra", "other/images", ".hidden/masks", "no image/masks", "empty/masks", "empty/images"):
+        (source / name).mkdir(parents=True)
+    (source / "stage1_train_labels.csv").write_text("ImageId\n")
+    image = np.dstack([np.random.default_rng(0).integers(0, 256, (*SIZE, 3)), np.zeros(SIZE)]).astype(np.uint8)
+    Image.fromarray(image).save(source / "p0/images/p0.png")  # transparent everywhere
+    found = convert("dsb", source, "--to", "masks", "voc", "npy", "coco", "--output-dir", tmp_path / "data")
+    assert found == {"images": 2, "objects": {"nucleus": 3}}
+    data, both = tmp_path / "data", second | rectangle(50, 40, 52, 42)
+    assert (read(data / "masks/0", "p0.png")[0] == 255 * (first | both)).all()
+    ids = np.load(data / "gts/p0.npy")  # where they overlap, the smaller one
+    assert (ids == np.where(inner, 3, np.where(first, 1, both * 2))).all()
+    assert (np.load(data / "imgs/p0.npy") == image[..., :3]).all()
+    assert (read(data / VOC / "SegmentationClass", "p0.png")[0] == (first | both)).all()
+    assert not read(data / "masks/0", "v1.2.png")[0].any() and (data / "images/v1.2.tif").is_file()
+    assert (data / "masks/classes.txt").read_text() == "nucleus\n"
+    text = json.loads((data / "annotations.json").read_text())
+    assert [one["file_name"] for one in text["images"]] == ["p0/images/p0.png", "v1.2/images/x.tif"]
+    out = capsys.readouterr().out
+    assert "note: images without masks/, left out (an empty one says: no object): 1 (" in out and "set/other)" in out
+    assert "images that are not there, left out: 2 (empty/images; no image/images)" in out
+    assert "objects that cover no pixel, left out: 1 (" in out and "masks/3f.png)" in out
+    assert "images without an object: 1 (v1.2/images/x.tif)" in out and ".hidden" not in out
+
+
+@pytest.mark.parametrize("case, message", [
+    ("size", "p0/masks/1f.png: 30x24 pixels, but .*p0/images/p0.png has 60x48; save both at one size$"),
+    ("two", "p0/images/q.jpg: a second image beside p0.png; keep the one that the masks are of$"),
+    ("ids", "p0/masks/0f.png: has values 0, 1 ...; a mask holds 0 .* and 255"),
+    ("cut", "p0/masks/0f.png: truncated or unreadable"),
+    ("above", "above: no folder in it has images/ and masks/; give one that holds a folder per image, as stage1_train$"),
+    ("images", "--images: those of dsb are in INPUT; leave it out$"),
+    ("masks", r"set: has no masks/, but its parts have; .* \(dsb, if each has one image\): .*/p0, .*/p1, .*/p2 ...$")])
+def test_a_folder_per_image_that_cannot_be(tmp_path, case, message):
+    source, kind, options, masks = tmp_path / "above/set", "dsb", [], tmp_path / "above/set/p0/masks"
+    for k in range(4):
+        dsb(source, rectangle(4, 6, 14, 16), name=f"p{k}")
+    if case == "size":
+        utils.save_image(masks / "1f.png", np.zeros((24, 30), np.uint8))
+    elif case == "two":
+        save_images(source, "p0/images/q.jpg")
+    elif case == "ids":
+        utils.save_image(masks / "0f.png", rectangle(4, 6, 14, 16) * np.uint8(1))
+    elif case == "cut":
+        (masks / "0f.png").write_bytes((masks / "0f.png").read_bytes()[:60])
+    elif case == "above":
+        source = tmp_path / "above"
+    elif case == "images":
+        options = ["--images", source]
+    elif case == "masks":
+        kind = "masks"
+    with pytest.raises(utils.InputError, match=message):
+        convert(kind, source, *options, "--to", "masks", "--output-dir", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_real_nuclei_of_a_folder_per_image(real_data, tmp_path):
+    """As another program made masks of the same images."""
+    found = convert("dsb", real_data / "dsb2018_raw/stage1_train", "--to", "masks", "npy", "--output-dir", tmp_path)
+    assert found == {"images": 12, "objects": {"nucleus": 427}}
+    for path in (tmp_path / "masks/0").iterdir():
+        assert (utils.read_mask(path) == utils.read_mask(real_data / f"nuclei/masks/0/{path.stem[:12]}.png")).all()
+        count = len([*(real_data / f"dsb2018_raw/stage1_train/{path.stem}/masks").iterdir()])
+        assert len(np.unique(np.load(tmp_path / f"gts/{path.stem}.npy"))) == 1 + count
 
 
 @pytest.mark.parametrize("counts", [[0.5, 2879.5], ["2880"], [[2880]], [-1, 2881], {"a": 1}, [1], "", None, 5])
@@ -707,7 +805,7 @@ def test_a_data_set_in_parts_names_the_parts(tmp_path, kind):
     (tmp_path / "set/data.yaml").write_text("train: ../train/images\nnc: 2\nnames: ['cat', 'dog']\n")
     (tmp_path / "set/README.roboflow.txt").write_text("1 image\n")
     folder = "labels" if kind == "yolo" else "masks"
-    with pytest.raises(utils.InputError, match=f"set: has no {folder}/, but its parts have; convert each on its own: "
+    with pytest.raises(utils.InputError, match=f"set: has no {folder}/, but its parts have; convert each on its own.*: "
                                                ".*set/test, .*set/train, .*set/valid$"):
         convert(kind, tmp_path / "set", "--to", "coco", "--output-dir", tmp_path / "data")
     found = convert(kind, tmp_path / "set/valid", "--to", "coco", "--output-dir", tmp_path / "data")
