@@ -13,11 +13,9 @@ Writes: OUTPUT_DIR/best.pth (best val_box_iou) and last.pth (for --resume), both
         val_samples.png (image with prompts | truth | by box | by click), split.json, args.json.
         --cache-dir: the embeddings, one file per image.
 """
-import hashlib
 import itertools
 import json
 import math
-import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -134,7 +132,7 @@ class VOCObjects(torch.utils.data.Dataset):
     def features(self, index, mirrored):
         if self.embeddings:
             try:
-                return load_embedding(self.embeddings[index % len(self), mirrored])
+                return utils.load_embedding(self.embeddings[index % len(self), mirrored])
             except utils.InputError as error:
                 raise utils.InputError(f"{error}: --resume auto makes it again") from None
         return read_input(self.items[index], mirrored, self.args)
@@ -442,98 +440,14 @@ def embed(model, features, dtype):
     return features.float() if features.dtype == torch.float16 else encode(model, features, dtype)
 
 
-@torch.no_grad()
 def cache_embeddings(model, datasets, run, args):
-    """Makes the embeddings of the data sets' images that are not yet on disk; each process its part.
+    """Keeps the embeddings of the data sets' images on disk, in half precision."""
+    def key(image, mirrored):
+        return f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
 
-    A file is named by the image's bytes, the encoder's weights, the size and the precision: none is
-    ever taken for another. Damaged ones are made again. Stopped and started again, it goes on.
-    """
-    folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
-    folder.mkdir(parents=True, exist_ok=True)
-    rank, world_size = utils.ranks()
-    images = {}  # path of each embedding: its image and whether that is mirrored
-    for dataset in datasets:
-        hashes = {}
-        for index in tqdm(range(rank, len(dataset), world_size), "embeddings", leave=False,
-                          disable=utils.hide_bar()):
-            if utils.stop_asked():  # all processes leave together
-                break
-            hashes[index] = hashlib.sha256(dataset.items[index][1].read_bytes()).hexdigest()
-        utils.raise_if_stopped(run.device)
-        for index, image in utils.merge_over_ranks(hashes).items():
-            for mirrored in (False, True) if dataset.augment and args.flip else (False,):
-                key = f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
-                path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pth"
-                dataset.embeddings[index, mirrored] = path
-                images[path] = dataset.items[index], mirrored
-    missing = []
-    for path in [*images][rank::world_size]:
-        if utils.stop_asked():
-            break
-        if not is_whole(path):
-            missing.append(path)
-    utils.raise_if_stopped(run.device)
     numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
-    count = int(utils.sum_over_ranks(torch.tensor(float(len(missing)), device=run.device)))
-    needed, free = 2 * numbers * count / 1e9, shutil.disk_usage(folder).free / 1e9
-    if count:
-        print(f"making {count} embeddings, {needed:.2f} GB, in {folder}")
-    if needed > free:
-        raise utils.InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
-                               "another --cache-dir, or --no-cache")
-    loader = torch.utils.data.DataLoader(
-        Pending([images[path] for path in missing], args),
-        batch_size=1 if run.device.type == "cpu" else 8, num_workers=args.workers,
-        worker_init_fn=utils.ignore_group_signals, pin_memory=run.device.type == "cuda")
-    paths = iter(missing)
-    with tqdm(total=len(missing), desc="encoding", leave=False, disable=utils.hide_bar()) as bar:
-        for batch in loader:
-            embeddings = encode(model, batch.to(run.device, non_blocking=run.pinned), run.dtype)
-            for embedding in embeddings.half().cpu():
-                utils.save_checkpoint(next(paths), {"embedding": embedding.clone()})
-            bar.update(len(batch))
-            if utils.stop_asked():  # all processes leave together, below
-                break
-    utils.raise_if_stopped(run.device)
-    utils.wait_for_ranks()
-    if not all(path.exists() for path in images):
-        raise utils.InputError(f"{folder}: holds this host's embeddings alone; give all hosts one "
-                               "--cache-dir")
-
-
-class Pending(torch.utils.data.Dataset):
-    """Prepares the images that have no embedding yet for the encoder."""
-
-    def __init__(self, missing, args):
-        self.missing, self.args = missing, args
-
-    def __len__(self):
-        return len(self.missing)
-
-    def __getitem__(self, index):
-        return read_input(*self.missing[index], self.args)
-
-
-def is_whole(path):
-    """Returns whether there is a good embedding; a damaged one is reported."""
-    if not path.exists():
-        return False
-    try:
-        load_embedding(path)
-    except utils.InputError as error:
-        print(f"note: {error}: made again")
-        return False
-    return True
-
-
-def load_embedding(path):
-    """Reads an embedding (D, E, E) in half precision; InputError if the file is damaged."""
-    found = utils.load_checkpoint(path)
-    embedding = found.get("embedding") if isinstance(found, dict) else None
-    if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
-        raise utils.InputError(f"{path}: not an embedding")
-    return embedding
+    utils.cache_embeddings(datasets, key, read_input, lambda images: encode(model, images, run.dtype),
+                           numbers, run)
 
 
 # --- Loss ---

@@ -3,6 +3,7 @@
 Command line    ArgumentParser  Obsolete  number  numbers  run  InputError  Stopped
 A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
 Data            split_items  check_items  create_loader  seeded  draw_demo
+Embeddings      cache_embeddings  load_embedding
 Images          list_images  read_lines  nfc  file_part  read_image  read_mask  read_binary_mask
                 image_size  save_image  save_mask  overlay  save_panel
 Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_rank_first
@@ -637,6 +638,105 @@ def save_checkpoint(path, state):
         raise InputError(f"{path}: cannot be written ({error.strerror}): {needed:.1f} MB needed, "
                          f"{free:.1f} MB free; the previous file is intact (make room, then "
                          "--resume auto)") from None
+
+
+# --- Embeddings ---
+
+@torch.no_grad()
+def cache_embeddings(datasets, key, read_input, encode, numbers, run):
+    """Makes the embeddings of the data sets' images that are not yet on disk; each process its part.
+
+    A file is named by key(hash of the image's bytes, mirrored), a text of all that the embedding
+    depends on: none is ever taken for another. Each data set gets embeddings {(index, mirrored): file};
+    mirrored ones too, if it has `augment` and --flip is on. read_input(item, mirrored, args) -> what
+    the encoder sees; encode(batch) -> embeddings (B, D, E, E) of `numbers` numbers each. Damaged ones
+    are made again. Stopped and started again, it goes on.
+    """
+    args = run.args
+    folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, world_size = ranks()
+    images = {}  # path of each embedding: its image and whether that is mirrored
+    for dataset in datasets:
+        hashes = {}
+        for index in tqdm(range(rank, len(dataset), world_size), "embeddings", leave=False,
+                          disable=hide_bar()):
+            if stop_asked():  # all processes leave together
+                break
+            hashes[index] = hashlib.sha256(dataset.items[index][1].read_bytes()).hexdigest()
+        raise_if_stopped(run.device)
+        for index, image in merge_over_ranks(hashes).items():
+            for mirrored in (False, True) if dataset.augment and args.flip else (False,):
+                name = hashlib.sha256(key(image, mirrored).encode()).hexdigest()[:32]
+                path = folder / f"{name}.pth"
+                dataset.embeddings[index, mirrored] = path
+                images[path] = dataset.items[index], mirrored
+    missing = []
+    for path in [*images][rank::world_size]:
+        if stop_asked():
+            break
+        if not is_whole(path):
+            missing.append(path)
+    raise_if_stopped(run.device)
+    count = int(sum_over_ranks(torch.tensor(float(len(missing)), device=run.device)))
+    needed, free = 2 * numbers * count / 1e9, shutil.disk_usage(folder).free / 1e9
+    if count:
+        print(f"making {count} embeddings, {needed:.2f} GB, in {folder}")
+    if needed > free:
+        raise InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
+                         "another --cache-dir, or --no-cache")
+    loader = torch.utils.data.DataLoader(
+        Pending([images[path] for path in missing], read_input, args),
+        batch_size=1 if run.device.type == "cpu" else 8, num_workers=args.workers,
+        worker_init_fn=ignore_group_signals, pin_memory=run.device.type == "cuda")
+    paths = iter(missing)
+    with tqdm(total=len(missing), desc="encoding", leave=False, disable=hide_bar()) as bar:
+        for batch in loader:
+            embeddings = encode(batch.to(run.device, non_blocking=run.pinned))
+            for embedding in embeddings.half().cpu():
+                save_checkpoint(next(paths), {"embedding": embedding.clone()})
+            bar.update(len(batch))
+            if stop_asked():  # all processes leave together, below
+                break
+    raise_if_stopped(run.device)
+    wait_for_ranks()
+    if not all(path.exists() for path in images):
+        raise InputError(f"{folder}: holds this host's embeddings alone; give all hosts one "
+                         "--cache-dir")
+
+
+class Pending(torch.utils.data.Dataset):
+    """Prepares the images that have no embedding yet for the encoder."""
+
+    def __init__(self, missing, read_input, args):
+        self.missing, self.read_input, self.args = missing, read_input, args
+
+    def __len__(self):
+        return len(self.missing)
+
+    def __getitem__(self, index):
+        return self.read_input(*self.missing[index], self.args)
+
+
+def is_whole(path):
+    """Returns whether there is a good embedding; a damaged one is reported."""
+    if not path.exists():
+        return False
+    try:
+        load_embedding(path)
+    except InputError as error:
+        print(f"note: {error}: made again")
+        return False
+    return True
+
+
+def load_embedding(path):
+    """Reads an embedding (D, E, E) in half precision; InputError if the file is damaged."""
+    found = load_checkpoint(path)
+    embedding = found.get("embedding") if isinstance(found, dict) else None
+    if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
+        raise InputError(f"{path}: not an embedding")
+    return embedding
 
 
 # --- Images ---

@@ -481,7 +481,7 @@ def test_an_image_in_two_data_sets_is_encoded_once(instances, tmp_path, capsys):
 
 
 def test_a_full_disk_is_said_beforehand(instances, tmp_path, monkeypatch):
-    monkeypatch.setattr(script_.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     refuses(instances, "GB needed, 0.00 GB free", "--cache-dir", "--no-cache")
 
 
