@@ -5,16 +5,21 @@
 
 Prints one URL; open it in a browser. On a server: ssh -L 8000:127.0.0.1:8000, and --port 8000.
 Left click: object, right click or shift: background, drag: box, u: undo, enter: next object,
-arrows: next or previous image, s: save. --compare shows a second net's masks beside the first's.
+1 to 9: its class, of --classes, arrows: next or previous image, s: save. Wheel: zoom, space or the
+middle button and drag: move, 0: all of it. --compare shows a second net's masks beside the first's.
 Writes OUTPUT_DIR/prompts.json after each click (predict.py --prompts makes the same masks of it) and,
-on s and when stopped by Ctrl-C, images and masks of ids in the layout of a training script:
+on s and when stopped by Ctrl-C, images and masks in the layout of a training script:
 npy     of train_efficientsam.py: imgs/NAME.ext, gts/NAME.png
 voc     of finetune_sam_decoder.py --year 2012: VOCdevkit/VOC2012/ with JPEGImages/NAME.ext,
-        SegmentationObject/NAME.png, ImageSets/Segmentation/train.txt and val.txt (every fifth)
-A later object lies above an earlier one. Started again on the same folder, it continues;
-unsaved.json names images whose masks are older than prompts.json.
-Copying: this script, predict.py, utils.py and the folder nets/.
+        SegmentationObject/NAME.png, ImageSets/Segmentation/train.txt and val.txt (one of five); with
+        --classes also of train_deeplabv3.py: SegmentationClass/NAME.png, class_names.json
+masks   of train_unet.py: images/NAME.ext, masks/0/NAME.png ... of each class; with --classes also
+        masks/classes.txt
+A later object lies above an earlier one; in masks both are whole. Started again on the same folder,
+it continues; unsaved.json names images whose masks are older than prompts.json.
+Copying: this script, annotate.html, predict.py, utils.py and the folder nets/.
 """
+import argparse
 import base64
 import functools
 import hmac
@@ -42,7 +47,11 @@ from nets import efficient_sam, sam, sam2
 
 NAMES = [*efficient_sam.WEIGHTS, *sam.WEIGHTS, *sam2.WEIGHTS]  # of official weights
 VOC = "VOCdevkit/VOC2012"
-LAYOUTS = {"npy": ("imgs", "gts"), "voc": (f"{VOC}/JPEGImages", f"{VOC}/SegmentationObject")}
+LAYOUTS = {"npy": ("imgs", ["gts"]),
+           "voc": (f"{VOC}/JPEGImages", [f"{VOC}/SegmentationObject", f"{VOC}/SegmentationClass"]),
+           "masks": ("images", [f"masks/{k}" for k in range(9)])}
+COLOURS = ["#e0483e", "#3a9c4e", "#3f74d1", "#eaa221", "#9a55c4", "#2fb3b8", "#e47fb5", "#96683a",
+           "#85858a"]  # of --classes
 SCREEN = 1600      # longer side, in pixels, of what the page shows; what is saved is not scaled
 MAX_BODY = 65536   # bytes of a request
 MAX_PROMPTS = 100  # of one object; boxes that a later one replaced are among them
@@ -65,10 +74,22 @@ def get_args_parser():
         help="also show the masks of this one; those of --weights are saved")
     add("--compare-model", choices=NAMES, help="the net of an official file --compare")
     add("--output-dir", default="annotations", help="folder for prompts and masks (%(default)s)")
-    add("--to", choices=list(LAYOUTS), help="layout to write (npy with EfficientSAM, else voc)")
+    add("--classes", type=class_names, default=[], metavar="NAME[,NAME...]",
+        help="names of up to nine classes, for the keys 1 to 9")
+    add("--to", choices=list(LAYOUTS),
+        help="layout to write (npy, without classes, with EfficientSAM and no --classes, else voc)")
     add("--port", type=utils.number(int, 0, 65535), default=0, help="of 127.0.0.1 (a free one)")
     parser.add_device_options()
     return parser
+
+
+def class_names(text):
+    """"cat,dog" -> their list."""
+    names = [" ".join(name.split()) for name in text.split(",")]
+    if len(names) > len(COLOURS) or "" in names or len({*names, "background"}) <= len(names):
+        raise argparse.ArgumentTypeError(f"{text} must be one to nine different names with commas "
+                                         "between, none of them background")
+    return names
 
 
 # --- Model ---
@@ -97,15 +118,18 @@ class Refused(Exception):
 
 
 class Annotation:
-    """Holds an image's objects, each a list of prompts in pixels: [x, y, label], [x0, y0, x1, y1].
+    """Holds an image's objects: each has a class, or None, and prompts in pixels.
 
-    The last object is the current one and may be empty; of an object's boxes the last counts. version
-    counts the changes: a tab that has not seen the last one changes nothing.
+    A prompt is [x, y, label] or [x0, y0, x1, y1]; of an object's boxes the last counts. The last
+    object is the current one and may be without prompts. version counts the changes: a tab that has
+    not seen the last one changes nothing.
     """
 
-    def __init__(self, name, path, queries):
+    def __init__(self, name, path, queries, first_class):
         self.name, self.path, self.version = name, path, 0
-        self.objects = [as_prompts(*query) for query in queries] + [[]]
+        self.objects = [as_object(*query) for query in queries]
+        name = self.objects[-1]["class"] if queries else first_class
+        self.objects.append({"class": name, "prompts": []})
 
     def entries(self):
         return as_entries(self.objects)
@@ -114,18 +138,20 @@ class Annotation:
 def as_entries(objects):
     """Returns objects as prompts.json holds them: a dict for each that has prompts."""
     entries = []
-    for prompts in objects:
-        boxes = [prompt for prompt in prompts if len(prompt) == 4]
-        entry = {"boxes": boxes[-1:], "points": [prompt for prompt in prompts if len(prompt) == 3]}
-        if prompts:
+    for obj in objects:
+        boxes = [prompt for prompt in obj["prompts"] if len(prompt) == 4]
+        points = [prompt for prompt in obj["prompts"] if len(prompt) == 3]
+        entry = {"class": obj["class"], "boxes": boxes[-1:], "points": points}
+        if obj["prompts"]:
             entries.append({kind: given for kind, given in entry.items() if given})
     return entries
 
 
-def as_prompts(points, labels):
-    """Returns a query of predict.read_prompts as the prompts of an object."""
+def as_object(points, labels, name):
+    """Returns a query of predict.read_prompts as an object."""
     boxes = [[*points[0], *points[1]]] if labels[0] == 2 else []
-    return boxes + [[*point, label] for point, label in zip(points, labels) if label < 2]
+    clicks = [[*point, label] for point, label in zip(points, labels) if label < 2]
+    return {"class": name, "prompts": boxes + clicks}
 
 
 class Session:
@@ -135,30 +161,37 @@ class Session:
         self.args, self.nets, self.lock = args, load_nets(args), threading.Lock()
         self.max_points = min(loaded.net.max_points for loaded in self.nets)
         self.folder = Path(args.output_dir)
-        layout = args.to or {"efficient_sam": "npy"}.get(self.nets[0].name, "voc")
-        self.images_dir, self.masks_dir = [self.folder / name for name in LAYOUTS[layout]]
+        self.classes = args.classes
+        default = "npy" if self.nets[0].name == "efficient_sam" and not self.classes else "voc"
+        self.layout = args.to or default
+        images_dir, mask_dirs = LAYOUTS[self.layout]
+        used = {"npy": 1, "voc": 2 if self.classes else 1, "masks": max(1, len(self.classes))}
+        self.images_dir = self.folder / images_dir
+        self.mask_dirs = [self.folder / name for name in mask_dirs[:used[self.layout]]]
         self.folder_lock = utils.lock_folder(self.folder)  # until the process ends
         self.earlier, self.unsaved = self.read_earlier()
+        self.check_class_file()
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
-        self.items = []
+        self.page, self.items = read_page(), []
         for name, path in zip(names, paths):
             queries = self.read_queries(name, self.earlier) if name in self.earlier else []
-            item = Annotation(name, path, queries)
+            self.check_classes(name, queries)
+            item = Annotation(name, path, queries, self.classes[0] if self.classes else None)
             self.items.append(item)
-            if layout == "voc" and not fits_list(name):
+            if self.layout == "voc" and not fits_list(name):
                 raise utils.InputError(f"{str(path)!r}: a list of images cannot hold this name; rename "
                                        "the file, or give --to npy")
-            mask, copy = self.files(item)
-            for file in (mask, copy):
+            masks, copy = self.files(item)
+            for file in [*masks, copy]:
                 if name not in self.earlier and file.exists() and not same_file(file, path):
                     raise utils.InputError(f"{file}: exists, and {self.folder}/prompts.json has no "
                                            "objects of it; give another --output-dir")
-            if name in self.earlier and not mask.exists():
+            if name in self.earlier and not all(mask.exists() for mask in masks):
                 self.unsaved.add(name)
         self.read = functools.lru_cache(2)(lambda index: predict.read_image(self.items[index].path))
         self.embed = functools.lru_cache(16)(self.embed)
-        self.cut_out = functools.lru_cache(1000)(self.cut_out)
+        self.cut_out = functools.lru_cache(600)(self.cut_out)
 
     def read_earlier(self):
         """Returns what an earlier session left: {name: entries}, and the names in unsaved.json."""
@@ -174,6 +207,32 @@ class Session:
             raise utils.InputError(f"{path} or {unsaved.name}: cannot be read ({error}); move it "
                                    "away") from None
 
+    def check_classes(self, name, queries):
+        """Raises InputError if an image's earlier objects have other classes than --classes."""
+        for *_, found in queries:
+            if found not in (self.classes or [None]):
+                kind = f"the class {found}" if found else "no class"
+                raise utils.InputError(
+                    f"{self.folder}/prompts.json: {name}: an object has {kind}, but --classes names "
+                    f"{', '.join(self.classes) or 'none'}; give all of the file's, or correct it")
+
+    def class_file(self):
+        """Returns the path and the text of the file that gives each class its id; ("", "") if none."""
+        ids = {name: k for k, name in enumerate(["background", *self.classes])}
+        texts = {"voc": (f"{VOC}/class_names.json", json.dumps(ids, ensure_ascii=False)),
+                 "masks": ("masks/classes.txt", "".join(f"{name}\n" for name in self.classes))}
+        name, text = texts.get(self.layout, ("", ""))
+        return self.folder / name, text if self.classes else ""
+
+    def check_class_file(self):
+        """Raises InputError if earlier masks have other ids than --classes would give."""
+        path, text = self.class_file()
+        if path.is_file():
+            earlier = path.read_text(encoding="utf-8", errors="replace").rstrip("}")
+            if not text.startswith(earlier):
+                raise utils.InputError(f"{path}: has other classes than --classes, or in another order; "
+                                       "give these in this order, new ones last")
+
     def read_queries(self, name, given):
         """Returns an image's entries as predict.predict_queries takes them."""
         path = self.folder / "prompts.json"
@@ -188,11 +247,11 @@ class Session:
         replace_text(self.folder / "prompts.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
     def files(self, item):
-        """Returns the paths of an image's mask and copy; voc has no arrays."""
+        """Returns the paths of an image's masks, and of its copy; only npy has arrays."""
         name, ending = item.name, item.path.suffix
-        if self.images_dir.name == "JPEGImages" and ending.lower() == ".npy":
+        if self.layout != "npy" and ending.lower() == ".npy":
             ending = ".png"
-        return self.masks_dir / f"{name}.png", self.images_dir / (name + ending)
+        return [folder / f"{name}.png" for folder in self.mask_dirs], self.images_dir / (name + ending)
 
     @torch.no_grad()
     def save(self, *more):
@@ -200,43 +259,54 @@ class Session:
 
         If one cannot be written the others still are; then its error is raised.
         """
+        self.unsaved |= {self.items[index].name for index in more if self.items[index].entries()}
         self.write_prompts()
-        failed = None
+        failed, (path, text) = None, self.class_file()
+        if text:
+            replace_text(path, text)
         for index, item in enumerate(self.items):
-            if item.name in self.unsaved or (index in more and item.entries()):
+            if item.name in self.unsaved:
                 try:
-                    self.write_mask(index)
+                    self.write_masks(index)
                     self.unsaved.discard(item.name)
                 except (utils.InputError, OSError, RuntimeError, MemoryError) as error:
                     failed = failed or error
         self.write_prompts()
-        if self.images_dir.name == "JPEGImages":
+        if self.layout == "voc":
             self.write_lists()
         if failed:
             raise failed
 
-    def write_mask(self, index):
-        """Writes the mask of ids, by predict.py's own calls, so the same bits, and copies the image."""
+    def write_masks(self, index):
+        """Writes an image's masks, by predict.py's own calls, so the same bits, and copies the image."""
         item, loaded = self.items[index], self.nets[0]
-        mask_path, copy = self.files(item)
+        paths, copy = self.files(item)
         if not item.entries():
-            mask_path.unlink(missing_ok=True)
+            for path in paths:
+                path.unlink(missing_ok=True)
             if copy.exists() and not same_file(copy, item.path):
                 copy.unlink()
             return
         size, embeddings = self.embed(index)
         queries = self.read_queries(item.name, {item.name: item.entries()})
-        mask = np.zeros(size, np.uint8)
+        masks = [np.zeros(size, np.uint8) for _ in paths]
         parts = predict.predict_queries(loaded, embeddings[0], size, queries)
-        for k, (masks, _, best) in enumerate(predict.each_object(parts), 1):
-            mask[masks[best]] = k
-        for path in (mask_path, copy):
+        for k, (found, _, best) in enumerate(predict.each_object(parts), 1):
+            name = queries[k - 1][2]
+            class_id = self.classes.index(name) + 1 if name else 1
+            if self.layout == "masks":
+                masks[class_id - 1][found[best]] = 255
+            else:
+                for mask, number in zip(masks, (k, class_id)):
+                    mask[found[best]] = number
+        for path in (*paths, copy):
             path.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists():
             self.copy_image(index, copy)
         temporary = self.folder / ".mask.png"
-        utils.save_mask(temporary, mask)
-        os.replace(temporary, mask_path)
+        for path, mask in zip(paths, masks):
+            (utils.save_image if self.layout == "masks" else utils.save_mask)(temporary, mask)
+            os.replace(temporary, path)
 
     def copy_image(self, index, copy):
         """Writes an image to copy, byte by byte or, if the ending differs, pixel by pixel."""
@@ -253,10 +323,10 @@ class Session:
         os.replace(temporary, copy)  # so that it is never half an image
 
     def write_lists(self):
-        """Writes train.txt and val.txt: a name stays in its list, every fifth new one goes to val."""
+        """Writes train.txt and val.txt: a name stays in its list, the 2nd, 7th ... goes to val."""
         folder = self.folder / VOC / "ImageSets/Segmentation"
         folder.mkdir(parents=True, exist_ok=True)
-        names = {path.stem for path in self.masks_dir.glob("*.png") if fits_list(path.stem)}
+        names = {path.stem for path in self.mask_dirs[0].glob("*.png") if fits_list(path.stem)}
         lists = {"train": [], "val": []}
         for part in lists:
             path = folder / f"{part}.txt"
@@ -265,7 +335,9 @@ class Session:
                 lists[part] = [name for name in lines if name in names]
         for name in sorted(names - {*lists["train"], *lists["val"]}):
             count = len(lists["train"]) + len(lists["val"])
-            lists["val" if count % 5 == 4 else "train"].append(name)
+            lists["val" if len(lists["val"]) < count / 5 else "train"].append(name)
+        if not lists["val"] and len(lists["train"]) > 1:  # or no training would take the folder
+            lists["val"].append(lists["train"].pop())
         for part, listed in lists.items():
             replace_text(folder / f"{part}.txt", "".join(f"{name}\n" for name in listed))
 
@@ -275,70 +347,115 @@ class Session:
         return image.shape[:2], [loaded.net.encode(loaded, image) for loaded in self.nets]
 
     def cut_out(self, which, index, entry):
-        """Returns an object's mask, as bits of the screen's size, and score; entry: its json text."""
-        size, embeddings = self.embed(index)
-        shown, loaded = screen_size(size), self.nets[which]
-        (points, labels), = predict.read_entry(json.loads(entry))
-        points = [[x * shown[1] / size[1], y * shown[0] / size[0]] for x, y in points]
-        parts = predict.predict_queries(loaded, embeddings[which], shown, [(points, labels)])
-        (masks, scores, best), = predict.each_object(parts)
-        return np.packbits(masks[best]), scores[best]
+        """Returns the rows and columns of an object, its mask there as bits, and its score.
 
-    def draw(self, which, index):
-        """Returns an image's masks by one net, as the data URL of a PNG, and the last object's score."""
+        entry: the object as json text. The mask has the image's own size, however it is shown.
+        """
+        size, embeddings = self.embed(index)
+        loaded, queries = self.nets[which], predict.read_entry(json.loads(entry))
+        small = loaded.net._replace(enlarge=lambda loaded, logits, size: logits)
+        (logits, scores, best), = predict.predict_queries(
+            loaded._replace(net=small), embeddings[which], size, queries)
+        best = best.item()
+        logits = loaded.net.enlarge(loaded, logits[:, best:best + 1], size)  # of four only this one
+        mask = (logits[0, 0] > 0).cpu().numpy()
+        x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+        window = slice(y, y + height), slice(x, x + width)
+        return window, np.packbits(mask[window]), scores[0, best].item()
+
+    def draw(self, which, index, part):
+        """Returns part of an image's masks by one net, as the data URL of a PNG, and the last score."""
         item, score = self.items[index], None
-        ids = np.zeros(screen_size(self.embed(index)[0]), np.uint8)
-        for k, entry in enumerate(item.entries(), 1):
-            bits, score = self.cut_out(which, index, json.dumps(entry))
-            ids[np.unpackbits(bits, count=ids.size).reshape(ids.shape) > 0] = k
-        zoom = max(1, 1000 // max(ids.shape))  # or outlines on a small image would be wide
+        entries, colours = item.entries(), utils.palette() * 0.75 + 64  # as utils.overlay
+        if self.classes:
+            ids = [0] + [self.classes.index(entry["class"]) for entry in entries]
+            colours = np.array([[*bytes.fromhex(COLOURS[k].strip("#"))] for k in ids])
+        ids = np.zeros(self.embed(index)[0], np.uint8)
+        for k, entry in enumerate(entries, 1):
+            window, bits, score = self.cut_out(which, index, json.dumps(entry))
+            shown = ids[window]
+            shown[np.unpackbits(bits, count=shown.size).reshape(shown.shape) > 0] = k
+        x0, y0, x1, y1 = part
+        height, width = screen_size((y1 - y0, x1 - x0))
+        rows = y0 + (np.arange(height) + 0.5) * (y1 - y0) / height
+        columns = x0 + (np.arange(width) + 0.5) * (x1 - x0) / width
+        ids = ids[np.ix_(rows.astype(int), columns.astype(int))]
+        zoom = max(1, 1000 // max(ids.shape))  # or outlines on a small part would be wide
         ids = ids.repeat(zoom, 0).repeat(zoom, 1)
-        colours = (utils.palette() * 0.75 + 64).astype(np.uint8)  # as utils.overlay
+        colours = colours.astype(np.uint8)
         pixels = np.dstack([colours[ids], np.where(ids, 100, 0).astype(np.uint8)])
         outline = cv2.erode(ids, np.ones((5, 5), np.uint8)) != ids
         pixels[outline, 3] = 255
-        if item.objects[-1]:  # the current object's outline is white
-            pixels[outline & (ids == len(item.entries()))] = 255
+        if item.objects[-1]["prompts"]:  # the current object's outline is white
+            pixels[outline & (ids == len(entries))] = 255
         return f"data:image/png;base64,{base64.b64encode(encoded(pixels, 'PNG')).decode()}", score
 
-    def photo(self, index):
-        """Returns an image as JPEG of the screen's size."""
+    def photo(self, index, text):
+        """Returns part of an image as JPEG, at its own resolution or, if larger, the screen's."""
         image = self.read(index)
-        height, width = screen_size(image.shape[:2])
-        return encoded(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), "JPEG")
+        x0, y0, x1, y1 = read_part(text, image.shape)
+        height, width = screen_size((y1 - y0, x1 - x0))
+        shown = cv2.resize(image[y0:y1, x0:x1], (width, height), interpolation=cv2.INTER_AREA)
+        return encoded(shown, "JPEG")
 
-    def state(self, index):
+    def state(self, index, text):
         """Returns all that the page shows of an image, but the image itself."""
         item, (height, width) = self.items[index], self.embed(index)[0]
-        masks, scores = zip(*[self.draw(which, index) for which in range(len(self.nets))])
+        part = read_part(text, (height, width))
+        masks, scores = zip(*[self.draw(which, index, part) for which in range(len(self.nets))])
+        current = item.objects[-1]
         return {"index": index, "name": item.name, "width": width, "height": height, "masks": masks,
-                "scores": scores, "titles": [self.args.weights, self.args.compare],
-                "version": item.version, "objects": len(item.entries()), "prompts": item.objects[-1],
+                "part": part, "scores": scores, "titles": [self.args.weights, self.args.compare],
+                "version": item.version, "objects": len(item.entries()), "class": current["class"],
+                "prompts": current["prompts"], "classes": [*zip(COLOURS, self.classes)],
                 "unsaved": sum(item.name in self.unsaved for item in self.items)}
 
     def change(self, index, version, action, prompt=None):
-        """Adds a prompt, undoes one, or begins the next object; Refused, InputError if it cannot."""
+        """Adds a prompt, undoes one, sets the class or begins the next object; Refused if it cannot."""
         item = self.items[index]
         if version != item.version:
             raise Refused(409, "changed in another tab; nothing was done, this is how it is now")
-        objects = [[*prompts] for prompts in item.objects]
+        objects = [{**obj, "prompts": [*obj["prompts"]]} for obj in item.objects]
         if action == "add":
-            objects[-1].append(prompt)
+            objects[-1]["prompts"].append(prompt)
+        elif action == "class":
+            if prompt[0] not in range(1, len(self.classes) + 1):
+                raise Refused(422, f"no class {prompt[0]}: --classes names {len(self.classes)}")
+            objects[-1]["class"] = self.classes[int(prompt[0]) - 1]
         elif action == "undo":
-            if not objects[-1] and len(objects) > 1:
+            if not objects[-1]["prompts"] and len(objects) > 1:
                 objects.pop()
-            objects[-1] = objects[-1][:-1]
-        elif action == "next" and objects[-1]:
-            objects.append([])
-        if len(objects[-1]) > MAX_PROMPTS:
+            objects[-1]["prompts"] = objects[-1]["prompts"][:-1]
+        elif action == "next" and objects[-1]["prompts"]:
+            objects.append({"class": objects[-1]["class"], "prompts": []})
+        if len(objects[-1]["prompts"]) > MAX_PROMPTS:
             raise Refused(422, f"more than {MAX_PROMPTS} prompts for one object; undo some")
         if entries := as_entries(objects):
             queries, size = self.read_queries(item.name, {item.name: entries}), self.embed(index)[0]
             predict.check_prompts(item.name, queries, size)
         if objects != item.objects:
+            self.unsaved |= {item.name} if entries != item.entries() else set()
             item.objects, item.version = objects, item.version + 1
-            self.unsaved |= {item.name} if action != "next" else set()
             self.write_prompts()
+
+
+def read_part(text, shape):
+    """"x0,y0,x1,y1" -> the four, a part of an image of this shape (H, W, ...); of "" all of it."""
+    if not text:
+        return 0, 0, shape[1], shape[0]
+    if re.fullmatch("[0-9]{1,7}(,[0-9]{1,7}){3}", text):
+        x0, y0, x1, y1 = map(int, text.split(","))
+        if x0 < x1 <= shape[1] and y0 < y1 <= shape[0]:
+            return x0, y0, x1, y1
+    raise Refused(422, "part must be x0,y0,x1,y1 within the image")
+
+
+def read_page():
+    path = Path(__file__).with_name("annotate.html")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise utils.InputError(f"{path}: {error.strerror}; copy it with annotate.py") from None
 
 
 def screen_size(size):
@@ -349,7 +466,7 @@ def screen_size(size):
 def encoded(pixels, form):
     """Returns pixels (H, W, 3 or 4) uint8 as the bytes of an image file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form, quality=92, compress_level=1)
+    Image.fromarray(pixels).save(file, form, quality=92, subsampling=0, compress_level=1)
     return file.getvalue()
 
 
@@ -415,12 +532,13 @@ class Handler(BaseHTTPRequestHandler):
         self.index = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
         if not 0 <= self.index < len(self.server.session.items):
             raise Refused(404, "no image of this index")
+        self.part = query.get("part", [""])[0]
 
     def answer(self, request, session):
         if request == "GET /":
             return self.send_page(session)
         if request == "GET /image":
-            return self.send(200, "image/jpeg", session.photo(self.index))
+            return self.send(200, "image/jpeg", session.photo(self.index, self.part))
         if request not in ("GET /state", "POST /change", "POST /save"):
             raise Refused(404, "no such page")
         body = self.read_body() if self.command == "POST" else {}
@@ -429,7 +547,7 @@ class Handler(BaseHTTPRequestHandler):
                 session.change(self.index, **body)
             elif request == "POST /save":
                 session.save(self.index)
-            state = session.state(self.index)
+            state = session.state(self.index, self.part)
         self.send_json(200, state)
 
     def read_body(self):
@@ -445,16 +563,17 @@ class Handler(BaseHTTPRequestHandler):
             numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in prompt)
         except (ValueError, RecursionError, AttributeError, TypeError):
             raise Refused(400, "not the JSON of a change") from None
-        if action not in ("add", "undo", "next") and self.path.startswith("/change"):
-            raise Refused(400, "action must be add, undo or next")
-        if not numbers or len(prompt) not in ((3, 4) if action == "add" else (0,)):
-            raise Refused(400, "prompt must be numbers, [x, y, label] or [x0, y0, x1, y1]")
+        if action not in ("add", "class", "undo", "next") and self.path.startswith("/change"):
+            raise Refused(400, "action must be add, class, undo or next")
+        lengths = {"add": (3, 4), "class": (1,)}.get(action, (0,))
+        if not numbers or len(prompt) not in lengths:
+            raise Refused(400, "prompt must be numbers, [x, y, label], [x0, y0, x1, y1] or [class]")
         return {"version": body.get("version"), "action": action, "prompt": prompt}
 
     def send_page(self, session):
         nonce = secrets.token_urlsafe()
-        page = PAGE.replace("NONCE", nonce).replace("COUNT", str(len(session.items)))
-        page = page.replace("FIGURES", FIGURE * len(session.nets))
+        page = session.page.replace("NONCE", nonce).replace("COUNT", str(len(session.items)))
+        page = page.replace("NETS", str(len(session.nets)))
         policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
                   "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
                   "frame-ancestors 'none'")
@@ -493,196 +612,6 @@ def create_server(args):
     return server
 
 
-# --- Page ---
-
-FIGURE = "<figure><figcaption></figcaption><svg><image/><image/><g></g></svg></figure>"
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>annotate</title><link rel="icon" href="data:,">
-<style nonce="NONCE">
-html, body { height: 100%; margin: 0 }
-body { display: flex; flex-direction: column; background: #f3f3f1; color: #333;
-       font: 14px/1.5 system-ui, sans-serif }
-p, figcaption { margin: 0; min-height: 1.5em; white-space: nowrap; overflow: hidden;
-                text-overflow: ellipsis }
-p { padding: 6px 14px }
-p.error { color: #a3231b }
-#keys, figcaption { color: #777 }
-#keys { white-space: normal }
-main { flex: 1; min-height: 0; display: flex; gap: 14px; padding: 0 14px; user-select: none }
-figure { flex: 1; min-width: 0; margin: 0; display: flex; flex-direction: column }
-figure:only-child figcaption { display: none }
-svg { flex: 1; min-height: 0; width: 100%; cursor: crosshair; touch-action: none }
-path, rect { fill: none; stroke: #fff; stroke-width: 2px; stroke-linecap: round;
-             vector-effect: non-scaling-stroke }
-path { stroke-width: 13px }
-path.object { stroke: #2f9e44; stroke-width: 9px }
-path.background { stroke: #d6336c; stroke-width: 9px }
-</style>
-<p id="state"></p><main>FIGURES</main>
-<p id="keys">left click: object &ensp; right click or shift: background &ensp; drag: box &ensp;
-u: undo &ensp; enter: next object &ensp; &larr; &rarr;: image &ensp; s: save</p>
-<script nonce="NONCE">
-"use strict"
-const key = new URLSearchParams(location.search).get("key"), count = COUNT
-const line = document.getElementById("state"), views = [...document.querySelectorAll("svg")]
-let index = Math.min(Math.max(parseInt(location.hash.slice(1)) - 1 || 0, 0), count - 1)
-let state = null, drag = null, queue = Promise.resolve()
-
-function say(error, ...words) {
-  line.textContent = line.title = [`image ${index + 1} of ${count}`, ...words].join(" \\u00b7 ")
-  line.className = error ? "error" : ""
-}
-
-async function ask(path, body) {
-  const form = body && { method: "POST", body: JSON.stringify(body) }
-  let reply
-  try { reply = await fetch(`${path}?key=${key}&index=${index}`, form) }
-  catch { throw Error("no answer; is annotate.py still running?") }
-  const content = await reply.json()
-  if (!reply.ok) throw Error(content.error)
-  return content
-}
-
-// Requests go one after the other: each has seen what the one before it left.
-function enqueue(step) {
-  const asked = index
-  queue = queue.then(() => asked === index && step()).catch(error => say(true, error.message))
-}
-
-async function load() {
-  const asked = index
-  state = null
-  history.replaceState(null, "", `#${index + 1}`)
-  for (const view of views) view.replaceChildren(make("image"), make("image"), make("g"))
-  say(false, "reading ...")
-  const photo = new Image()
-  photo.src = `/image?key=${key}&index=${index}`
-  try { await photo.decode() } catch { await ask("/state") }
-  for (const view of views) {
-    view.setAttribute("viewBox", `0 0 ${photo.width} ${photo.height}`)
-    fill(view.children[0], photo.src, photo.width, photo.height)
-  }
-  say(false, "the net looks at the image ...")
-  await new Promise(done => setTimeout(done, 150))  // leafing past it is not slowed
-  if (asked !== index) return
-  await show(await ask("/state"))
-}
-
-function make(name, attributes = {}) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", name)
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value)
-  return element
-}
-
-function fill(image, href, width, height) {
-  for (const [name, value] of Object.entries({ href, width, height, preserveAspectRatio: "none" }))
-    image.setAttribute(name, value)
-}
-
-async function show(found) {
-  if (found.index !== index) return  // an arrow was pressed meanwhile
-  for (const href of found.masks) {  // decoded before the old one goes: nothing flickers
-    const mask = new Image()
-    mask.src = href
-    await mask.decode()
-  }
-  state = found
-  const { width, height, objects, prompts } = state
-  views.forEach((view, i) => {
-    view.setAttribute("viewBox", `0 0 ${width} ${height}`)
-    fill(view.children[0], view.children[0].getAttribute("href"), width, height)
-    fill(view.children[1], state.masks[i], width, height)
-    view.previousSibling.textContent = view.previousSibling.title = state.titles[i]
-  })
-  mark()
-  const clicks = prompts.filter(prompt => prompt.length === 3).length
-  const given = clicks < prompts.length ? ["box"] : []
-  if (clicks) given.push(`clicks ${clicks}`)
-  const scores = state.scores.map(score => score === null ? "" : score.toFixed(2))
-  say(false, state.name, `${width} x ${height}`, `object ${objects + !prompts.length}`,
-      ...(prompts.length ? [...given, `score ${scores.join(" and ")}`] : ["click it"]),
-      state.unsaved ? `${state.unsaved} to save` : "saved")
-}
-
-// The prompts of the current object, and the box that is being drawn.
-function mark() {
-  const boxes = state.prompts.filter(prompt => prompt.length === 4).slice(-1)
-  if (drag && drag.to) boxes.push(corners(drag))
-  for (const view of views) {
-    view.children[2].replaceChildren(...boxes.map(([x, y, x1, y1]) =>
-      make("rect", { x, y, width: x1 - x, height: y1 - y })))
-    for (const [x, y, label] of state.prompts.filter(prompt => prompt.length === 3))
-      for (const kind of ["", label ? "object" : "background"])
-        view.children[2].append(make("path", { class: kind, d: `M${x + 0.5} ${y + 0.5}h0` }))
-  }
-}
-
-function corners({ from, to }) {
-  return [Math.min, Math.max].flatMap(pick => from.map((value, i) => pick(value, to[i])))
-}
-
-function change(action, prompt) {
-  enqueue(async () => {
-    if (!state) return
-    try { await show(await ask("/change", { version: state.version, action, prompt })) }
-    catch (error) { await show(await ask("/state")); throw error }
-  })
-}
-
-function save() {
-  enqueue(async () => {
-    say(false, "saving ...")
-    await show(await ask("/save", {}))
-  })
-}
-
-function move(step) {
-  index = Math.min(Math.max(index + step, 0), count - 1)
-  enqueue(load)
-}
-
-// The pixel of the image, counted from 0, under the pointer: the nearest one if it is outside.
-function pixel(event, view) {
-  const point = new DOMPoint(event.clientX, event.clientY)
-  const { x, y } = point.matrixTransform(view.getScreenCTM().inverse())
-  const nearest = (value, side) => Math.min(Math.max(Math.floor(value), 0), side - 1)
-  const outside = x < 0 || y < 0 || x >= state.width || y >= state.height
-  return { outside, at: [nearest(x, state.width), nearest(y, state.height)] }
-}
-
-for (const view of views) {
-  view.oncontextmenu = event => event.preventDefault()
-  view.onpointerdown = event => {
-    if (!state || pixel(event, view).outside) return
-    view.setPointerCapture(event.pointerId)
-    drag = { from: pixel(event, view).at, to: null, x: event.clientX, y: event.clientY }
-  }
-  view.onpointermove = event => {
-    if (!drag || !state || event.buttons !== 1 || event.shiftKey) return
-    const far = Math.hypot(event.clientX - drag.x, event.clientY - drag.y) > 4
-    if (far || drag.to) drag.to = pixel(event, view).at
-    mark()
-  }
-  view.onpointerup = event => {
-    if (!drag || !state) return
-    const label = event.button === 2 || event.shiftKey ? 0 : 1
-    change("add", drag.to ? corners(drag) : [...drag.from, label])
-    drag = null
-  }
-}
-
-addEventListener("keydown", event => {
-  const actions = { u: () => change("undo"), Enter: () => change("next"), s: save,
-                    ArrowRight: () => move(1), ArrowLeft: () => move(-1) }
-  if (event.ctrlKey || event.metaKey || event.altKey || !actions[event.key]) return
-  event.preventDefault()
-  actions[event.key]()
-})
-enqueue(load)
-</script>
-"""
-
-
 # --- Main ---
 
 def main(args):
@@ -698,7 +627,7 @@ def main(args):
     with session.lock:
         session.save()
         objects = sum(len(item.entries()) for item in session.items)
-        print(f"objects saved: {objects}, in {session.folder}/prompts.json, {session.masks_dir}/*.png")
+        print(f"objects saved: {objects}, in {session.folder}/prompts.json, {session.mask_dirs[0]}/*.png")
         utils.raise_if_stopped()
 
 

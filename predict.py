@@ -16,13 +16,15 @@ NAME is the file's, with its extension and folders where others have the same.
 SAM, SAM 2 and EfficientSAM need prompts, and number what they cut out from 1: each --box is an
 object; the --points together are one, or belong to a single box. --prompts gives those of a folder,
 in pixels: {"NAME": {"boxes": [[x0, y0, x1, y1]], "points": [[x, y, label]]}}, or a list of such, one
-per object, as annotate.py writes from clicks on a page. --everything clicks on a grid and keeps what
-the net is sure of, each object once.
+per object, as annotate.py writes from clicks on a page; "class": "cat" names an entry's objects in
+areas.csv and annotations.json. --everything clicks on a grid and keeps what the net is sure of, each
+object once.
 Copying: this script, utils.py and the folder nets/; for --coco convert_labels.py too.
 """
 import csv
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -411,7 +413,7 @@ def write_classes(logits, image, loaded, prefix, annotate):
 
 
 def read_prompts(name, given, args, max_points):
-    """Returns the queries of an image, [(points [[x, y]], labels)]: one per object.
+    """Returns the queries of an image, [(points [[x, y]], labels, class or None)]: one per object.
 
     Each box is an object; the points are one more or, beside a single box, belong to it. In a list
     each entry is read so.
@@ -435,7 +437,7 @@ def read_prompts(name, given, args, max_points):
                                    "name has no extension")
         raise utils.InputError(f"--box: no prompts for {name}; give --box, --point, --prompts "
                                "or --everything")
-    if max(len(labels) for _, labels in queries) > max_points:
+    if max(len(labels) for _, labels, _ in queries) > max_points:
         raise utils.InputError(f"{name}: more than {max_points} points for one object, corners of "
                                "its box included; the net takes no more")
     return queries
@@ -443,8 +445,11 @@ def read_prompts(name, given, args, max_points):
 
 def read_entry(entry):
     """Returns the queries of {"boxes": ..., "points": ...}, as read_prompts; or a ValueError ..."""
-    if entry.keys() - {"boxes", "points"}:
+    if entry.keys() - {"class", "boxes", "points"}:
         raise ValueError(f"it has {', '.join(entry)}")
+    name = entry.get("class")
+    if name is not None and not (isinstance(name, str) and name.strip()):
+        raise ValueError('"class" is a name')
     boxes = [[*map(float, box)] for box in entry.get("boxes", [])]
     points = [[*map(float, point), 1.0][:3] for point in entry.get("points", [])]
     queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]
@@ -457,13 +462,13 @@ def read_entry(entry):
         queries = [(queries[0][0] + clicks[0], queries[0][1] + clicks[1])]
     elif points:
         queries.append(clicks)
-    return queries
+    return [(*query, name) for query in queries]
 
 
 def check_prompts(name, queries, shape):
     """Raises InputError if any lie outside the image of this shape (H, W, 3)."""
-    corners = np.array([point for points, _ in queries for point in points])
-    empty = any(labels[0] == 2 and not np.less(*points[:2]).all() for points, labels in queries)
+    corners = np.array([point for points, *_ in queries for point in points])
+    empty = any(labels[0] == 2 and not np.less(*points[:2]).all() for points, labels, *_ in queries)
     if empty or not ((corners >= 0) & (corners <= [shape[1], shape[0]])).all():
         raise utils.InputError(f"{name}: a box or point lies outside its {shape[1]}x{shape[0]} "
                                "pixels, or a box is empty (x0,y0 is its upper left corner, x1,y1 the "
@@ -572,9 +577,9 @@ def predict_queries(loaded, embedding, size, queries):
     """
     for first in range(0, len(queries), loaded.net.together):
         chosen = queries[first:first + loaded.net.together]
-        most = max(len(labels) for _, labels in chosen)
-        points = [points + [[-1, -1]] * (most - len(points)) for points, _ in chosen]
-        labels = [labels + [-1] * (most - len(labels)) for _, labels in chosen]
+        most = max(len(labels) for _, labels, *_ in chosen)
+        points = [points + [[-1, -1]] * (most - len(points)) for points, *_ in chosen]
+        labels = [labels + [-1] * (most - len(labels)) for _, labels, *_ in chosen]
         points = to_square(loaded, torch.tensor(points), size)
         labels = torch.tensor(labels, device=loaded.device)
         logits, scores, best = loaded.net.decode(loaded, embedding, points, labels)
@@ -651,16 +656,17 @@ def each_object(parts):
         yield from zip((logits > 0).cpu().numpy(), scores.tolist(), best.tolist())
 
 
-def write_objects(parts, image, prefix, annotate, all_masks):
-    """Writes mask and overlay; returns [id, object, pixels, score] of each object.
+def write_objects(parts, image, prefix, annotate, all_masks, names):
+    """Writes mask and overlay; returns [id, class, pixels, score] of each object.
 
-    The mask holds ids 1, 2 ...; a later object lies above an earlier one.
+    The mask holds ids 1, 2 ...; a later object lies above an earlier one. names: of the objects'
+    classes; one that has None is "object 1", "object 2" ...
     """
     ids, rows = np.zeros(image.shape[:2], np.uint8), []
-    for k, (masks, scores, best) in enumerate(each_object(parts), 1):
+    for k, ((masks, scores, best), name) in enumerate(zip(each_object(parts), names), 1):
         ids[masks[best]] = k
-        annotate(1, masks[best], round(scores[best], 4))
-        rows.append([k, f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
+        annotate(name or "object", masks[best], round(scores[best], 4))
+        rows.append([k, name or f"object {k}", int(masks[best].sum()), f"{scores[best]:.4f}"])
         if all_masks:  # the last three: SAM and SAM 2 put another mask first
             for i, (mask, score) in enumerate(zip(masks[-3:], scores[-3:]), 1):
                 utils.save_image(f"{prefix}_{k}_{i}.png", mask * np.uint8(255))
@@ -766,7 +772,8 @@ def predict_and_write(batch, loaded, queries, annotate, args):
         utils.raise_if_stopped()
         prefix = Path(args.output_dir, name)
         if loaded.net.encode:
-            rows = write_objects(output, image, prefix, annotate, args.all_masks)
+            names = [query[2] for query in queries[name]] if queries else itertools.repeat(None)
+            rows = write_objects(output, image, prefix, annotate, args.all_masks, names)
         else:
             rows = write_classes(output, image, loaded, prefix, annotate)
         yield name, path, image, rows
@@ -780,7 +787,6 @@ def write_tables(output_dir, areas, images, annotations, loaded, args):
     if args.coco:
         names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
         names.pop(0, None)  # the background
-        names = {1: "object"} if loaded.net.encode else names
         path = output_dir / "annotations.json"
         import_convert_labels().write_coco(path, images, names, annotations)
 
@@ -802,6 +808,9 @@ def main(args):
     check_options(args, loaded)
     paths = find_inputs(args.inputs)
     inputs, queries, bad = plan_outputs(paths, loaded, args)
+    if loaded.net.encode:  # which has no classes but those of the prompts
+        named = {query[2] or "object" for objects in queries.values() for query in objects}
+        loaded = loaded._replace(classes=[None, *sorted(named or {"object"})])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
@@ -809,6 +818,8 @@ def main(args):
 
     def annotate(category, mask, score=None):  # an object of the image now being processed
         if coco:
+            if loaded.net.encode:
+                category = loaded.classes.index(category)
             coco.annotate(annotations, args.coco, len(images) + 1, category, mask, score)
 
     size = 1 if loaded.net.encode or args.tile else args.batch_size
@@ -838,6 +849,9 @@ def main(args):
         for _, k, name, pixels, share, score in areas:
             rating = f"  score {score}" if score else ""
             print(f"  {k:>3}  {name:>15}  {pixels:12,} pixels  {float(share):7.2%}{rating}")
+    if loaded.net.encode and loaded.classes != [None, "object"]:
+        counts = Counter(row[2] if row[2] in loaded.classes else "object" for row in areas if row[1])
+        print("objects: " + ", ".join(f"{name} {counts[name]}" for name in loaded.classes[1:]))
     empty = len(images) - len({row[0] for row in areas})
     if empty and args.everything:
         print(f"note: nothing found in {empty} images; try a lower --min-iou or --min-stability")

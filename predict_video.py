@@ -14,7 +14,7 @@ Prompts: VALUE@FRAME:OBJECT, in pixels. FRAME is a number in the video, from 0, 
          :OBJECT all of it is that object. --prompts is a json of all: {"FRAME": [{"boxes": [[x0, y0,
          x1, y1]], "points": [[x, y, label]], "mask": "FILE.png"}, ...]}: on each frame the first
          entry shows object 1, the next 2 ..., or the one of its "object": N; {} skips one. What
-         annotate.py writes is such a file.
+         annotate.py writes is such a file; a "class" in it is not used.
 Writes:  OUTPUT_DIR/masks/FRAME.png (palette PNG of object ids; where objects overlap, the higher
          logit wins, as in the official predictor), overlay.mp4, areas.csv (pixels of each object in
          masks/; score: probability that the frame shows it) and, with --coco, annotations.json.
@@ -344,7 +344,7 @@ def read_entries(args):
         for frame, entries in dict(json.loads(path.read_text(encoding="utf-8-sig"))).items():
             for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
                 object_id = entry.get("object", place)
-                if entry.keys() - {"object", "boxes", "points", "mask"}:
+                if entry.keys() - {"class", "object", "boxes", "points", "mask"}:
                     raise ValueError(f"frame {frame} has {', '.join(entry)}")
                 if object_id not in range(1, 255):
                     raise ValueError(f"object {object_id} is not from 1 to 254")

@@ -283,6 +283,27 @@ def test_a_list_of_prompts_is_one_object_per_entry(objects_run, tmp_path):
     assert [row.split(",")[1] for row in rows] == ["1", "2", "3"]
 
 
+def test_objects_are_counted_by_the_class_that_prompts_name(objects_run, tmp_path, capsys):
+    folder, _ = objects_run
+    for name in "xy":
+        Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / f"{name}.png")
+    boxes = [[10, 10, 60, 60], [30, 30, 70, 70]]
+    entries = {"x": [{"class": "dog", "boxes": boxes}, {"points": [[30, 40, 1]]}, {"class": "cat", "boxes": boxes[:1]}],
+               "y": {"class": "dog", "points": [[30, 40, 1]]}}
+    (tmp_path / "prompts.json").write_text(utils.json.dumps(entries))
+    run("--weights", folder / "run/last.pth", tmp_path / "?.png", "--prompts", tmp_path / "prompts.json", "--coco", "rle",
+        "--output-dir", tmp_path / "out")
+    assert "objects: cat 1, dog 3, object 1\n" in capsys.readouterr().out
+    rows = [row.split(",")[:4] for row in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["x", "1", "dog"], ["x", "2", "dog"], ["x", "3", "object 3"],
+                                         ["x", "4", "cat"], ["y", "1", "dog"]]
+    coco = utils.json.loads((tmp_path / "out/annotations.json").read_text())
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    assert names == {1: "cat", 2: "dog", 3: "object"}
+    assert [names[found["category_id"]] for found in coco["annotations"]] == ["dog", "dog", "object", "cat", "dog"]
+    assert [found["area"] for found in coco["annotations"]] == [int(row[3]) for row in rows]
+
+
 # --- SAM ---
 
 @pytest.fixture(scope="module")
@@ -866,6 +887,8 @@ def test_coco_needs_convert_labels_beside_it(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("given, words", [
     ({"x": {"box": [[1, 2, 9, 9]]}}, "x: not like .*it has box"),
+    ({"x": {"boxes": [[1, 2, 9, 9]], "class": 3}}, 'x: not like .*"class" is a name'),
+    ({"x": {"boxes": [[1, 2, 9, 9]], "class": " "}}, 'x: not like .*"class" is a name'),
     ({"x.png": {"boxes": [[1, 2, 9, 9]]}}, "no prompts for x, but for x.png ...; a name has no extension"),
     ({"images": [], "annotations": [], "categories": []}, "a COCO json; wanted is"),
     ({"x": {"boxes": [[0.1, 0.2, 0.5, 1.0]]}}, "in pixels, not fractions"),

@@ -161,7 +161,7 @@ def test_a_json_of_prompts_says_the_same_as_options(data, run, tmp_path):
 
 
 def test_entries_of_a_json_are_objects_in_order_and_ids_of_a_mask_their_numbers(data, run, tmp_path, capsys):
-    entries = [{"boxes": [[10, 8, 40, 36]]}, {"points": [[30, 20, 1]]}]
+    entries = [{"boxes": [[10, 8, 40, 36]]}, {"class": "cat", "points": [[30, 20, 1]]}]
     (tmp_path / "prompts.json").write_text(json.dumps({"00000": entries, "00003": [{}, entries[1]]}))
     assert run("--prompts", tmp_path / "prompts.json", "--mask", f"{data}/truth/clip/00001.png@1")["objects"] == 2
     run("--box", f"{BOX}@0:1", "--point", f"{POINT}@0:2", "--point", f"{POINT}@3:2",
