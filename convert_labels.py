@@ -995,7 +995,8 @@ def main(args):
     print(f"{len(found)} images, {counts.total()} objects ({shown}) in {out}")
     if panel:
         check = out / f"check_{'_'.join(args.to)}.png"
-        write(check, utils.save_panel, panel, ["image", "classes", "objects"])
+        legend = utils.class_tints(classes, 1)
+        write(check, utils.save_panel, panel, ["image", "classes", "objects"], legend)
         print(f"look at {check}: the first images, their classes and objects")
     for name in classes:
         if not counts[name]:

@@ -35,6 +35,8 @@ from nets.weights import check_net, load_sam, load_weights
 VOID = 255
 PREPROCESS = "antialiased"  # change it when `preprocess` changes: embeddings are then made again
 CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
+PROMPT_COLOURS = {"box": (255, 255, 0), "click on the object": (0, 255, 0),
+                  "click on the background": (255, 0, 0)}
 DEMO = {"model": "demo", "amp": "off", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4,
         "workers": 0, "year": "2012", "output_dir": "runs/finetune_sam_decoder_demo"}
 
@@ -379,9 +381,10 @@ def sanity_check(train_set, val_set, args):
         trained = ((masks >= 0.5) * numbers).amax(0).where(weight > 0, torch.tensor(VOID))
         trained = F.interpolate(trained[None, None].float(), seen.shape[:2])[0, 0]  # nearest
         seen = utils.overlay(np.ascontiguousarray(seen.byte()), trained.numpy())
-        rows[item[0]] = [image, utils.overlay(image, colour_ids(read_ids(item))), draw_prompts(seen, *prompts)]
+        objects = utils.overlay(image, colour_ids(read_ids(item)))
+        rows[item[0]] = [image, objects, draw_prompts(seen, *prompts)]
     path = Path(args.output_dir, "sanity_check.png")
-    utils.save_panel(path, rows, ["image", "objects", "as trained, with prompts"])
+    utils.save_panel(path, rows, ["image", "objects", "as trained, with prompts"], PROMPT_COLOURS)
     print(f"wrote {path}")
     return {"train": len(train_set), "val": len(val_set)}
 
@@ -655,7 +658,7 @@ def draw_samples(model, dataset, run):
             row.append(utils.overlay(image, colour_ids(pred)))
         rows[dataset.items[index][0]] = row
     titles = ["image, prompts", "truth", "by box", "by click"]
-    utils.save_panel(run.folder / "val_samples.png", rows, titles)
+    utils.save_panel(run.folder / "val_samples.png", rows, titles, PROMPT_COLOURS)
 
 
 # --- Training ---

@@ -26,7 +26,8 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import utils
-from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, VOC_CLASSES, deeplabv3, normalize, resize, scaled_size
+from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, PIXEL_MEAN, PIXEL_STD, VOC_CLASSES
+from nets.deeplabv3 import deeplabv3, normalize, resize, scaled_size
 from nets.weights import (check_net, fetch_weights, load_weights, read_weights,
                           reset_mismatched_heads)
 
@@ -301,12 +302,13 @@ def sanity_check(train_set, val_set, args):
     for index in range(min(8, len(train_set))):
         image, label = read_item(train_set.items[index], args.num_classes)
         seen, seen_label, _ = train_set[0, index]
-        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1
-        seen = np.ascontiguousarray((seen * 255).byte().permute(1, 2, 0))
+        seen = seen.permute(1, 2, 0) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)
+        seen = np.ascontiguousarray((seen * 255).round().clamp(0, 255).byte())
         rows[train_set.items[index][0]] = [image, utils.overlay(image, label),
                                            utils.overlay(seen, seen_label.numpy())]
     path = Path(args.output_dir, "sanity_check.png")
-    utils.save_panel(path, rows, ["image", "label", "as trained"])
+    legend = utils.class_tints(train_set.classes)
+    utils.save_panel(path, rows, ["image", "label", "as trained"], legend)
     print(f"wrote {path}")
     return {"train": len(train_set), "val": len(val_set)}
 
@@ -502,7 +504,8 @@ def draw_samples(model, dataset, run):
         pred = predict(model, seen, run.dtype, label.shape)[0].argmax(0).cpu().numpy()
         rows[dataset.items[index][0]] = [image, utils.overlay(image, label),
                                          utils.overlay(image, pred)]
-    utils.save_panel(run.folder / "val_samples.png", rows, ["image", "truth", "prediction"])
+    utils.save_panel(run.folder / "val_samples.png", rows, ["image", "truth", "prediction"],
+                     utils.class_tints(dataset.classes))
 
 
 # --- Training ---

@@ -33,6 +33,7 @@ from nets.weights import check_net, load_weights, official_file, read_weights
 
 FIGURES = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")  # of evaluate
 MASK_SIZE = 256  # largest side in pixels at which training compares masks, as the article
+PROMPT_COLOURS = {"box": (255, 255, 0), "click": (0, 255, 0)}
 DEMO = {"model": "demo", "weights": "none", "amp": "off", "image_size": 96, "lr": 2e-3, "epochs": 18,
         "workers": 0, "scheduler": "cosine", "bbox_shift": 5, "multimask": "all",
         "batch_size": 2, "output_dir": "runs/train_efficientsam_ddp_demo"}
@@ -281,7 +282,7 @@ def sanity_check(train_set, val_set, args):
         seen = draw_prompts(utils.overlay(seen, color_ids(trained)), points.numpy(), labels.numpy())
         rows[train_set.items[index][0]] = [image, utils.overlay(image, color_ids(ids)), seen]
     path = Path(args.output_dir, "sanity_check.png")
-    utils.save_panel(path, rows, ["image", "objects", "as trained, with prompts"])
+    utils.save_panel(path, rows, ["image", "objects", "as trained, with prompts"], PROMPT_COLOURS)
     print(f"wrote {path}")
     return {"train": len(train_set), "val": len(val_set)}
 
@@ -300,7 +301,7 @@ def draw_prompts(image, points, labels):
         if corners:
             cv2.rectangle(image, *corners, (255, 255, 0), max(1, len(image) // 300))
         for point in query[kinds == 1].tolist():
-            cv2.circle(image, point, max(2, len(image) // 100), (255, 255, 0), -1)
+            cv2.circle(image, point, max(2, len(image) // 100), (0, 255, 0), -1)
     return image
 
 
@@ -418,7 +419,8 @@ def draw_samples(model, dataset, run):
         rows[dataset.items[index][0]] = [draw_prompts(image, points, labels.numpy()),
                                          utils.overlay(image, color_ids(truth.numpy())),
                                          utils.overlay(image, color_ids(pred))]
-    utils.save_panel(run.folder / "val_samples.png", rows, ["image, prompts", "truth", "prediction"])
+    titles = ["image, prompts", "truth", "prediction"]
+    utils.save_panel(run.folder / "val_samples.png", rows, titles, PROMPT_COLOURS)
 
 
 # --- Training ---

@@ -1005,7 +1005,9 @@ def sanity_check(train_set, val_set, args):
         rows[train_set.items[index].name] = frames + blank
     if rows:
         path = Path(args.output_dir, "sanity_check.png")
-        utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)])
+        legend = {"border: prompted frame; inside: box": (255, 255, 0), "click on the object": (0, 255, 0),
+                  "border: frame with correcting clicks; dot: click on the background": (255, 0, 0)}
+        utils.save_panel(path, rows, [f"frame {t + 1}" for t in range(args.num_frames)], legend)
         print(f"wrote {path}")
     return {"train": count, "val": len(val_set.items)}
 
@@ -1485,7 +1487,7 @@ def draw_samples(model, dataset, run):
         pred = track_video(model, images, ids, first_frames(ids), run)[0]
         frames = np.linspace(0, len(item.images) - 1, 6).round().astype(int)
         shown = [utils.read_image(item.images[t]) for t in frames]
-        rows[f"of {item.name}"] = shown
+        rows[f"images {item.name}"] = shown
         for title, labels in (("truth", ids), ("prediction", pred)):
             rows[f"{title} {item.name}"] = [utils.overlay(image, labels[t].numpy())
                                             for image, t in zip(shown, frames)]
@@ -1642,7 +1644,8 @@ def main(args):
                 run.save_best()
             run.save_last()
             shown = ["val_jf", "val_click_jf", "copied_jf", *IMAGE_FIGURES]
-            run.plot_curves(["loss"], [f"pass_{name}" for name in LOSSES],
+            # Not loss and pass_focal: an object wrongly believed absent, logits -1024, hides all else
+            run.plot_curves(["pass_dice", "pass_iou", "pass_score"],
                             [name for name in shown if name in figures])
             draw_samples(model, val_set, run)
 

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.unet import NETS, forward, normalize
+from nets.unet import NETS, PIXEL_MEAN, PIXEL_STD, forward, normalize
 from nets.weights import check_net, load_weights, read_weights, reset_mismatched_heads
 
 DEMO = {"model": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 6, "batch_size": 4,
@@ -286,12 +286,15 @@ def sanity_check(train_set, val_set, args):
     for index in range(min(8, len(train_set))):
         image, mask = read_item(train_set.items[index])
         seen, seen_mask, _ = train_set[0, index]
-        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)  # 0..1
-        seen = np.ascontiguousarray((seen * 255).byte().expand(3, -1, -1).permute(1, 2, 0))
+        seen = seen.permute(1, 2, 0) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)
+        if args.input_channels == 1:  # the mean of the normalised channels
+            seen = seen.mean(2, keepdim=True).expand(-1, -1, 3)
+        seen = np.ascontiguousarray((seen * 255).round().clamp(0, 255).byte())
         rows[train_set.items[index][0]] = [image, draw_mask(image, mask),
                                            draw_mask(seen, seen_mask.numpy() >= 0.5)]
     path = Path(args.output_dir, "sanity_check.png")
-    utils.save_panel(path, rows, ["image", "mask", "as trained"])
+    legend = utils.class_tints(train_set.classes, 1)
+    utils.save_panel(path, rows, ["image", "mask", "as trained"], legend)
     print(f"wrote {path}")
     return {"train": len(train_set), "val": len(val_set)}
 
@@ -431,7 +434,8 @@ def draw_samples(model, dataset, run):
         logits = forward(model, dataset[0, index][0][None].to(run.device), run.dtype)[-1]
         pred = F.interpolate(logits, mask.shape[-2:], mode="bilinear")[0].cpu().numpy() > 0
         rows[dataset.items[index][0]] = [image, draw_mask(image, mask), draw_mask(image, pred)]
-    utils.save_panel(run.folder / "val_samples.png", rows, ["image", "truth", "prediction"])
+    utils.save_panel(run.folder / "val_samples.png", rows, ["image", "truth", "prediction"],
+                     utils.class_tints(dataset.classes, 1))
 
 
 # --- Training ---

@@ -5,7 +5,7 @@ A training run  Run: device, precision, seeds, resume, gradients, checkpoints, l
 Data            split_items  check_items  create_loader  seeded  draw_demo
 Embeddings      cache_embeddings  load_embedding
 Images          list_images  read_lines  nfc  file_part  read_image  read_mask  read_binary_mask
-                image_size  save_image  save_mask  overlay  save_panel
+                image_size  save_image  save_mask  tints  class_tints  overlay  save_panel
 Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_rank_first
                 stop_asked  raise_if_stopped  hide_bar
 Internals       scripts call a few
@@ -40,7 +40,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".ppm", ".pgm"}
@@ -52,6 +52,9 @@ MAY_CHANGE = {  # options that may differ when a run is continued
 WRITTEN = ["last.pth", "best.pth", "model.pth", "decoder.pth", "log.csv", "curves.png",
            "val_samples.png", "val_videos.csv", "results????????-??????.txt",
            "record_mAP.txt"]  # what --overwrite replaces
+CHINESE_FONTS = [  # file names on Linux, Windows, macOS; the first one there draws Chinese names
+    "NotoSansCJK-Regular", "NotoSansSC-Regular", "wqy-microhei", "wqy-zenhei",
+    "DroidSansFallbackFull", "msyh", "simhei", "PingFang", "Hiragino Sans GB", "STHeiti Light"]
 _signals = []   # SIGTERM or SIGINT, once they have come
 
 
@@ -444,7 +447,7 @@ class Run:
         self.save_plain(name, {**self.head, **states, "args": vars(self.args), **self.progress})
 
     def save_plain(self, name, state):
-        """Writes a file that the article's script leaves, such as a bare state dict."""
+        """Writes a file that the article's script leaves: U-Net's model.pth, SAM's decoder.pth."""
         if self.rank == 0:
             save_checkpoint(self.folder / name, state)
 
@@ -459,20 +462,26 @@ class Run:
             raise
 
     def plot_curves(self, *groups):
-        """Draws curves.png: one plot for each group of columns of log.csv, over the epochs."""
+        """Draws curves.png: one plot for each group of columns of log.csv, over the epochs.
+
+        Lines of equal values all show: the later ones have gaps.
+        """
         if self.rank:
             return
         from matplotlib.figure import Figure  # late: it takes a second
         figure = Figure(figsize=(5 * len(groups), 3.5))
         axes = figure.subplots(1, len(groups), squeeze=False)[0]
         for axis, names in zip(axes, groups):
-            for name in names:
+            epochs = [int(row["epoch"]) for row in self.rows]
+            for name, style in zip(names, itertools.cycle(["-", "--", ":", "-."])):
                 values = [float(row.get(name) or "nan") for row in self.rows]
-                axis.plot([int(row["epoch"]) for row in self.rows], values, ".-", label=name)
+                axis.plot(epochs, values, style, marker=".", label=name)
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend()
+        best_epoch = self.progress["best_epoch"]
+        figure.suptitle(f"{self.net}, {self.args.model}: best in epoch {best_epoch}")
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=100)
 
@@ -481,6 +490,9 @@ class Run:
         wait_for_ranks()
         best, epoch = self.progress["best"], self.progress["best_epoch"]
         print(f"best {name} {best:.4f} in epoch {epoch}: {self.folder}/best.pth")
+        if not epoch:
+            print("no epoch beat the start: best.pth holds the starting weights, last.pth those of "
+                  "the last epoch; try another --lr or more --epochs")
         if self.args.demo:
             print("wrote " + " ".join(map(str, sorted(self.folder.glob("[!.]*.*")))))
 
@@ -908,11 +920,25 @@ def palette():
     return ((bits & 1) << 7 | (bits & 8) << 3 | (bits & 64) >> 1).astype(np.uint8)
 
 
+def tints():
+    """Colours of overlays, (256, 3) uint8; the first 20 differ more than VOC's, where many are red."""
+    ids = np.arange(256)
+    hue, saturation = 180 * ((ids - 1) * 0.21 % 1), np.array([140, 255])[ids % 2]
+    hsv = np.stack([hue, saturation, np.array([200, 200, 255])[ids % 3]], 1).astype(np.uint8)
+    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
+
+
+def class_tints(names, first=0):
+    """Returns {"id name": colour} of classes, ids from `first` on; not of id 0 or a single class."""
+    names = dict(enumerate(names, first)) if len(names) > 1 else {}
+    return {f"{k} {name}": tuple(tints()[k].tolist()) for k, name in names.items() if k}
+
+
 def overlay(image, mask):
     """RGB image (H, W, 3) uint8 with ids (H, W) in 1..254 tinted and outlined; 0, 255 stay clear."""
     # torchvision's draw_segmentation_masks would take gigabytes at 25 megapixels
     ids = np.where(mask == 255, 0, mask).astype(np.uint8)
-    colours = (palette() * 0.75 + 64).astype(np.uint8)  # the palette's own are too dark to see
+    colours = tints()
     tinted = cv2.addWeighted(image, 0.6, colours[ids], 0.4, 0)
     width = 2 * max(1, max(ids.shape) // 800) + 1
     outline = cv2.erode(ids, np.ones((width, width), np.uint8)) != ids
@@ -920,24 +946,51 @@ def overlay(image, mask):
     return np.where(ids[..., None] > 0, tinted, image)
 
 
-def save_panel(path, rows, titles, side=256):
-    """Writes a PNG of {name: RGB images}: a row for each name, a title for each column."""
-    strips = []
+def save_panel(path, rows, titles, legend={}, side=256):
+    """Writes a PNG of {name: RGB images}: a row under each name, a title over each column.
+
+    legend: {text: RGB colour}, shown below.
+    """
+    texts = [(2 + k * (side + 4), 2, title) for k, title in enumerate(titles)]
+    chinese = any("\u2e80" <= letter < "\ud800" for letter in "".join([*rows, *legend]))
+    font, width, y, parts = load_font(chinese), (side + 4) * len(titles), 20, []
     for name, images in rows.items():
+        texts.append((2, y + 2, name.encode("utf-8", "replace").decode()))  # it may be any bytes
         small = []
         for image in images:
             size = [max(1, round(side * n / max(image.shape[:2]))) for n in image.shape[1::-1]]
             small.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
-        strip = np.full((24 + max(map(len, small)), (side + 4) * len(images), 3), 255, np.uint8)
-        for k, (title, image) in enumerate(zip(titles, small)):
-            x = k * (side + 4)
-            strip[20:20 + image.shape[0], x:x + image.shape[1]] = image
-            text = f"{title}  {name}".encode("ascii", "replace").decode()
-            cv2.putText(strip, text, (x + 2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 0, 1, cv2.LINE_AA)
-        strips.append(strip)
+        parts += [(k * (side + 4), y + 20, Image.fromarray(image)) for k, image in enumerate(small)]
+        y += 24 + max(map(len, small))
+    x = 2
+    for text, colour in legend.items():
+        text = text.encode("utf-8", "replace").decode()
+        if x > 2 and x + 20 + font.getlength(text) > width:
+            x, y = 2, y + 20
+        parts.append((x, y + 4, Image.new("RGB", (12, 12), colour)))
+        texts.append((x + 18, y + 2, text))
+        x += 34 + round(font.getlength(text))
     if ranks()[0] == 0:
+        panel = Image.new("RGB", (width, y + 20 * bool(legend)), "white")
+        for x, y, part in parts:
+            panel.paste(part, (x, y))
+        for x, y, text in texts:
+            ImageDraw.Draw(panel).text((x, y), text, "black", font)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_image(path, np.vstack(strips))
+        panel.save(path)
+
+
+@functools.cache
+def load_font(chinese):
+    """Returns a font of 12 pixels; Chinese letters are boxes in it if no font here has them."""
+    for name in CHINESE_FONTS if chinese else ():
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    if chinese:
+        print("note: no Chinese font on this machine: names are drawn as boxes; install one, such "
+              "as fonts-noto-cjk")
+    import matplotlib  # late; it brings a font to every machine
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
 
 
 # --- Processes ---

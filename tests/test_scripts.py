@@ -65,7 +65,7 @@ def test_sections_stand_in_order(name):
 @pytest.mark.parametrize("name, sections", [
     ("predict", ["Options", "Data", "Model", "Prediction", "Main"]),
     ("predict_video", ["Options", "Frames", "Prompts", "Model", "Tracking", "Evaluation", "Main"]),
-    ("annotate", ["Options", "Model", "Objects", "Server", "Page", "Main"])])
+    ("annotate", ["Options", "Model", "Objects", "Server", "Main"])])
 def test_predict_and_annotate_have_their_own_sections(name, sections):
     assert re.findall(r"^# --- (.*) ---$", (ROOT / f"{name}.py").read_text(), re.M) == sections
 
@@ -98,6 +98,22 @@ def test_main_tells_the_story_in_order(name):
     loop = text[text.index("run.is_over()"):]
     order = [loop.index(call) for call in ("train_one_epoch(", "evaluate(", "run.end_epoch(", "save_best")]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_pictures_say_what_their_colours_mean(name, tmp_path, monkeypatch):
+    import demo_data
+    legends = []
+    monkeypatch.setattr(utils, "save_panel", lambda path, rows, titles, legend: legends.append(legend))
+    demo_data.write(DATA_KIND[name], tmp_path / "data", 6)
+    words = ["--data-path", tmp_path / "data", "--sanity-check", "--device", "cpu", "-j", 0, *SMALL[name]]
+    script = import_module(name)
+    script.main(script.get_args_parser().parse_args([str(word) for word in words]))
+    assert len(legends) == 1 and bool(legends[0]) == (name != "train_unet")  # which has one class here
+    calls = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
+    panels = [node for node in calls if ast.unparse(node.func) == "utils.save_panel"]
+    without = [node for node in panels if len(node.args) < 4]
+    assert len(panels) == 2 and len(without) == (name == "train_sam2")  # draws no prompts on its val_samples.png
 
 
 @pytest.mark.parametrize("name", TRAINING)

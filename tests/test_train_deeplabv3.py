@@ -369,6 +369,15 @@ def test_sanity_check_prints_counts_and_draws_a_panel(scenes, tmp_path, capsys):
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
 
+def test_the_sanity_check_shows_what_is_trained_in_the_image_s_own_colours(scenes, tmp_path, monkeypatch):
+    """Without augmentation and at the image's size it is the image, as normalisation is undone."""
+    panels = []
+    monkeypatch.setattr(utils, "save_panel", lambda path, rows, titles, legend: panels.append(rows))
+    train(scenes, tmp_path / "run", "--sanity-check", "--overfit", 4, "--base-size", 64, "--crop-size", 64)
+    for _, label, trained in panels[0].values():
+        assert np.abs(label.astype(int) - trained).max() <= 1
+
+
 # --- Weights ---
 
 def official(path, num_classes=21, aux=True, wrap=lambda state: state):

@@ -349,6 +349,18 @@ def test_sanity_check_prints_counts_and_draws_a_panel(cells, tmp_path, capsys):
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_sanity_check_shows_what_is_trained_in_the_image_s_own_colours(cells, tmp_path, monkeypatch, channels):
+    """Without augmentation and at the image's size it is the image, as normalisation is undone."""
+    image = np.random.default_rng(0).integers(20, 80, (48, 48), np.uint8)
+    save_grey(cells / "images/cell_0.png", image if channels == 1 else np.dstack([image, image + 9, 200 - image]))
+    panels = []
+    monkeypatch.setattr(utils, "save_panel", lambda path, rows, titles, legend: panels.append(rows))
+    train(cells, tmp_path / "run", "--sanity-check", "--overfit", 8, "--image-size", 48, "--input-channels", channels)
+    _, mask, trained = panels[0]["cell_0"]
+    assert np.abs(mask.astype(int) - trained).max() <= 1
+
+
 # --- Bad input ---
 
 def test_missing_folders(cells, tmp_path):

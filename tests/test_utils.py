@@ -237,6 +237,70 @@ def test_an_overlay_tints_objects_and_leaves_background_and_void():
     assert (out[4:] == 100).all() and (out[:4, :, 0] > 100).all()
 
 
+def test_the_tints_of_the_first_classes_differ_more_than_the_palette_s():
+    def least(colours):
+        shown = (0.4 * colours[1:21] / 255).astype(np.float32)  # on black, as overlay tints
+        lab = cv2.cvtColor(shown[None], cv2.COLOR_RGB2LAB)[0]
+        distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+        return distances[distances > 0].min()
+
+    assert least(utils.tints()) > 1.5 * least(utils.palette() * 0.75 + 64)
+
+
+def test_a_panel_has_titles_once_whole_names_and_a_legend(tmp_path):
+    images = [np.zeros((9, 9, 3), np.uint8)] * 3
+    legend = utils.class_tints(["ground", "road", "car"])
+    assert [*legend] == ["1 road", "2 car"]
+    assert [*utils.class_tints(["cat", "dog"], 1)] == ["1 cat", "2 dog"] and not utils.class_tints(["cell"], 1)
+    for text in legend:  # the legend's colours are the overlay's
+        outlined = utils.overlay(np.zeros((5, 5, 3), np.uint8), np.eye(5, dtype=int) * int(text[0]))
+        assert (outlined == legend[text]).all(2).any()
+    utils.save_panel(tmp_path / "panel.png", {"n" * 60: images, "b": images}, ["image", "", ""], legend)
+    panel = np.array(Image.open(tmp_path / "panel.png"))
+    assert panel.shape == (20 + 2 * 280 + 20, 780, 3)
+    dark = panel.max(2) < 128
+    assert dark[:20, :260].any() and not dark[:20, 260:].any()  # titles
+    assert dark[20:40, 260:520].any() and not dark[300:320, 260:].any()  # a long name, a short one
+    for colour in legend.values():
+        assert (panel[-20:] == colour).all(2).sum() == 12 * 12
+    long = {"w" * 40 + str(k): (1, 2, 3) for k in range(5)}
+    utils.save_panel(tmp_path / "panel.png", {"b": images}, ["", "", ""], long)
+    assert len(np.array(Image.open(tmp_path / "panel.png"))) > 20 + 280 + 20  # on several lines
+
+
+def test_chinese_names_are_drawn_by_a_chinese_font_or_a_note_says_that_there_is_none(tmp_path, capsys, monkeypatch):
+    import matplotlib
+    font = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSerif.ttf")
+    for fonts, note in (([], "no Chinese font"), (["no-such-font", font], "")):
+        utils.load_font.cache_clear()
+        monkeypatch.setattr(utils, "CHINESE_FONTS", fonts)
+        for _ in range(2):
+            utils.save_panel(tmp_path / "panel.png", {"\u7ec6\u80de": [np.zeros((9, 9, 3), np.uint8)]}, ["x"])
+        printed = capsys.readouterr().out
+        assert note in printed and printed.count("note") == bool(note)
+        assert utils.load_font(True).getname()[0] == ("DejaVu Serif" if fonts else "DejaVu Sans")
+    assert utils.load_font(False).getname()[0] == "DejaVu Sans"
+    utils.load_font.cache_clear()
+
+
+def test_curves_have_a_title_and_lines_of_equal_values_all_show(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    run, figures = utils.Run(run_options(tmp_path, model="tiny"), "sam2"), []
+    run.progress, run.rows = {"best_epoch": 2}, [{"epoch": k, "a": 0.5, "b": 0.5} for k in (1, 2, 3)]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    run.plot_curves(["a", "b"])
+    assert figures[0].get_suptitle() == "sam2, tiny: best in epoch 2"
+    assert len({line.get_linestyle() for line in figures[0].axes[0].lines}) == 2
+
+
+def test_the_end_says_that_no_epoch_beat_the_start(tmp_path, capsys):
+    run = utils.Run(run_options(tmp_path, demo=False), "sam2")
+    for epoch in (0, 3):
+        run.progress = {"best": 0.25, "best_epoch": epoch}
+        run.finish("val_iou")
+        assert ("no epoch beat the start" in capsys.readouterr().out) == (epoch == 0)
+
+
 # --- Options, seeds, sampler, log ---
 
 def test_switches_take_words_and_numbers():
@@ -324,7 +388,7 @@ def test_names_in_any_bytes_can_be_hashed_and_drawn(tmp_path):
     assert utils.data_hash([(path.stem, path, [path])]) != utils.data_hash([])
     utils.save_panel(tmp_path / "panel.png", {path.stem: [np.zeros((9, 9, 3), np.uint8)], "\u7ec6": [
         np.zeros((9, 9, 3), np.uint8)]}, ["x"])
-    assert Image.open(tmp_path / "panel.png").size == (260, 2 * 280)
+    assert Image.open(tmp_path / "panel.png").size == (260, 20 + 2 * 280)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, script):
