@@ -366,7 +366,7 @@ class Session:
     def draw(self, which, index, part):
         """Returns part of an image's masks by one net, as the data URL of a PNG, and the last score."""
         item, score = self.items[index], None
-        entries, colours = item.entries(), utils.palette() * 0.75 + 64  # as utils.overlay
+        entries, colours = item.entries(), utils.tints()  # as utils.overlay
         if self.classes:
             ids = [0] + [self.classes.index(entry["class"]) for entry in entries]
             colours = np.array([[*bytes.fromhex(COLOURS[k].strip("#"))] for k in ids])
