@@ -17,6 +17,8 @@ QUIET = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # monai 1.5 and torch 2.15 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow checks too")
+    parser.addoption("--half", type=int, choices=[1, 2],
+                     help="run every other file of tests: two halves side by side take half the time")
 
 
 def pytest_configure(config):
@@ -24,6 +26,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--half"):
+        files = list(dict.fromkeys(item.path for item in items))
+        chosen = files[config.getoption("--half") - 1::2]
+        config.hook.pytest_deselected(items=[item for item in items if item.path not in chosen])
+        items[:] = [item for item in items if item.path in chosen]
     if not config.getoption("--slow") and "slow" not in (config.getoption("-m") or ""):
         for item in items:
             if item.get_closest_marker("slow"):
