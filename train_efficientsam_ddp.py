@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import utils
 from nets.efficient_sam import NETS, WEIGHTS, content_size, encode, predict_masks, preprocess
-from nets.weights import check_net, load_weights, official_file, read_weights
+from nets.weights import check_net, complete_encoder, load_weights, official_file, read_weights
 
 FIGURES = ("val_iou", "val_dice", "val_oracle_iou", "val_iou_error", "box_iou")  # of evaluate
 MASK_SIZE = 256  # largest side in pixels at which training compares masks, as the article
@@ -65,6 +65,8 @@ def get_args_parser():
     add("--model", choices=list(NETS), default="efficient_sam_vits", help="(%(default)s)")
     add("--weights", "--pretrained-checkpoint",
         help=f"start from: none, a path, {' or '.join(WEIGHTS)} (official; default: of --model)")
+    add("--decoder-weights", help="beside --weights encoder.pth (of pretrain_sami.py): vit_b, vit_l, vit_h "
+                                  "or a path, SAM's decoder to start from (default: fresh)")
     add("--freeze", choices=["none", "encoder"], default="none",
         help="part that is not trained (%(default)s)")
     add_switch("--gradient-checkpointing", help="less memory, a third more time")
@@ -317,6 +319,7 @@ def create_model(args, checkpoint=None):
     elif args.weights != "none":
         path = official_file(args.weights, WEIGHTS)
         state = read_weights(path, {"net": "efficient_sam", **arch}, free=["image_size"])
+        state = complete_encoder(model, state, path, args.decoder_weights)
         load_weights(model, state, path)
     # The mask that is never asked for
     model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)
@@ -478,6 +481,8 @@ def train_one_epoch(model, loader, optimizer, run, args):
 def main(args):
     """Trains as the options say; returns the last figures, those before and the best val_iou."""
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
+    if args.decoder_weights and args.weights == "none":
+        raise utils.InputError("--decoder-weights: needs --weights encoder.pth, of pretrain_sami.py")
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
     run = utils.Run(args, net="efficient_sam")  # joins torchrun's processes; seeds; device, precision

@@ -11,6 +11,7 @@ Letters: B images, Q queries per image (each the prompts of one object), N point
 C width of the ViT, D width of the decoder, E = image_size / patch_size.
 """
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,16 @@ WEIGHTS = {  # the authors publish no hash: the only check is that every key and
     "efficient_sam_vits": {"name": "efficient_sam_vits", "url": f"{URL}efficient_sam_vits.pt.zip"},
     "efficient_sam_vitt": {"name": "efficient_sam_vitt", "url": f"{URL}efficient_sam_vitt.pt"},
 }
+SAM_NAMES = [  # of its prompt encoder and decoder, as regular expressions, and ours
+    (r"\.mlp\.lin1\.", ".mlp.layers.0.0."), (r"\.mlp\.lin2\.", ".mlp.fc."),
+    (r"(mlps\.\d|head)\.layers\.([01])\.", r"\1.layers.\2.0."),
+    (r"(mlps\.\d|head)\.layers\.2\.", r"\1.fc."),
+    (r"output_upscaling\.([01])\.", r"final_output_upscaling_layers.0.\1."),
+    (r"output_upscaling\.3\.", "final_output_upscaling_layers.1.0."),
+    (r"not_a_point_embed\.", "invalid_points."), (r"point_embeddings\.1\.", "point_embeddings."),
+    (r"point_embeddings\.2\.", "bbox_top_left_embeddings."),
+    (r"point_embeddings\.3\.", "bbox_bottom_right_embeddings."),
+]
 PRETRAINED_GRID = 14  # the pretrained position codes are 224 / 16 x 224 / 16
 
 
@@ -457,7 +468,20 @@ def predict_masks(model, embedding, points, labels, size, mode, dtype):
         yield first, enlarge(logits, size, model.image_size, mode), iou
 
 
-# --- Sizes ---
+# --- Weights and sizes ---
+
+def rename_sam(state_dict):
+    """State dict of a Sam -> its prompt encoder's and decoder's tensors, by EfficientSAM's names.
+
+    Activations, one norm and two residuals differ between the nets: they are weights to start from.
+    """
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, name in SAM_NAMES:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return {key: value for key, value in renamed.items() if not key.startswith("image_encoder.")}
+
 
 def efficient_sam_vitt(image_size=1024):
     """EfficientSAM-Ti, 10.2 M parameters."""

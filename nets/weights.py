@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nets import sam
+from nets import efficient_sam, sam
 from utils import InputError, first_rank_first, load_checkpoint
 
 
@@ -127,6 +127,33 @@ def reset_mismatched_heads(model, state, heads):
         if is_head and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
             reset[key] = wanted
     return {**state, **reset}, [*reset]
+
+
+def complete_encoder(model, state, path, decoder=None):
+    """Adds prompt encoder and decoder to the state dict of an EfficientSam's encoder alone.
+
+    decoder: path or official name of SAM weights, whose tensors are taken where name and shape are
+    model's; the others are those of model. A line says so. A whole net's state dict is returned as it
+    is; InputError if there is a decoder too.
+    """
+    if not state or not all(key.startswith("image_encoder.") for key in state):
+        if decoder:
+            raise InputError(f"--decoder-weights {decoder}: {path} is no encoder alone; leave it out")
+        return state
+    own = {key: value for key, value in model.state_dict().items()
+           if not key.startswith("image_encoder.")}
+    taken = {}
+    if decoder:
+        found = state_of(load_checkpoint(official_file(decoder, sam.WEIGHTS)))
+        found = efficient_sam.rename_sam(found)
+        taken = {key: found[key] for key, value in own.items()
+                 if getattr(found.get(key), "shape", None) == value.shape}
+        if not taken:
+            raise InputError(f"--decoder-weights {decoder}: no tensor of it fits; give SAM weights "
+                             f"({', '.join(sam.WEIGHTS)} or a path), or leave it out")
+    print(f"{path}: the encoder; of {len(own)} tensors of prompt encoder and decoder {len(taken)} are "
+          f"from {decoder or 'SAM'}, {len(own) - len(taken)} start fresh")
+    return {**own, **taken, **state}
 
 
 def load_sam(model, path, base=None):
