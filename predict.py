@@ -500,11 +500,10 @@ def encode_sam(loaded, image):
 def decode_sam(loaded, embedding, points, labels):
     """Returns as decode_efficient_sam; C is 4: the second pass's mask, the best, then the first's."""
     corner = labels[0] >= 2  # of the box
-    kind, boxes = sam.BOTH, torch.zeros(1, 4, device=points.device)  # which no click looks at
+    boxes, kind = None, sam.POINTS
     if corner.any():
         boxes = points[:, corner].reshape(1, 4)
-    if corner.all() or not corner.any():
-        kind = sam.BOX if corner.any() else sam.POINTS
+        kind = sam.BOX if corner.all() else sam.BOTH
     first, first_scores, second, second_scores = sam.two_passes(
         loaded.model, embedding, points[:, ~corner], labels[:, ~corner], boxes,
         torch.tensor([kind], device=points.device), loaded.dtype)
@@ -516,9 +515,8 @@ def click_sam(loaded, embedding, points, labels):
     """Returns the three masks of the first pass and their scores."""
     embeddings = embedding.expand(len(points), -1, -1, -1)
     kinds = torch.full((len(points),), sam.POINTS, device=points.device)
-    boxes = torch.zeros(len(points), 4, device=points.device)  # which no click looks at
     return sam.decode(
-        loaded.model, embeddings, points, labels, boxes, kinds, None, True, loaded.dtype)
+        loaded.model, embeddings, points, labels, None, kinds, None, True, loaded.dtype)
 
 
 def encode_sam2(loaded, image):

@@ -487,7 +487,10 @@ def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimas
 
     embeddings (P, D, E, E); points (P, N, 2), labels (P, N) and boxes (P, 4) in pixels of the square;
     kinds (P,): POINTS, BOX or BOTH count; low_logits (P, 1, M, M) of an earlier pass, or None.
+    boxes may be None where clicks alone count.
     """
+    if boxes is None:
+        boxes = torch.zeros(len(points), 4, device=points.device)
     with torch.autocast(embeddings.device.type, dtype, enabled=dtype is not None):
         clicks, _ = model.prompt_encoder(points=(points, labels))  # (P, N + 1, D): padding without box
         corners, dense = model.prompt_encoder(boxes=boxes, masks=low_logits)
