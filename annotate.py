@@ -16,7 +16,7 @@ voc     of finetune_sam_decoder.py --year 2012: VOCdevkit/VOC2012/ with JPEGImag
 masks   of train_unet.py: images/NAME.ext, masks/0/NAME.png ... of each class; with --classes also
         masks/classes.txt
 A later object lies above an earlier one; in masks both are whole. Started again on the same folder,
-it continues; unsaved.json names images whose masks are older than prompts.json.
+it continues; unsaved.json names images whose masks, of each layout, are older than prompts.json.
 Copying: this script, annotate.html, predict.py, utils.py and the folder nets/.
 """
 import argparse
@@ -77,7 +77,7 @@ def get_args_parser():
     add("--classes", type=class_names, default=[], metavar="NAME[,NAME...]",
         help="names of up to nine classes, for the keys 1 to 9")
     add("--to", choices=list(LAYOUTS),
-        help="layout to write (npy, without classes, with EfficientSAM and no --classes, else voc)")
+        help="layout to write (voc, but npy with EfficientSAM and no --classes)")
     add("--port", type=utils.number(int, 0, 65535), default=0, help="of 127.0.0.1 (a free one)")
     parser.add_device_options()
     return parser
@@ -169,7 +169,8 @@ class Session:
         self.images_dir = self.folder / images_dir
         self.mask_dirs = [self.folder / name for name in mask_dirs[:used[self.layout]]]
         self.folder_lock = utils.lock_folder(self.folder)  # until the process ends
-        self.earlier, self.unsaved = self.read_earlier()
+        self.earlier, self.outdated = self.read_earlier()
+        self.unsaved = self.outdated[self.layout]
         self.check_class_file()
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
@@ -184,7 +185,8 @@ class Session:
                                        "the file, or give --to npy")
             masks, copy = self.files(item)
             for file in [*masks, copy]:
-                if name not in self.earlier and file.exists() and not same_file(file, path):
+                ours = name in self.earlier or name in self.unsaved
+                if not ours and file.exists() and not same_file(file, path):
                     raise utils.InputError(f"{file}: exists, and {self.folder}/prompts.json has no "
                                            "objects of it; give another --output-dir")
             if name in self.earlier and not all(mask.exists() for mask in masks):
@@ -194,16 +196,18 @@ class Session:
         self.cut_out = functools.lru_cache(600)(self.cut_out)
 
     def read_earlier(self):
-        """Returns what an earlier session left: {name: entries}, and the names in unsaved.json."""
+        """Returns what an earlier session left: {name: entries}, and {layout: names} of unsaved.json."""
         path, unsaved = self.folder / "prompts.json", self.folder / "unsaved.json"
-        earlier, names = {}, []
+        earlier, names = {}, {}
         try:
             if path.exists():
                 earlier = json.loads(path.read_text(encoding="utf-8-sig"))
             if unsaved.exists():
                 names = json.loads(unsaved.read_text(encoding="utf-8"))
-            return dict(earlier), set(names)
-        except (ValueError, TypeError, RecursionError) as error:
+            if isinstance(names, list):  # of an earlier version, which did not know layouts apart
+                names = dict.fromkeys(LAYOUTS, names)
+            return dict(earlier), {layout: {*names.get(layout, [])} for layout in LAYOUTS}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise utils.InputError(f"{path} or {unsaved.name}: cannot be read ({error}); move it "
                                    "away") from None
 
@@ -217,7 +221,7 @@ class Session:
                     f"{', '.join(self.classes) or 'none'}; give all of the file's, or correct it")
 
     def class_file(self):
-        """Returns the path and the text of the file that gives each class its id; ("", "") if none."""
+        """Returns the path and the text of the file that gives each class its id; no text: no file."""
         ids = {name: k for k, name in enumerate(["background", *self.classes])}
         texts = {"voc": (f"{VOC}/class_names.json", json.dumps(ids, ensure_ascii=False)),
                  "masks": ("masks/classes.txt", "".join(f"{name}\n" for name in self.classes))}
@@ -243,7 +247,8 @@ class Session:
         entries = {**self.earlier, **{item.name: item.entries() for item in self.items}}
         lines = [f"{json.dumps(name)}: {json.dumps(entry)}"
                  for name, entry in entries.items() if entry]
-        replace_text(self.folder / "unsaved.json", json.dumps(sorted(self.unsaved)))
+        outdated = {layout: sorted(names) for layout, names in self.outdated.items()}
+        replace_text(self.folder / "unsaved.json", json.dumps(outdated))
         replace_text(self.folder / "prompts.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
     def files(self, item):
@@ -434,7 +439,9 @@ class Session:
             queries, size = self.read_queries(item.name, {item.name: entries}), self.embed(index)[0]
             predict.check_prompts(item.name, queries, size)
         if objects != item.objects:
-            self.unsaved |= {item.name} if entries != item.entries() else set()
+            if entries != item.entries():
+                for names in self.outdated.values():
+                    names.add(item.name)
             item.objects, item.version = objects, item.version + 1
             self.write_prompts()
 
