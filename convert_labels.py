@@ -227,7 +227,11 @@ def draw_ellipse(mask, points):
 
 
 class BoxError(ValueError):
-    """Raised in place of drawing an object that has a box but no outline."""
+    """Raised in place of drawing an object that has a box but no polygon."""
+
+
+def refuse_box(mask):
+    raise BoxError
 
 
 def draw_yolo(values, mask):
@@ -241,10 +245,6 @@ def draw_yolo(values, mask):
     if polygon.min() < -0.1 or polygon.max() > 1.1:
         raise ValueError(f"{short(values)} is not in 0..1")
     fill(mask, polygon * mask.shape[::-1])
-
-
-def refuse_box(mask):
-    raise BoxError
 
 
 def draw_file(path, mask):
@@ -671,11 +671,10 @@ def read_dsb(args, notes):
         if images and len(images) > 1:
             raise utils.InputError(f"{images[1]}: a second image beside {path.name}; keep the one "
                                    "that the masks are of")
+        size = utils.image_size(path) if path else None
         for mask in masks:
-            if path and utils.image_size(mask) != utils.image_size(path):
-                sizes = ["{}x{}".format(*utils.image_size(file)) for file in (mask, path)]
-                raise utils.InputError(f"{mask}: {sizes[0]} pixels, but {path} has {sizes[1]}; save "
-                                       "both at one size")
+            if path and utils.image_size(mask) != size:
+                raise utils.InputError(f"{mask} and {path} differ in size; save them at one size")
         objects = [Object("nucleus", mask, [partial(draw_file, mask)]) for mask in masks]
         file = (path or folder / "images").relative_to(root).as_posix()
         items.append(Item(file, path, (None, None), objects.copy, folder.name))
