@@ -12,6 +12,10 @@ Writes: OUTPUT_DIR/best.pth (best val_box_iou) and last.pth (for --resume), both
         parts; decoder.pth (the best decoder alone, as the article), log.csv, curves.png,
         val_samples.png (image with prompts | truth | by box | by click), split.json, args.json.
         --cache-dir: the embeddings, one file per image.
+Parts:  the article's, and here: CustomDataset = VOCObjects; custom_collate = collate; set_image,
+        get_image_embedding = encode, cache_embeddings; get_random_prompts = sample_prompts;
+        mask2one_hot = read_ids, cover; the two calls of mask_decoder = two_passes; BCEseg,
+        soft_dice_loss = criterion; postprocess_masks = enlarge; saving the decoder = save_decoder.
 """
 import itertools
 import json
@@ -771,6 +775,9 @@ def main(args):
         print_table(columns)
         return columns["test"]
 
+    if args.weights == "none" and not run.checkpoint and 10 * args.lr <= DEMO["lr"]:
+        print(f"note: --lr {args.lr} suits official weights; from scratch --demo's small net learns "
+              f"with --train all --lr {DEMO['lr']}")
     optimizer = create_optimizer(model, args)
     part = trained_part(model, args)
     progress = run.start(arch, train_set, val_set, model=part, optimizer=optimizer)
@@ -808,13 +815,18 @@ def main(args):
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)  # nothing was left to train
-    columns = {"before": progress["before"], f"best, epoch {progress['best_epoch']}": progress["after"]}
-    if keep_loader is not None:  # evaluated with the best weights, not the last
-        utils.wait_for_ranks()
-        best = utils.load_checkpoint(run.folder / "best.pth")
-        load_weights(part, best["model"], run.folder / "best.pth")
+    best_epoch = progress["best_epoch"]
+    columns = {"before": progress["before"], f"best, epoch {best_epoch}": progress["after"]}
+    if not best_epoch:  # none beat the start
+        columns = {"before": progress["before"], f"last, epoch {progress['epoch']}": figures}
+    if keep_loader is not None:
         columns["kept, before"] = progress["keep_before"]
-        columns["kept, best"] = evaluate(model, keep_loader, run, args)
+        if best_epoch:  # evaluated with the best weights, not the last
+            utils.wait_for_ranks()
+            best = utils.load_checkpoint(run.folder / "best.pth")
+            load_weights(part, best["model"], run.folder / "best.pth")
+        title = "kept, best" if best_epoch else "kept, last"
+        columns[title] = evaluate(model, keep_loader, run, args)
     print_table(columns)
     run.finish("val_box_iou")
     return {**figures, "before": progress["before"], "best_val_box_iou": progress["best"]}

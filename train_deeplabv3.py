@@ -10,6 +10,10 @@ Data:   DATA_PATH/VOCdevkit/VOC2012/ with JPEGImages/ID.jpg, SegmentationClass/I
 Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, curves.png,
         val_samples.png (image | truth | prediction), results*.txt (as the article), record_mAP.txt
         (figures of each class), split.json, args.json.
+Parts:  the article's, and here: SegmentationPresetTrain = scale_flip_crop; SegmentationPresetEval =
+        resize, normalize; ConfusionMatrix = count_pixels, scores, table; create_lr_scheduler =
+        learning_rate; MetricLogger, SmoothedValue, init_distributed_mode = utils.Run; DeepLabV3,
+        ASPP, DeepLabHead, FCNHead: the same in nets/deeplabv3.py; results.txt = write_results.
 """
 import functools
 import itertools
@@ -590,6 +594,8 @@ def main(args):
         write_record(run, "record_mAP_test.txt", text, figures)
         return figures
 
+    if args.weights == "none" and not run.checkpoint and 10 * args.lr <= DEMO["lr"]:
+        print(f"note: --lr {args.lr} suits official weights; from scratch --demo uses {DEMO['lr']}")
     optimizer = create_optimizer(model, args)
     progress = run.start(arch, train_set, val_set, model=model, optimizer=optimizer)
     if args.compile:

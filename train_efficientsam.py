@@ -8,6 +8,10 @@ Data:   DATA_PATH/imgs/NAME.npy (H, W, 3) or (H, W), or any image file; DATA_PAT
         or validated on --val-path.
 Writes: OUTPUT_DIR/best.pth (best val_iou), last.pth (for --resume), log.csv, curves.png,
         val_samples.png (image with prompts | truth | prediction), split.json, args.json.
+Parts:  the article's, and here: NpyDataset = NpyDataset; its random box = draw_prompt;
+        resize_longest_side, pad_image = preprocess; collate_fn = collate; seg_loss, ce_loss,
+        iou_loss = criterion; cal_iou = mask_iou; build_efficient_sam_vits = efficient_sam_vits;
+        sanity_check_dataset, show_box, show_mask = sanity_check, draw_prompts; log.png = curves.png.
 """
 import math
 from collections import Counter
@@ -493,6 +497,8 @@ def main(args):
         print_table("test:", figures)
         return figures
 
+    if args.weights == "none" and not run.checkpoint and 10 * args.lr <= DEMO["lr"]:
+        print(f"note: --lr {args.lr} suits official weights; from scratch --demo uses {DEMO['lr']}")
     optimizer = create_optimizer(model, args)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=5)
     progress = run.start(arch, train_set, val_set,

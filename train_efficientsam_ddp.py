@@ -3,15 +3,21 @@
     torchrun --nproc_per_node 2 train_efficientsam_ddp.py --demo
     torchrun --nproc_per_node 2 train_efficientsam_ddp.py --data-path data/npy --resume auto
 
-train_efficientsam.py on several devices or hosts. torchrun itself starts again after a lost process by
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ... --resume auto (without the variable
-the new processes wait for the lost one's address).
+The article's second script. Unlike train_efficientsam.py, which sums gradients after the backward
+pass, it wraps the net in DistributedDataParallel, which averages them meanwhile (--bucket-cap-mb);
+its defaults are --lr 5e-4 --epochs 1000 --bbox-shift 10. torchrun takes main_worker's place; after
+a lost process it starts again by torchrun --max-restarts 3 ... --resume auto with the variable
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which new processes wait for the lost one's address.
 
 Data:   DATA_PATH/imgs/NAME.npy (H, W, 3) or (H, W), or any image file; DATA_PATH/gts/NAME.npy (H, W)
         of any integer type, or .png, .tif: 0 background, each other number one object. Split 80:20,
         or validated on --val-path.
 Writes: OUTPUT_DIR/best.pth (best val_iou), last.pth (for --resume), log.csv, curves.png,
         val_samples.png (image with prompts | truth | prediction), split.json, args.json.
+Parts:  the article's, and here: NpyDataset = NpyDataset; its random box = draw_prompt;
+        resize_longest_side, pad_image = preprocess; collate_fn = collate; seg_loss, ce_loss,
+        iou_loss = criterion; cal_iou = mask_iou; build_efficient_sam_vits = efficient_sam_vits;
+        sanity_check_dataset, show_box, show_mask = sanity_check, draw_prompts; log.png = curves.png.
 """
 import math
 from collections import Counter
@@ -505,6 +511,8 @@ def main(args):
         print_table("test:", figures)
         return figures
 
+    if args.weights == "none" and not run.checkpoint and 10 * args.lr <= DEMO["lr"]:
+        print(f"note: --lr {args.lr} suits official weights; from scratch --demo uses {DEMO['lr']}")
     optimizer = create_optimizer(model, args)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=5)
     progress = run.start(arch, train_set, val_set,

@@ -14,6 +14,10 @@ Data:   DATA_PATH, which may be repeated; the layout is detected from the folder
 Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
         val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
         image, truth, prediction), split.json, args.json.
+Parts:  the article's, and here: VOSDataset, RandomUniformSampler = VideoDataset; the raw data sets =
+        find_items, find_videos, find_sav, find_sa1b; TorchTrainMixedDataset = MixSampler; transforms =
+        change_clip; SAM2Train = simulate_prompts, track_clips; loss_fns.py = criterion, mask_losses;
+        optimizer.py = create_optimizer; trainer.py = train_one_epoch, main; the yaml = the options.
 """
 import argparse
 import csv
@@ -167,6 +171,12 @@ def get_args_parser():
     add("--weight-decay", "--wd", type=non_negative, default=0.1, help="weight decay (%(default)s)")
     add("--clip-grad", "--max-norm", type=non_negative, default=0.1,
         help="largest gradient norm, 0 for any (%(default)s)")
+
+    add("-c", "--config", action=utils.Obsolete, metavar="YAML",
+        help="no effect: docs/sam2_options.md has that file's run as a command, and its keys as options")
+    add("--use-cluster", "--num-gpus", "--num-nodes", "--partition", "--account", "--qos",
+        dest="num_gpus", action=utils.Obsolete,
+        help="no effect: give torchrun --nproc_per_node N, --nnodes (docs/sam2_options.md)")
 
     add("--extract-frames", nargs=2, metavar=("VIDEO", "FOLDER"),
         help="write a video's frames, or those of each video in a folder; no training")
@@ -1617,6 +1627,9 @@ def main(args):
         print_table({"test": figures})
         return figures
 
+    if args.weights == "none" and not run.checkpoint and 10 * args.lr <= DEMO["lr"]:
+        print(f"note: --lr {args.lr} suits official weights; from scratch --demo uses "
+              f"--lr {DEMO['lr']} --vision-lr {DEMO['vision_lr']} --clip-grad {DEMO['clip_grad']}")
     optimizer = create_optimizer(model, args)
     sums = {"passes": torch.zeros(len(LOSSES) + 1, dtype=torch.float64)}
     progress = run.start(arch, train_set, val_set, sums, model=model, optimizer=optimizer)
@@ -1650,8 +1663,11 @@ def main(args):
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
-    print_table({"before": progress["before"],
-                 f"best, epoch {progress['best_epoch']}": progress["after"]})
+    best_epoch = progress["best_epoch"]
+    columns = {"before": progress["before"], f"best, epoch {best_epoch}": progress["after"]}
+    if not best_epoch:  # none beat the start
+        columns = {"before": progress["before"], f"last, epoch {progress['epoch']}": figures}
+    print_table(columns)
     run.finish(best)
     if "copied_jf" in figures:
         print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")

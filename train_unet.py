@@ -10,6 +10,9 @@ Data:   DATA_PATH/images/NAME.png (any image), DATA_PATH/masks/0/NAME.png ...: o
 Writes: OUTPUT_DIR/best.pth (best val_iou), model.pth (its bare weights, as the article), last.pth
         (for --resume), log.csv, curves.png, val_samples.png (image | truth | prediction), split.json,
         args.json.
+Parts:  the article's, and here: Dataset = MaskFolders; train_transform = its geometry, colour;
+        archs = NETS; losses = LOSSES, criterion; train() = train_one_epoch; validate() = evaluate;
+        scheduler = learning_rate; config.yml = args.json; early stopping, log = utils.Run.
 """
 import argparse
 import functools
@@ -468,7 +471,10 @@ def set_learning_rate(optimizer, args, epoch):
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up.
+
+    run.steps: bar, signals, --save-every. run.finish_gradient: the mean over images, False if not finite.
+    """
     model.train()
     for batches in run.steps(loader):  # the --accumulate batches of one optimizer step
         loss_sum, num_images, counts = 0.0, 0, 0

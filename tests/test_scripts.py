@@ -101,6 +101,16 @@ def test_main_tells_the_story_in_order(name):
 
 
 @pytest.mark.parametrize("name", TRAINING)
+def test_the_article_s_parts_are_mapped_to_functions_that_are_there(name):
+    parts = import_module(name).__doc__.split("Parts:  the article's, and here: ")[1]
+    code = "".join(path.read_text() for path in [ROOT / f"{name}.py", ROOT / "utils.py", *ROOT.glob("nets/*.py")])
+    ours = [side for part in parts.split(";") for side in part.partition("=")[2].split()]
+    words = [word.strip(",.") for word in ours]
+    found = [word for word in words if re.search(rf"(def|class) {word.removeprefix('utils.')}\b", code)]
+    assert len(found) >= 3 and {word for word in words if "_" in word} <= {*found}
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_pictures_say_what_their_colours_mean(name, tmp_path, monkeypatch):
     import demo_data
     legends = []
@@ -114,6 +124,21 @@ def test_pictures_say_what_their_colours_mean(name, tmp_path, monkeypatch):
     panels = [node for node in calls if ast.unparse(node.func) == "utils.save_panel"]
     without = [node for node in panels if len(node.args) < 4]
     assert len(panels) == 2 and len(without) == (name == "train_sam2")  # draws no prompts on its val_samples.png
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINING if name != "train_unet"])
+def test_from_scratch_a_rate_for_official_weights_is_noted(name, tmp_path, capsys):
+    import demo_data
+    script = import_module(name)
+    demo_data.write(DATA_KIND[name], tmp_path / "data", 6)
+    rate = script.DEMO["lr"]
+    for lr, noted in ((rate / 20, True), (rate / 5, False)):
+        words = ["--data-path", tmp_path / "data", "--output-dir", tmp_path / str(noted), "--epochs", 1, "-b", 4,
+                 "--device", "cpu", "-j", 0, "--lr", lr, *SMALL[name]]
+        script.main(script.get_args_parser().parse_args([str(word) for word in words]))
+        printed = capsys.readouterr().out
+        assert (f"note: --lr {lr} suits official weights; from scratch --demo" in printed) == noted
+        assert not noted or f"{rate}" in printed.split("from scratch")[1]
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -633,6 +633,22 @@ def test_a_clip_that_fails_later_is_named_and_replaced_within_a_limit(clips, cap
         videos[0, 0]
 
 
+def test_the_article_s_command_is_taken_and_says_what_stands_for_it(clips, tmp_path, capsys):
+    train(clips, tmp_path / "out", "-c", "configs/sam2.1_hiera_b+_MOSE_finetune.yaml", "--use-cluster", 0,
+          "--num-gpus", 8, "--sanity-check")
+    said = capsys.readouterr().out
+    assert said.count("docs/sam2_options.md") == 3 and "note: -c: no effect" in said and "torchrun" in said
+    text = (ROOT / "docs/sam2_options.md").read_text()
+    assert "--use-cluster 0" in text and text.index("torchrun --nproc_per_node 8 train_sam2.py") < text.index("|")
+
+
+def test_the_end_shows_a_last_epoch_that_did_not_beat_the_start(clips, tmp_path, capsys):
+    figures = train(clips, tmp_path / "out", "--epochs", 1, "--lr", 0, "--vision-lr", 0)
+    said = capsys.readouterr().out
+    assert "best, epoch" not in said and "last, epoch 1" in said and "no epoch beat the start" in said
+    assert figures["val_jf"] == pytest.approx(figures["before"]["val_jf"])
+
+
 def test_sanity_check_counts_and_draws(clips, tmp_path, capsys):
     assert train(clips, tmp_path / "out", "--sanity-check") == {"train": 4, "val": 2}
     said = capsys.readouterr().out
