@@ -431,12 +431,9 @@ def read_prompts(name, given, args, max_points):
         raise utils.InputError(f"{name}: {len(queries)} objects; a palette mask can hold 254, give "
                                "fewer at a time")
     if not queries:
-        if args.prompts:
-            names = ", ".join(list(given)[:3])
-            raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a "
-                                   "name has no extension")
-        raise utils.InputError(f"--box: no prompts for {name}; give --box, --point, --prompts "
-                               "or --everything")
+        names = ", ".join(list(given)[:3])
+        raise utils.InputError(f"{args.prompts}: no prompts for {name}, but for {names} ...; a name "
+                               "has no extension")
     if max(len(labels) for _, labels, _ in queries) > max_points:
         raise utils.InputError(f"{name}: more than {max_points} points for one object, corners of "
                                "its box included; the net takes no more")
@@ -700,6 +697,9 @@ def check_options(args, loaded):
         if others:
             raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} "
                                    "out")
+    elif loaded.net.encode and not (args.prompts or args.box or args.point):
+        raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
+                               "--prompts FILE or --everything")
     defaults = {"min_iou": loaded.net.min_iou, "min_stability": 0.95, "min_pixels": 25}
     for option, value in defaults.items():
         if getattr(args, option) is None:
@@ -855,7 +855,8 @@ def main(args):
         print(f"note: nothing found in {empty} images; try a lower --min-iou or --min-stability")
     seconds = time.perf_counter() - started
     files = "*_mask.png, *_overlay.png, areas.csv" + (", annotations.json" if args.coco else "")
-    print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s: {output_dir}/{files}")
+    files = f": {output_dir}/{files}" if images else ""
+    print(f"{len(images)} of {len(paths)} images predicted in {seconds:.1f} s{files}")
     if bad:
         message = "; ".join(bad[:10])
         if len(bad) > 10:

@@ -399,7 +399,8 @@ def collect_prompts(args, video):
         raise utils.InputError(f"{args.prompts}: object {object_id} has no prompt; give it a box, "
                                "points or a mask on some frame")
     if not prompts:
-        raise utils.InputError("--box: no prompts; give --box, --point, --mask or --prompts")
+        raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
+                               "--mask FILE or --prompts FILE")
     return dict(sorted(prompts.items()))
 
 

@@ -253,7 +253,7 @@ def test_points_and_boxes_of_the_command_line(objects_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, words", [
-    ([], "no prompts for x"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
+    ([], "needs prompts: give --box"), (["--box", "60,10,10,60"], "a box is empty"), (["--point", "500,3"], "outside"),
     (["--prompts", "none.json"], "none.json: no json"), (["--point", "3,3,2"], "label is 1 or 0"),
     (["--box", "1,1,9,9", *["--point", "3,3"] * 5], "more than 6 points"), (["--box", "1,1,9,9", "--flip"], "--flip"),
     (["--prompts", "x.json", "--box", "1,1,9,9"], "one or the other")])
@@ -291,8 +291,8 @@ def test_objects_are_counted_by_the_class_that_prompts_name(objects_run, tmp_pat
     entries = {"x": [{"class": "dog", "boxes": boxes}, {"points": [[30, 40, 1]]}, {"class": "cat", "boxes": boxes[:1]}],
                "y": {"class": "dog", "points": [[30, 40, 1]]}}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(entries))
-    run("--weights", folder / "run/last.pth", tmp_path / "?.png", "--prompts", tmp_path / "prompts.json", "--coco", "rle",
-        "--output-dir", tmp_path / "out")
+    run("--weights", folder / "run/last.pth", tmp_path / "?.png", "--prompts", tmp_path / "prompts.json",
+        "--coco", "rle", "--output-dir", tmp_path / "out")
     assert "objects: cat 1, dog 3, object 1\n" in capsys.readouterr().out
     rows = [row.split(",")[:4] for row in (tmp_path / "out/areas.csv").read_text().splitlines()[1:]]
     assert [row[:3] for row in rows] == [["x", "1", "dog"], ["x", "2", "dog"], ["x", "3", "object 3"],
@@ -465,9 +465,10 @@ def test_sam2_finds_everything_and_refuses_what_is_not_for_it(sam2_file, tmp_pat
     args = predict.get_args_parser().parse_args(["x", "--weights", str(sam2_file), "--everything"])
     predict.check_options(args, predict.load_model(args))
     for more, words in ((["--tile", "64"], "--tile: is for nets without"), (["--base", "x"], "--base: is for SAM;"),
-                        ([], "no prompts for x")):
+                        ([], "needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, --prompts FILE or --everything")):
         with pytest.raises(utils.InputError, match=words):
             run("--weights", sam2_file, tmp_path / "x.png", *more, "--output-dir", tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
 
 
 # --- Tiles, depth, batches ---
@@ -900,6 +901,7 @@ def test_prompts_files_of_another_kind_say_what_they_hold(objects_run, tmp_path,
     with pytest.raises(utils.InputError, match=words):
         run("--weights", folder / "run/last.pth", tmp_path / "x.png", "--prompts", tmp_path / "prompts.json",
             "--output-dir", tmp_path / "out")
+    assert "_mask.png" not in capsys.readouterr().out  # none was written
 
 
 def test_a_folder_of_folders_and_an_empty_one_are_told_from_a_missing_one(tmp_path):

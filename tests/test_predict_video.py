@@ -650,7 +650,7 @@ def test_alone_with_its_net_it_does_a_truncated_video_up_to_there(data, tmp_path
 @pytest.mark.parametrize("more, words", [
     (["--box", f"{BOX}@9"], ["--box: frame 9 is not there", "00000, 00001, 00002 ... 00007"]),
     (["--point", f"{POINT}@x:2"], ["--point: frame x is not there"]),
-    ([], ["no prompts; give --box"]),
+    ([], ["net.pth: needs prompts: give --box"]),
     (["--box", f"{BOX}@2:3", "--box", f"{BOX}@2:3"], ["object 3 on frame 00002: has a second box", "@00002:4"]),
     (["--box", "10,8,70,36"], ["--box: object 1 on frame 00000: 10,8,70,36 is not in the frame's 64x48"]),
     (["--box", "40,8,10,36"], ["40,8,10,36"]), (["--point", "5,60"], ["5,60 is not"]),
