@@ -218,8 +218,8 @@ def test_large_images_are_scaled_for_the_screen_and_clicks_are_not(start, images
 def test_the_visible_part_is_sent_at_the_images_own_resolution(start, images, monkeypatch):
     monkeypatch.setattr(annotate, "SCREEN", 24)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
-    pixels[:32, :48] = pixels[0, 0]  # where JPEG changes nothing
-    pixels[20, 10:16] = 255 - pixels[0, 0]
+    pixels[:32, :48] = 200, 60, 60
+    pixels[20, 10:16] = 20, 240, 240
     Image.fromarray(pixels).save(images / "a.png")
     page = start(inputs=[images / "a.png"])
     whole = page.do(0, "add", BOX)
@@ -240,7 +240,7 @@ def test_the_visible_part_is_sent_at_the_images_own_resolution(start, images, mo
         assert (shown == saved[y0:y1, x0:x1]).all() and photo.shape == (y1 - y0, x1 - x0, 3)
         if part == [0, 0, 24, 24]:
             assert shown.any() and not shown.all()
-            assert abs(photo - pixels[y0:y1, x0:x1].astype(int)).mean() < 8
+            assert abs(photo - pixels[y0:y1, x0:x1]).max() < 50  # JPEG, but a line of a pixel keeps its colour
     for text in ("0,0,97,64", "0,0,96,65", "5,5,5,9", "5,9,9,9", "9,9,5,12", "1,2,3", "1,2,3,4,5", "-1,0,9,9", "a",
                  "0,0,1.5,9", "0,0,99999999,9", "%C2%B2,0,9,9"):
         for path in ("/image", "/state"):
