@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
-from nets.unet import NETS, PIXEL_MEAN, PIXEL_STD, forward, normalize
+from nets.unet import NETS, PIXEL_MEAN, PIXEL_STD, forward, memory_format, normalize
 from nets.weights import check_net, load_weights, read_weights, reset_mismatched_heads
 
 DEMO = {"model": "UNet", "optimizer": "Adam", "lr": 2e-3, "epochs": 6, "batch_size": 4,
@@ -512,7 +512,7 @@ def main(args):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif args.sync_bn:
         print("note: --sync-bn: only has an effect on CUDA under torchrun")
-    model = model.to(run.device, memory_format=torch.channels_last)
+    model = model.to(run.device, memory_format=memory_format(run.device, run.dtype))
     run.describe(args.model, model, train_set, val_set)
     if args.test_only:
         run.check_test(same=["image_size"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nets.unet import NestedUNet, UNet
+from nets.unet import NestedUNet, UNet, forward, memory_format
 from parity_fill import fill, manifest
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -112,3 +112,15 @@ def test_depth_gives_that_head_and_leaves_out_what_only_deeper_ones_need(depth):
 def test_a_depth_that_is_not_there_is_refused(make, depth):
     with pytest.raises(ValueError, match="depth must be 1 to 4"):
         make()(torch.zeros(1, 3, 32, 32), depth)
+
+
+@pytest.mark.parametrize("dtype, wanted, other", [
+    (None, torch.contiguous_format, torch.channels_last),
+    (torch.bfloat16, torch.channels_last, torch.contiguous_format)])
+def test_all_maps_have_the_layout_of_the_weights(dtype, wanted, other):
+    model, maps = UNet(1, 3).to(memory_format=memory_format(torch.device("cpu"), dtype)), []
+    for part in (model.conv0_0, model.conv2_2, model.conv0_4):
+        part.register_forward_hook(lambda part, inputs, output: maps.append(output))
+    forward(model, torch.rand(2, 3, 32, 32), dtype)
+    for x in maps:
+        assert x.is_contiguous(memory_format=wanted) and not x.is_contiguous(memory_format=other)
