@@ -48,8 +48,8 @@ READ_WHOLE = 2000  # images of each part whose pixels are read before the first 
 FORMAT = 2      # of checkpoints; a last.pth of format 1 cannot be continued, its weights still load
 MAY_CHANGE = {  # options that may differ when a run is continued
     "resume", "weights", "data_path", "val_path", "split", "output_dir", "overwrite", "epochs",
-    "early_stopping", "save_every", "workers", "device", "cache_dir"}
-WRITTEN = ["last.pth", "best.pth", "model.pth", "decoder.pth", "log.csv", "curves.png",
+    "early_stopping", "save_every", "workers", "device", "cache_dir", "teacher_weights"}
+WRITTEN = ["last.pth", "best.pth", "model.pth", "decoder.pth", "encoder.pth", "log.csv", "curves.png",
            "val_samples.png", "val_videos.csv", "results????????-??????.txt",
            "record_mAP.txt"]  # what --overwrite replaces
 CHINESE_FONTS = [  # file names on Linux, Windows, macOS; the first one there draws Chinese names
