@@ -691,7 +691,8 @@ def test_confidences_and_boxes_are_said(tmp_path, capsys):
 def test_a_class_that_has_only_boxes_is_refused(tmp_path, kind):
     """As of a detector's labels; a class without any object is none of these."""
     if kind == "yolo":
-        source = yolo(tmp_path / "set", [f"1 {outline(BOX)}", "0 0.5 0.5 0.2 0.2", "2 0.5 0.5 0.2 0.2"], "cat,dog,cow,x")
+        lines = [f"1 {outline(BOX)}", "0 0.5 0.5 0.2 0.2", "2 0.5 0.5 0.2 0.2"]
+        source = yolo(tmp_path / "set", lines, "cat,dog,cow,x")
     else:
         save_images(tmp_path, "p0.png")
         box = {"bbox": [4, 6, 10, 10]}
@@ -748,7 +749,7 @@ def test_nuclei_of_a_folder_per_image_to_the_pixel(tmp_path, capsys):
     ("two", "p0/images/q.jpg: a second image beside p0.png; keep the one that the masks are of$"),
     ("ids", "p0/masks/0f.png: has values 0, 1 ...; a mask holds 0 .* and 255"),
     ("cut", "p0/masks/0f.png: truncated or unreadable"),
-    ("above", "above: no folder in it has images/ and masks/; give one that holds a folder per image, as stage1_train$"),
+    ("above", "above: no folder in it has images/ and masks/; give one that holds a folder per image"),
     ("images", "--images: those of dsb are in INPUT; leave it out$"),
     ("masks", r"set: has no masks/, but its parts have; .* \(dsb, if each has one image\): .*/p0, .*/p1, .*/p2 ...$")])
 def test_a_folder_per_image_that_cannot_be(tmp_path, case, message):
