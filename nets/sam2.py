@@ -311,22 +311,20 @@ class MaskDecoder(nn.Module):
 # --- Memory ---
 
 def rotary_table(side, dim, device):
-    """Returns cosines and sines (side * side, dim / 2) of a square's cells, for `rotate`.
+    """Returns complex numbers of length 1 (side * side, dim / 2) of a square's cells, for `rotate`.
 
     Su et al. 2021 (arXiv:2104.09864) in two axes: half of the angles follow x, half y.
     """
     frequency = 10000 ** -(torch.arange(0, dim, 4, dtype=torch.float32, device=device) / dim)
     cell = torch.arange(side * side, device=device)
     angle = torch.cat([(cell % side)[:, None] * frequency, (cell // side)[:, None] * frequency], 1)
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x, table):
     """Rotates each pair of channels of x (..., H*W, D) by its angle, in float32; returns x's type."""
-    cos, sin = table
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return turned.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class RoPEAttention(nn.Module):
