@@ -938,6 +938,8 @@ def test_the_three_layouts_in_one_folder_are_read_by_the_scripts(tmp_path, capsy
     assert "6 images, 12 objects (" in capsys.readouterr().out
     check = Image.open(tmp_path / "data/check_masks_voc_npy.png")
     assert check.size[0] > 3 * 256 and len(np.unique(np.array(check))) > 10
+    for colour in utils.class_tints(["cat", "dog"], 1).values():  # the legend
+        assert (np.array(check)[-20:] == colour).all(2).any()
 
 
 def test_train_and_val_json_fill_one_voc_folder(tmp_path):

@@ -642,9 +642,12 @@ def test_the_article_s_command_is_taken_and_says_what_stands_for_it(clips, tmp_p
     assert "--use-cluster 0" in text and text.index("torchrun --nproc_per_node 8 train_sam2.py") < text.index("|")
 
 
-def test_the_end_shows_a_last_epoch_that_did_not_beat_the_start(clips, tmp_path, capsys):
+def test_the_end_shows_a_last_epoch_that_did_not_beat_the_start(clips, tmp_path, capsys, monkeypatch):
+    plots = []
+    monkeypatch.setattr(utils.Run, "plot_curves", lambda run, *groups: plots.append(groups))
     figures = train(clips, tmp_path / "out", "--epochs", 1, "--lr", 0, "--vision-lr", 0)
     said = capsys.readouterr().out
+    assert plots == [(["pass_dice", "pass_iou", "pass_score"], ["val_jf", "val_click_jf", "copied_jf"])]
     assert "best, epoch" not in said and "last, epoch 1" in said and "no epoch beat the start" in said
     assert figures["val_jf"] == pytest.approx(figures["before"]["val_jf"])
 
