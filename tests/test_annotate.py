@@ -193,6 +193,23 @@ def test_the_mask_on_the_page_is_the_saved_one(start, tmp_path):
     assert (status, headers["Content-Type"]) == (200, "image/jpeg") and Image.open(io.BytesIO(photo)).size == (50, 80)
 
 
+def test_of_several_masks_the_page_shows_the_best(start):
+    page = start()
+    loaded = page.session.nets[0]
+    first = page.mask(page.do(0, "add", CLICK))
+
+    def decode(*query):
+        return (*loaded.net.decode(*query)[:2], torch.full((len(query[3]),), 2))
+
+    page.session.nets[0] = loaded._replace(net=loaded.net._replace(decode=decode))
+    page.do(0, "undo")
+    page.session.cut_out.cache_clear()
+    third = page.do(0, "add", CLICK)
+    page.ask("/save", 0, {})
+    saved = utils.read_mask(page.session.mask_dirs[0] / "a.png") > 0
+    assert (page.mask(third) == saved).all() and (first != saved).any()
+
+
 def test_a_page_that_was_not_copied_is_named(start, monkeypatch, tmp_path):
     monkeypatch.setattr(annotate, "__file__", str(tmp_path / "annotate.py"))
     with pytest.raises(utils.InputError, match="annotate.html: No such file or directory; copy it with annotate.py"):
