@@ -11,7 +11,7 @@ from test_scripts import SCRIPTS
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/README.md"]
 RUN = r"(?:(?:venv/bin/)?python|torchrun(?: --?[\w-]+ [\w.:$]+)+)"
-SCRIPT = "(?:train|finetune|predict|demo_data|benchmark|convert_labels|annotate)"
+SCRIPT = "(?:train|finetune|pretrain|predict|demo_data|benchmark|convert_labels|annotate)"
 
 
 def commands(path):

@@ -13,17 +13,21 @@ import pytest
 import utils
 from conftest import QUIET, ROOT
 
-TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_", path.stem))
+TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if re.match("train_|finetune_|pretrain_", path.stem))
 SCRIPTS = [*TRAINING, "predict"]
 TOOLS = ["annotate", "convert_labels", "predict_video"]
 NETS = {"train_unet": "unet", "train_deeplabv3": "deeplabv3", "train_efficientsam": "efficient_sam",
-        "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2"}
+        "train_efficientsam_ddp": "efficient_sam", "finetune_sam_decoder": "sam", "train_sam2": "sam2",
+        "pretrain_sami": "sami"}
 DATA_KIND = {"train_unet": "cells", "train_deeplabv3": "scenes", "train_efficientsam": "objects",
-             "train_efficientsam_ddp": "objects", "finetune_sam_decoder": "rings", "train_sam2": "clips"}
+             "train_efficientsam_ddp": "objects", "finetune_sam_decoder": "rings", "train_sam2": "clips",
+             "pretrain_sami": "objects"}
 SMALL = {"train_unet": [], "train_deeplabv3": ["--backbone", "mobilenet_v3_large", "--weights", "none",
                                                "--base-size", "64", "--crop-size", "64"],
          "finetune_sam_decoder": ["--model", "demo", "--weights", "none", "--image-size", "64", "--year", "2012"],
          "train_sam2": ["--model", "demo", "--image-size", "64", "--num-frames", "2"],
+         "pretrain_sami": ["--model", "demo", "--teacher", "demo", "--teacher-weights", "none", "--teacher-size", "64",
+                           "--image-size", "64", "--decoder-dim", "32", "--decoder-depth", "1"],
          **dict.fromkeys(["train_efficientsam", "train_efficientsam_ddp"], ["--model", "demo", "--image-size", "64"])}
 SECTIONS = ["Options", "Data", "Model", "Loss", "Evaluation", "Training", "Main"]
 FUNCTIONS = ["get_args_parser", "create_loaders", "create_model", "criterion", "evaluate", "train_one_epoch", "main"]
@@ -32,7 +36,7 @@ ALLOWED = {"torch", "torchvision", "monai", "cv2", "numpy", "PIL", "matplotlib",
 DIFFERING = {"get_args_parser", "find_items", "read_item", "check_item", "create_loaders",
              "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples",
              "print_table", "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main",
-             "read_image", "mask_iou", "draw_prompts", "encode", "count_trained"}
+             "prepare_demo", "read_image", "mask_iou", "draw_prompts", "encode", "count_trained"}
 RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
 STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
          "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",
@@ -126,7 +130,7 @@ def test_pictures_say_what_their_colours_mean(name, tmp_path, monkeypatch):
     assert len(panels) == 2 and len(without) == (name == "train_sam2")  # draws no prompts on its val_samples.png
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINING if name != "train_unet"])
+@pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("train_unet", "pretrain_sami")])
 def test_from_scratch_a_rate_for_official_weights_is_noted(name, tmp_path, capsys):
     import demo_data
     script = import_module(name)
@@ -160,8 +164,9 @@ def test_shared_options_have_one_spelling_type_and_help(name):
     run_options = [option for action in parser._actions for option in action.option_strings]
     assert len(run_options) >= 16 and {"--demo", "--resume", "--device", "-j", "--amp", "--seed"} <= set(run_options)
     for option in [*run_options, *RECIPE]:
-        if option not in ("--data-path", "--weights") and (name, option) != ("train_sam2", "--batch-size"):
-            # whose help names the layout, the files, and that they are clips
+        if option not in ("--data-path", "--weights") and \
+                (name, option) not in (("train_sam2", "--batch-size"), ("pretrain_sami", "--lr")):
+            # whose help names the layout, the files, that they are clips, and of how many images it is
             assert ours[option].help == reference[option].help, option
         assert getattr(ours[option].type, "__name__", None) == getattr(reference[option].type, "__name__", None), option
     assert {"-b", "-j", "--wd"} <= ours.keys()

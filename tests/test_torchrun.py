@@ -26,6 +26,7 @@ CASES = {  # script: kind of drawn data, how many, options, batch size of each o
     "train_efficientsam_ddp": (*SMALL["train_efficientsam"], 1),
     "finetune_sam_decoder": (*SMALL["finetune_sam_decoder"], 1),
     "train_sam2": ("clips", 9, SAM2, 1),
+    "pretrain_sami": (*SMALL["pretrain_sami"], 1),
 }
 OPTIONS = ("--backbone demo --weights none --num-classes 3 --base-size 48 --crop-size 48 --lr 0.01 -b 2 "
            "-j 0 --epochs 3 --save-every 1 --device cpu").split()
