@@ -9,9 +9,12 @@ code: docs/departures.md lists what the paper leaves open, and what was chosen.
 Data:   every image file and .npy array in DATA_PATH and in its folders; no labels. Split 80:20, or
         validated on --val-path.
 Writes: OUTPUT_DIR/encoder.pth (the encoder alone, of the best epoch, for train_efficientsam.py
-        --weights encoder.pth), best.pth (best val_explained), last.pth (for --resume), log.csv, curves.png,
-        val_samples.png (image | what the encoder sees | SAM's features | prediction), split.json,
-        args.json. --cache-dir: with --crop False SAM's features, one file per image.
+        --weights encoder.pth), best.pth (best val_explained), last.pth (for --resume), log.csv,
+        curves.png, val_samples.png (image | what the encoder sees | SAM's features | prediction),
+        split.json, args.json. --cache-dir: SAM's features of whole images, one file per image.
+Parts:  the article's, and here: unmasked and masked tokens = UnlabelledImages; lightweight
+        encoder = Sami; cross-attention decoder = Decoder, CrossBlock; linear projection head = Sami;
+        features from SAM = target_features; reconstruction loss = criterion.
 """
 import contextlib
 import importlib
@@ -38,13 +41,14 @@ from nets.weights import check_net, load_sam, load_weights, read_weights
 CROP_SCALE = (0.2, 1.0)  # share of the image that a crop covers, as MAE
 MEAN_OVER = 256  # training images of which the baselines are the mean
 FIGURES = ("val_{}_error", "mean_{}_error", "position_{}_error", "val_{}_cosine")  # masked, visible
+HIDDEN = {"hidden from the encoder": (124, 116, 104)}  # in pictures: ImageNet's mean, the encoder's 0
 PREPROCESS = "stretched"  # change it when what SAM sees changes: kept features are then made again
-DEMO = {"model": "demo", "teacher": "demo", "amp": "off", "image_size": 112, "teacher_size": 128,
-        "crop": False, "decoder_dim": 128, "decoder_depth": 2, "epochs": 20, "warmup_epochs": 2,
-        "batch_size": 16, "lr": 0.256, "workers": 0, "output_dir": "runs/pretrain_sami_demo"}
-UNLABELLED, LABELLED = 240, 24  # images of --demo
-TEACHER = ["--epochs", "8"]  # of --demo, beside finetune_sam_decoder.py's own
-FINETUNE = ["--epochs", "6"]  # of --demo, beside train_efficientsam.py's own
+DEMO = {"model": "demo", "teacher": "demo", "amp": "off", "image_size": 64, "teacher_size": 128,
+        "crop": False, "flip": False, "decoder_dim": 128, "decoder_depth": 2, "epochs": 18,
+        "warmup_epochs": 2, "batch_size": 16, "lr": 0.256, "workers": 0,
+        "output_dir": "runs/pretrain_sami_demo"}
+UNLABELLED, LABELLED, HELD_OUT = 400, 12, 24  # images of --demo
+TEACHER_EPOCHS, FINETUNE_EPOCHS = 7, 3  # of --demo; in each of the latter a labelled image comes ten times
 
 
 # --- Options ---
@@ -215,7 +219,7 @@ def sanity_check(train_set, val_set, args):
             np.ascontiguousarray(read_image(train_set.items[index]).permute(1, 2, 0)),
             as_pixels(image), as_pixels(hide(image, order, args))]
     path = Path(args.output_dir, "sanity_check.png")
-    utils.save_panel(path, rows, ["image", "as trained", "what the encoder sees"])
+    utils.save_panel(path, rows, ["image", "as trained", "what the encoder sees"], HIDDEN)
     print(f"wrote {path}")
     return {"train": len(train_set), "val": len(val_set)}
 
@@ -399,7 +403,7 @@ def evaluate(model, teacher, mean, loader, run, args):
             break
         image, features, order = [part.to(run.device) for part in batch]
         target = as_tokens(target_features(teacher, features, args, run.dtype))
-        pred = predict(model, image, order, run.dtype, args)
+        pred = reconstruct(model, image, order, run.dtype, args)
         positions = as_tokens(mean[None].to(run.device))
         found = [(guess - target).square().mean(2)
                  for guess in (pred, positions.mean(1, keepdim=True), positions)]
@@ -423,7 +427,7 @@ def as_tokens(features):
     return features.flatten(2).transpose(1, 2)
 
 
-def predict(model, image, order, dtype, args):
+def reconstruct(model, image, order, dtype, args):
     """Image (B, 3, S, S), order (B, N) -> predicted features (B, N, D) float32."""
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         return model(image, order, args.num_visible).float()
@@ -464,7 +468,7 @@ def draw_samples(model, teacher, dataset, run):
     for index in range(min(4, len(dataset))):
         image, features, order = [part[None].to(run.device) for part in dataset[0, index][:3]]
         target = as_tokens(target_features(teacher, features, args, run.dtype))[0].cpu()
-        pred = predict(model, image, order, run.dtype, args)[0].cpu()
+        pred = reconstruct(model, image, order, run.dtype, args)[0].cpu()
         _, _, axes = torch.linalg.svd(target - target.mean(0), full_matrices=False)
         colours = [(part - target.mean(0)) @ axes[:3].T for part in (target, pred)]  # (N, 3)
         low, high = colours[0].amin(0), colours[0].amax(0)
@@ -475,7 +479,7 @@ def draw_samples(model, teacher, dataset, run):
             row.append(colour.repeat(16, 0).repeat(16, 1))
         rows[dataset.items[index][0]] = row
     titles = ["image", "what the encoder sees", "SAM's features", "prediction"]
-    utils.save_panel(run.folder / "val_samples.png", rows, titles)
+    utils.save_panel(run.folder / "val_samples.png", rows, titles, HIDDEN)
 
 
 # --- Training ---
@@ -519,7 +523,7 @@ def train_one_epoch(model, teacher, loader, optimizer, run, args):
                                              for part in batch]
             target = as_tokens(target_features(teacher, features, args, run.dtype))
             valid = index >= 0  # -1 only fills up a process's last batch
-            loss = criterion(predict(model, image, order, run.dtype, args), target, valid)
+            loss = criterion(reconstruct(model, image, order, run.dtype, args), target, valid)
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_images += valid.sum()
@@ -557,9 +561,9 @@ def print_cost(teacher, item, run, args):
     """Prints what SAM costs per image on this device: seconds, and bytes of its kept features."""
     features = read_teacher_input(item, False, args)[None].to(run.device)
     target_features(teacher, features, args, run.dtype).cpu()  # the first call is slower
-    started = time.perf_counter()
+    started = time.monotonic()
     target_features(teacher, features, args, run.dtype).cpu()
-    seconds, size = time.perf_counter() - started, 2 * args.teacher_dim * args.grid**2
+    seconds, size = time.monotonic() - started, 2 * args.teacher_dim * args.grid**2
     print(f"SAM takes {seconds:.3g} s per image: by --crop in each epoch; by --crop False once (with "
           f"--flip twice), and as often {size / 1e3:.0f} kB are kept")
 
@@ -569,12 +573,12 @@ def prepare_demo(args):
     utils.start_process_group(utils.pick_device(args.device))  # so that one process draws
     folder = Path(args.output_dir)
     if not args.data_path:
-        names = [f"object_{i:04d}" for i in range(40 + UNLABELLED)]
+        names = [f"object_{i:04d}" for i in range(HELD_OUT + UNLABELLED)]
         utils.draw_demo("objects", folder / "data", len(names))
         args.data_path, args.split = str(folder / "data/imgs"), str(folder / "unlabelled.json")
-        # Both parts validate on the same 40 images, which neither trains on
-        write_split(args.split, [f"{name}.npy" for name in names], UNLABELLED)
-        write_split(folder / "labelled.json", names, LABELLED)
+        val, train = names[:HELD_OUT], names[HELD_OUT:]  # both parts validate on images that neither trains on
+        write_split(args.split, [f"{name}.npy" for name in train], [f"{name}.npy" for name in val])
+        write_split(folder / "labelled.json", 10 * train[:LABELLED], val)
     if args.teacher_weights:
         return
     args.teacher_weights = str(folder / "teacher/best.pth")
@@ -583,18 +587,17 @@ def prepare_demo(args):
     script = import_sibling("finetune_sam_decoder")
     print("First a small SAM learns plain objects; it takes the place of an official file.")
     plain = utils.draw_demo("plain", folder / "teacher/data", 120)
-    options = ["--demo", "--train", "all", "--weights", "none", *TEACHER, "--data-path", plain,
-               "--image-size", str(args.teacher_size), "--output-dir", str(folder / "teacher"),
-               "--seed", str(args.seed), "--device", args.device]
+    options = ["--demo", "--train", "all", "--weights", "none", "--epochs", str(TEACHER_EPOCHS),
+               "--image-size", str(args.teacher_size), "--data-path", plain,
+               "--output-dir", str(folder / "teacher"), "--seed", str(args.seed), "--device", args.device]
     options += ["--resume", "auto"] if args.resume else ["--overwrite"]
     script.main(script.get_args_parser().parse_args(options))
     print("Then a small encoder learns its features from other images, without labels.")
 
 
-def write_split(path, names, count):
-    """Writes a split.json: the first 40 names to validate on, the next `count` to train on."""
-    split = {"train": names[40:40 + count], "val": names[:40]}
-    Path(path).write_text(json.dumps(split), encoding="utf-8")
+def write_split(path, train, val):
+    """Writes the names of a split.json."""
+    Path(path).write_text(json.dumps({"train": train, "val": val}), encoding="utf-8")
 
 
 def import_sibling(name):
@@ -616,7 +619,8 @@ def compare_students(args):
     ious = {"fresh": [], "pretrained": []}
     for seed in range(3):
         for name, weights in (("fresh", "none"), ("pretrained", str(folder / "encoder.pth"))):
-            options = ["--demo", *FINETUNE, "--data-path", str(folder / "data"), "--weights", weights,
+            options = ["--demo", "--epochs", str(FINETUNE_EPOCHS), "--weights", weights,
+                       "--image-size", str(args.image_size), "--data-path", str(folder / "data"),
                        "--split", str(folder / "labelled.json"), "--seed", str(seed),
                        "--device", args.device, "--output-dir", str(folder / f"{name}_{seed}")]
             with contextlib.redirect_stdout(None):
