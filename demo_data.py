@@ -206,6 +206,7 @@ def draw_instances(index, size=192, rings=False):
     ground_colour = rng.uniform(60, 190, 3)
     image = ground_colour + 18 * np.stack([smooth_noise(rng, size, 5) for _ in range(3)], -1)
     ground, ids, placed = image.copy(), np.zeros((size, size), np.uint8), []
+    mean_colour = ground.mean((0, 1))
     turns = 2 * np.pi * np.arange(60) / 60
     for _ in range(60):
         if len(placed) == 4 or len(placed) >= 2 and rng.random() < 0.1:
@@ -221,7 +222,7 @@ def draw_instances(index, size=192, rings=False):
         shape = np.cos(turns)[:, None] * along + width * np.sin(turns)[:, None] * across
         shape = length * waves[:, None] * shape
         colours = sorted(rng.uniform(20, 235, (50, 3)),
-                         key=lambda colour: -np.abs(colour - ground.mean((0, 1))).sum())
+                         key=lambda colour: -np.abs(colour - mean_colour).sum())
         placed.append((centre, length))
         parts = [(1, colours[0], len(placed))]
         if rings:
