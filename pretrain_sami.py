@@ -48,7 +48,7 @@ DEMO = {"model": "demo", "teacher": "demo", "amp": "off", "image_size": 64, "tea
         "warmup_epochs": 2, "batch_size": 16, "lr": 0.256, "workers": 0,
         "output_dir": "runs/pretrain_sami_demo"}
 UNLABELLED, LABELLED, HELD_OUT = 400, 12, 24  # images of --demo
-TEACHER_EPOCHS, FINETUNE_EPOCHS = 7, 3  # of --demo; in each of the latter a labelled image comes ten times
+TEACHER_EPOCHS, FINETUNE_EPOCHS = 7, 3  # of --demo; in the latter each labelled image comes ten times
 
 
 # --- Options ---
@@ -167,13 +167,18 @@ def read_teacher_input(item, mirrored, args):
 def find_items(data_path):
     """Returns [(name, path)] of all images in a folder and those in it, sorted by name.
 
-    The name is the path below data_path. Hidden files and folders are left out.
+    The name is the path below data_path. Hidden files and folders are left out; links are followed,
+    but no folder is read twice.
     """
-    items = []
+    items, folders = [], set()
     if not Path(data_path).is_dir():
         raise utils.InputError(f"{data_path}: no such folder; give --data-path a folder of images")
     for folder, subfolders, files in os.walk(data_path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        if os.path.realpath(folder) in folders:
+            subfolders.clear()
+            continue
+        folders.add(os.path.realpath(folder))
         for name in files:
             path = Path(folder, name)
             if name[0] != "." and path.suffix.lower() in {*utils.IMAGES, ".npy"}:
@@ -576,9 +581,10 @@ def prepare_demo(args):
         names = [f"object_{i:04d}" for i in range(HELD_OUT + UNLABELLED)]
         utils.draw_demo("objects", folder / "data", len(names))
         args.data_path, args.split = str(folder / "data/imgs"), str(folder / "unlabelled.json")
-        val, train = names[:HELD_OUT], names[HELD_OUT:]  # both parts validate on images that neither trains on
-        write_split(args.split, [f"{name}.npy" for name in train], [f"{name}.npy" for name in val])
-        write_split(folder / "labelled.json", 10 * train[:LABELLED], val)
+        val, train = names[:HELD_OUT], names[HELD_OUT:]  # neither part trains on those held out
+        with utils.first_rank_first():
+            write_split(args.split, [f"{name}.npy" for name in train], [f"{name}.npy" for name in val])
+            write_split(folder / "labelled.json", 10 * train[:LABELLED], val)
     if args.teacher_weights:
         return
     args.teacher_weights = str(folder / "teacher/best.pth")
@@ -587,7 +593,7 @@ def prepare_demo(args):
     script = import_sibling("finetune_sam_decoder")
     print("First a small SAM learns plain objects; it takes the place of an official file.")
     plain = utils.draw_demo("plain", folder / "teacher/data", 120)
-    options = ["--demo", "--train", "all", "--weights", "none", "--epochs", str(TEACHER_EPOCHS),
+    options = ["--demo", "--train", "all", "--weights", "none", "-b", "2", "--epochs", str(TEACHER_EPOCHS),
                "--image-size", str(args.teacher_size), "--data-path", plain,
                "--output-dir", str(folder / "teacher"), "--seed", str(args.seed), "--device", args.device]
     options += ["--resume", "auto"] if args.resume else ["--overwrite"]

@@ -148,7 +148,8 @@ def test_one_block_and_four_tokens_by_hand():
     masked = weights["decoder.mask_token"] + np.stack([position[token] for token in order[1:]])
     block = "decoder.blocks.0"
     tokens = norm(np.concatenate([seen, masked]), f"{block}.norm1")
-    q, k, v = [linear(part, f"{block}.attn.{name}_proj") for part, name in ((tokens[1:], "q"), (tokens, "k"), (tokens, "v"))]
+    q, k, v = [linear(part, f"{block}.attn.{name}_proj")
+               for part, name in ((tokens[1:], "q"), (tokens, "k"), (tokens, "v"))]
     masked = masked + linear(attend(q, k, v), f"{block}.attn.out_proj")
     masked = masked + mlp(norm(masked, f"{block}.norm2"), f"{block}.mlp")
     told = linear(norm(masked, "decoder.norm"), "decoder.unembed")
@@ -176,8 +177,9 @@ def test_every_image_below_the_folder_is_found_and_no_hidden_one(images):
     (images.parent / "elsewhere").mkdir()
     Image.new("L", (9, 9)).save(images.parent / "elsewhere/z.PNG")
     (images / "link").symlink_to(images.parent / "elsewhere")
-    names = [name for name, _ in items_of(images)]
-    assert names == sorted([f"a/b/o{i}.npy" for i in (1, 3, 5, 7)] + [f"a/o{i}.png" for i in (0, 2, 4, 6)] + ["link/z.PNG"])
+    (images / "a/loop").symlink_to(images)
+    names = [f"a/b/o{i}.npy" for i in (1, 3, 5, 7)] + [f"a/o{i}.png" for i in (0, 2, 4, 6)]
+    assert [name for name, _ in items_of(images)] == [*names, "link/z.PNG"]
 
 
 def test_masks_are_a_quarter_and_drawn_anew_in_each_epoch_from_the_seed(images):
@@ -379,7 +381,7 @@ def test_the_neck_and_sam_stay_as_they_are_and_all_else_is_trained(images, tmp_p
     script_.create_optimizer(model, args).step()
     for key, p in model.named_parameters():
         moved = not torch.equal(p, before[key])
-        assert moved != key.startswith("image_encoder.neck"), key
+        assert moved == p.requires_grad != key.startswith("image_encoder.neck"), key
 
 
 def test_weight_decay_is_on_matrices_alone_and_the_betas_are_the_papers():
@@ -512,7 +514,8 @@ def test_a_teacher_of_another_kind_is_refused_and_one_of_another_size_is_resized
     torch.save(sam.NETS["demo"](128).state_dict(), tmp_path / "demo.pth")
     train(images, tmp_path / "run", "--teacher-weights", tmp_path / "demo.pth", "--limit", 2)
     torch.save(efficient_sam.NETS["demo"](64).state_dict(), tmp_path / "student.pth")
-    refuses(images, "student.pth: weights of another net than Sam", more=["--teacher-weights", tmp_path / "student.pth"])
+    refuses(images, "student.pth: weights of another net than Sam",
+            more=["--teacher-weights", tmp_path / "student.pth"])
 
 
 def test_weights_of_another_net_are_refused_in_one_line(images, tmp_path):
@@ -609,7 +612,8 @@ def test_decoder_weights_that_cannot_be(tmp_path):
 
 def test_the_sanity_check_of_the_demo_trains_nothing(tmp_path):
     args = script_.get_args_parser().parse_args(["--demo", "--sanity-check", "--output-dir", str(tmp_path)])
-    assert script_.main(args) == {"train": script_.UNLABELLED, "val": script_.HELD_OUT} and not (tmp_path / "teacher").exists()
+    assert script_.main(args) == {"train": script_.UNLABELLED, "val": script_.HELD_OUT}
+    assert not (tmp_path / "teacher").exists()
 
 
 @pytest.mark.slow
