@@ -192,8 +192,9 @@ def sample_prompts(ids, objects, args, vary):
 
 def sample_points(mask, count):
     """Draws `count` pixels (x, y) of a mask (H, W) bool, with repetition."""
-    inside = torch.from_numpy(np.argwhere(mask)[:, ::-1].copy())
-    return inside[torch.randint(len(inside), (count,))].float()
+    inside = np.flatnonzero(mask)
+    y, x = np.divmod(inside[torch.randint(len(inside), (count,)).numpy()], mask.shape[1])
+    return torch.from_numpy(np.stack([x, y], 1)).float()
 
 
 def box_of(mask):

@@ -123,3 +123,19 @@ utils.run(train_unet.main, train_unet.get_args_parser())"""
     done = script("-c", code)
     assert done.returncode == 2
     assert done.stderr.strip() == f"train_unet.py: error: {cells}/images/cell_1.png: not an image that can be read"
+
+
+def test_gradients_of_two_threads_have_the_same_bits_each_time(cells, tmp_path):
+    """Those of x[index], where an index stands more than once: threads would add them in any order."""
+    train(cells, tmp_path / "run", "--sanity-check")
+    torch.set_num_threads(2)
+    try:
+        index, weight = torch.arange(3).repeat(40), torch.randn(120, 30_000)
+        gradients = []
+        for _ in range(10):
+            x = torch.zeros(3, 30_000, requires_grad=True)
+            (x[index] * weight).sum().backward()
+            gradients.append(x.grad)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
