@@ -484,7 +484,7 @@ class Run:
             axis.legend()
         best_epoch = self.progress["best_epoch"]
         figure.suptitle(f"{self.net}, {self.args.model}: best in epoch {best_epoch}")
-        figure.tight_layout()
+        figure.subplots_adjust(left=0.12 / len(groups), right=0.98, bottom=0.14, top=0.9)
         figure.savefig(self.folder / "curves.png", dpi=100)
 
     def finish(self, name):
