@@ -2,9 +2,8 @@
 
 Keys, shapes and outputs match github.com/facebookresearch/sam2 (commit 2b90b9f: sam2/modeling and
 what training/model/sam2.py calls of it), whose files sam2.1_hiera_*.pt load strictly: they hold
-{"model": state dict}. Attention is fused, rotary position codes are sines and cosines in float32
-instead of complex numbers, and several objects of several videos go in one batch. SAM's blocks are
-imported from nets/sam.py.
+{"model": state dict}. Attention is fused, rotary position codes stay in float32 under autocast, and
+several objects of several videos go in one batch. SAM's blocks are imported from nets/sam.py.
 Left out on purpose: SAM 2.0, options that no 2.1 file uses (memory strides, a limit of conditioning
 frames), track_step without memory or with earlier logits, filling of holes, masks that may not overlap.
 
