@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from test_scripts import SCRIPTS
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/README.md"]
+DOCS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests/README.md"]
 RUN = r"(?:(?:venv/bin/)?python|torchrun(?: --?[\w-]+ [\w.:$]+)+)"
-SCRIPT = "(?:train|finetune|pretrain|predict|demo_data|benchmark|convert_labels|annotate)"
+SCRIPT = "(?:train_|finetune_|pretrain_|predict|demo_data|benchmark|convert_labels|annotate)"
 
 
 def commands(path):
@@ -39,7 +39,8 @@ def test_commands_are_found():
 
 
 def links_of(path):
-    return re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    """Links to files of the repository."""
+    return re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text())
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -74,3 +75,17 @@ def test_the_readme_s_test_command_is_what_ci_runs():
     command = "python -m pytest"
     for path in ("README.md", ".ci/run", ".github/workflows/tests.yml"):
         assert command in (ROOT / path).read_text(), path
+
+
+def test_the_chinese_readme_keeps_step():
+    """Section by section the same commands, numbers, links and rows; it has one section of its own."""
+    def sections(name):
+        parts = re.split(r"^## ", (ROOT / name).read_text(), flags=re.M)
+        return [part for part in parts if not part.startswith("从文章到这里")]
+    english, chinese = sections("README.md"), sections("README.zh-CN.md")
+    assert len(english) == len(chinese)
+    for one, other in zip(english, chinese):
+        for pattern in (r"^    .*$", r"\]\(((?!README)[^)]+)\)", r"^\| ?-?", r"^!?\[|^- "):
+            assert re.findall(pattern, one, re.M) == re.findall(pattern, other, re.M), one[:40]
+        numbers = [sorted(re.findall(r"\d+(?:\.\d+)?", re.sub(r"https?://\S+", "", text))) for text in (one, other)]
+        assert numbers[0] == numbers[1], one[:40]
