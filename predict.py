@@ -697,9 +697,6 @@ def check_options(args, loaded):
         if others:
             raise utils.InputError(f"--everything: takes the place of prompts; leave {others[0]} "
                                    "out")
-    elif loaded.net.encode and not (args.prompts or args.box or args.point):
-        raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
-                               "--prompts FILE or --everything")
     defaults = {"min_iou": loaded.net.min_iou, "min_stability": 0.95, "min_pixels": 25}
     for option, value in defaults.items():
         if getattr(args, option) is None:
@@ -707,6 +704,9 @@ def check_options(args, loaded):
         elif not args.everything:
             option = option.replace("_", "-")
             raise utils.InputError(f"--{option}: is of --everything; give that too")
+    if loaded.net.encode and not (args.everything or args.prompts or args.box or args.point):
+        raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
+                               "--prompts FILE or --everything")
 
 
 def plan_outputs(paths, loaded, args):

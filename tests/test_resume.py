@@ -25,8 +25,8 @@ SMALL = {  # script: kind of drawn data, how many, options
     "finetune_sam_decoder": ("rings", 9, "--model demo --weights none --image-size 64 --lr 0.001 --year 2012 --flip"),
     "train_sam2": ("clips", 9, "--model demo --weights none --image-size 64 --lr 0.001 --vision-lr 0.001 "
                                "--num-frames 3 --multiplier 1 --num-correction-points 2"),
-    "pretrain_sami": ("objects", 9, "--model demo --teacher demo --teacher-weights none --teacher-size 64 --image-size 64 "
-                                    "--decoder-dim 32 --decoder-depth 1 --lr 2"),  # with crops
+    "pretrain_sami": ("objects", 9, "--model demo --teacher demo --teacher-weights none --teacher-size 64 "
+                                    "--image-size 64 --decoder-dim 32 --decoder-depth 1 --lr 2"),  # with crops
 }
 
 
