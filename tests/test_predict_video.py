@@ -259,7 +259,7 @@ def test_the_overlay_is_a_video_that_opens(data, run, tmp_path):
     for t, mask in enumerate(found.values()):
         image = np.array(Image.open(data / f"clip/{t:05d}.png"))
         shown = capture.read()[1][..., ::-1].astype(int)
-        assert np.abs(shown - utils.overlay(image, mask)).mean() < 20
+        assert np.abs(shown - utils.overlay(image, mask)).mean() < 25  # compressed, of few pixels
     assert not capture.read()[0]
     run("--mask", data / "truth/clip/00000.png", "--overlay", "False", out="without")
     assert sorted(files(tmp_path / "without")) == ["areas.csv", *(f"masks/{t:05d}.png" for t in range(8))]

@@ -786,7 +786,7 @@ def test_a_run_writes_what_it_says(trained):
     best = torch.load(folder / "best.pth", weights_only=True)
     assert best["net"] == "sam2" and best["arch"] == {"model": "demo", "image_size": 64} and "optimizer" not in best
     height = Image.open(folder / "val_samples.png").height
-    assert height == 2 * 3 * (24 + 256)  # two videos: image, truth, prediction
+    assert height == 20 + 2 * 3 * (24 + 256)  # the titles; two videos: image, truth, prediction
 
 
 def test_the_official_sum_is_the_mean_per_pass_times_passes(trained):
