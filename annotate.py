@@ -172,12 +172,13 @@ class Session:
         self.earlier, self.outdated = self.read_earlier()
         self.unsaved = self.outdated[self.layout]
         self.check_class_file()
+        for name in self.earlier:  # those of images that are not given now, too
+            self.check_classes(name, self.read_queries(name, self.earlier))
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
         self.page, self.items = read_page(), []
         for name, path in zip(names, paths):
             queries = self.read_queries(name, self.earlier) if name in self.earlier else []
-            self.check_classes(name, queries)
             item = Annotation(name, path, queries, self.classes[0] if self.classes else None)
             self.items.append(item)
             if self.layout == "voc" and not fits_list(name):

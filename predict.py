@@ -447,6 +447,7 @@ def read_entry(entry):
     name = entry.get("class")
     if name is not None and not (isinstance(name, str) and name.strip()):
         raise ValueError('"class" is a name')
+    name = name and " ".join(name.split())
     boxes = [[*map(float, box)] for box in entry.get("boxes", [])]
     points = [[*map(float, point), 1.0][:3] for point in entry.get("points", [])]
     queries = [([[x0, y0], [x1, y1]], [2, 3]) for x0, y0, x1, y1 in boxes]

@@ -696,7 +696,8 @@ def main(args):
     figures = figures or evaluate(model, teacher, progress["mean"], val_loader, run, args)
     print_table(figures)
     run.finish("val_explained")
-    print(f"the encoder of that epoch: {run.folder}/encoder.pth")
+    if (run.folder / "encoder.pth").exists():
+        print(f"the encoder of that epoch: {run.folder}/encoder.pth")
     if compares:
         figures.update(compare_students(args))
     return {**figures, "best_val_explained": progress["best"]}

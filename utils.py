@@ -231,7 +231,8 @@ class Run:
         self.rank, args.world_size = ranks()
         torch.manual_seed(args.seed)  # of the weights; `steps` seeds each step
         # On a CPU always, at no cost: two threads add the gradients of x[index] in any order
-        torch.use_deterministic_algorithms(args.deterministic or self.device.type == "cpu")
+        torch.use_deterministic_algorithms(args.deterministic or self.device.type == "cpu",
+                                           warn_only=not args.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -492,7 +493,7 @@ class Run:
         wait_for_ranks()
         best, epoch = self.progress["best"], self.progress["best_epoch"]
         print(f"best {name} {best:.4f} in epoch {epoch}: {self.folder}/best.pth")
-        if not epoch:
+        if not epoch and (self.folder / "best.pth").exists():
             print("no epoch beat the start: best.pth holds the starting weights, last.pth those of "
                   "the last epoch; try another --lr or more --epochs")
         if self.args.demo:
@@ -933,7 +934,7 @@ def tints():
 def class_tints(names, first=0):
     """Returns {"id name": colour} of classes, ids from `first` on; not of id 0 or a single class."""
     names = dict(enumerate(names, first)) if len(names) > 1 else {}
-    return {f"{k} {name}": tuple(tints()[k].tolist()) for k, name in names.items() if k}
+    return {f"{k} {name}": tuple(tints()[k % 255].tolist()) for k, name in names.items() if k % 255}
 
 
 def overlay(image, mask):

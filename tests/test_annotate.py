@@ -744,16 +744,17 @@ def test_ids_of_classes_never_change_their_meaning(start, tmp_path, layout):
 
 
 @pytest.mark.parametrize("entry, more, words", [
-    ({"class": "cow"}, ["--classes", "cat"], "a: an object has the class cow, but --classes names cat"),
-    ({}, ["--classes", "cat"], "a: an object has no class, but --classes names cat"),
-    ({"class": "cow"}, [], "a: an object has the class cow, but --classes names none")])
+    ({"class": "cow"}, ["--classes", "cat"], "an object has the class cow, but --classes names cat"),
+    ({}, ["--classes", "cat"], "an object has no class, but --classes names cat"),
+    ({"class": "cow"}, [], "an object has the class cow, but --classes names none")])
 def test_earlier_objects_of_other_classes_are_named(start, tmp_path, entry, more, words):
     (tmp_path / "out").mkdir()
-    text = json.dumps({"a": [{**entry, "points": [CLICK]}]})
-    (tmp_path / "out/prompts.json").write_text(text)
-    with pytest.raises(utils.InputError, match=words):
-        start(*more)
-    assert (tmp_path / "out/prompts.json").read_text() == text
+    for name in ("a", "elsewhere"):  # which is not among the images given
+        text = json.dumps({name: [{**entry, "points": [CLICK]}]})
+        (tmp_path / "out/prompts.json").write_text(text)
+        with pytest.raises(utils.InputError, match=f"{name}: {words}"):
+            start(*more)
+        assert (tmp_path / "out/prompts.json").read_text() == text
 
 
 @pytest.mark.parametrize("text", ["", "a,a", "a,,b", "a, a ", "background,a", "1,2,3,4,5,6,7,8,9,10"])

@@ -252,6 +252,7 @@ def test_a_panel_has_titles_once_whole_names_and_a_legend(tmp_path):
     legend = utils.class_tints(["ground", "road", "car"])
     assert [*legend] == ["1 road", "2 car"]
     assert [*utils.class_tints(["cat", "dog"], 1)] == ["1 cat", "2 dog"] and not utils.class_tints(["cell"], 1)
+    assert "300 c" in utils.class_tints(["c"] * 400) and "255 c" not in utils.class_tints(["c"] * 400)  # as drawn
     for text in legend:  # the legend's colours are the overlay's
         outlined = utils.overlay(np.zeros((5, 5, 3), np.uint8), np.eye(5, dtype=int) * int(text[0]))
         assert (outlined == legend[text]).all(2).any()
