@@ -288,7 +288,8 @@ def test_objects_are_counted_by_the_class_that_prompts_name(objects_run, tmp_pat
     for name in "xy":
         Image.fromarray(np.load(folder / "imgs/object_0001.npy")).save(tmp_path / f"{name}.png")
     boxes = [[10, 10, 60, 60], [30, 30, 70, 70]]
-    entries = {"x": [{"class": " dog ", "boxes": boxes}, {"points": [[30, 40, 1]]}, {"class": "cat", "boxes": boxes[:1]}],
+    entries = {"x": [{"class": " dog ", "boxes": boxes}, {"points": [[30, 40, 1]]},
+                     {"class": "cat", "boxes": boxes[:1]}],
                "y": {"class": "dog", "points": [[30, 40, 1]]}}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(entries))
     run("--weights", folder / "run/last.pth", tmp_path / "?.png", "--prompts", tmp_path / "prompts.json",

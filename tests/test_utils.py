@@ -296,10 +296,12 @@ def test_curves_have_a_title_and_lines_of_equal_values_all_show(tmp_path, monkey
 
 def test_the_end_says_that_no_epoch_beat_the_start(tmp_path, capsys):
     run = utils.Run(run_options(tmp_path, demo=False), "sam2")
-    for epoch in (0, 3):
+    for saved, epoch, said in ((False, 0, False), (True, 0, True), (True, 3, False)):
+        if saved:
+            (tmp_path / "best.pth").touch()
         run.progress = {"best": 0.25, "best_epoch": epoch}
         run.finish("val_iou")
-        assert ("no epoch beat the start" in capsys.readouterr().out) == (epoch == 0)
+        assert ("no epoch beat the start" in capsys.readouterr().out) == said
 
 
 # --- Options, seeds, sampler, log ---
