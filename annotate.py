@@ -172,8 +172,10 @@ class Session:
         self.earlier, self.outdated = self.read_earlier()
         self.unsaved = self.outdated[self.layout]
         self.check_class_file()
-        for name in self.earlier:  # those of images that are not given now, too
-            self.check_classes(name, self.read_queries(name, self.earlier))
+        for name, entry in self.earlier.items():  # those of images that are not given now, too
+            for found in entry if isinstance(entry, list) else [entry]:
+                if isinstance(found, dict) and (found.get("boxes") or found.get("points")):
+                    self.check_classes(name, [(found.get("class"),)])
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
         self.page, self.items = read_page(), []
