@@ -175,7 +175,8 @@ class Session:
         for name, entry in self.earlier.items():  # those of images that are not given now, too
             for found in entry if isinstance(entry, list) else [entry]:
                 if isinstance(found, dict) and (found.get("boxes") or found.get("points")):
-                    self.check_classes(name, [(found.get("class"),)])
+                    own = found.get("class") and " ".join(str(found["class"]).split())  # as predict.py
+                    self.check_classes(name, [(own,)])
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
         self.page, self.items = read_page(), []

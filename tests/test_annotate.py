@@ -746,7 +746,7 @@ def test_ids_of_classes_never_change_their_meaning(start, tmp_path, layout):
 @pytest.mark.parametrize("entry, more, words", [
     ({"class": "cow"}, ["--classes", "cat"], "an object has the class cow, but --classes names cat"),
     ({}, ["--classes", "cat"], "an object has no class, but --classes names cat"),
-    ({"class": "cow"}, [], "an object has the class cow, but --classes names none")])
+    ({"class": " cow "}, [], "an object has the class cow, but --classes names none")])
 def test_earlier_objects_of_other_classes_are_named(start, tmp_path, entry, more, words):
     (tmp_path / "out").mkdir()
     for name in ("a", "elsewhere"):  # which is not among the images given
