@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import utils
 from conftest import ROOT
 from nets import sam2, weights
 from nets.sam2 import NETS, SAM2, WEIGHTS, LayerNorm2d, sam2_demo, sam2_hiera_tiny
@@ -356,7 +355,7 @@ def test_tracking_equals_the_official_one(case, adapted, encoded):
 
 @pytest.mark.parametrize("case", cases[:5])
 def test_propagate_tracks_like_the_official_classes(case, adapted):
-    model, (name, video, prompts, _, reverse) = adapted(case), video_case(case)
+    model, (_, video, prompts, _, reverse) = adapted(case), video_case(case)
     reference = load_reference("mini_video")
     outputs = list(model.propagate(video, per_object(prompts), track_in_reverse=reverse))
     assert [t for t, _ in outputs] == list(range(len(video)))[::-1 if reverse else 1]
