@@ -364,18 +364,21 @@ def create_loaders(args):
 def sanity_check(train_set, val_set, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_set), ("val", val_set)):
-        sizes, objects, shares, void = Counter(), [], [], []
+        sizes, objects, shares, widths, void = Counter(), [], [], [], []
         for item in dataset.items:
             ids = read_ids(item)
             sizes[f"{ids.shape[1]}x{ids.shape[0]}"] += 1
             objects.append(ids.max())
-            shares.extend(np.bincount(ids[ids > 0])[1:] / ids.size)
+            areas = np.bincount(ids[ids > 0])[1:]
+            shares.extend(areas / ids.size)
+            widths.extend(np.sqrt(areas) / max(ids.shape))
             void.append((ids < 0).mean())
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
         print(f"{part}: {len(dataset)} images, {common}")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per image; share of the "
               f"image {min(shares):.3%} to {max(shares):.3%}, half below {np.median(shares):.3%}")
         print(f"  {np.mean(void):.2%} of the pixels are void")
+        utils.note_small_objects(widths, args.image_size)
     rows = {}
     for index in range(min(8, len(train_set))):
         item = train_set.items[index]

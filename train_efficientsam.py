@@ -269,6 +269,7 @@ def sanity_check(train_set, val_set, args):
         print(f"{part}: {len(dataset)} images, {common}")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per image; share of the "
               f"image {min(shares):.3%} to {max(shares):.3%}, half below {np.median(shares):.3%}")
+        utils.note_small_objects(np.sqrt(shares), args.image_size, 2 if args.model == "demo" else 4)
     rows = {}
     for index in range(min(8, len(train_set))):
         image, ids = read_item(train_set.items[index])

@@ -1008,6 +1008,7 @@ def sanity_check(train_set, val_set, args):
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
               f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
+        utils.note_small_objects(np.sqrt(shares), args.image_size)
     rows, count = {}, len(train_set.items)
     for index in np.linspace(0, count - 1, min(8, count)).astype(int).tolist():  # of all data sets
         frames = paint_clip(train_set[0, index][0])

@@ -573,6 +573,19 @@ def check_batch(check, tasks):
     return [check(item, whole) for item, whole in tasks]
 
 
+def note_small_objects(widths, image_size, cell=4):
+    """Prints a note if half of the objects are less than 8 cells of the decoder's mask wide.
+
+    widths: square roots of objects' areas, in sides of the net's square; cell: pixels of its side.
+    """
+    cells = float(np.median(widths)) * image_size / cell
+    if cells < 8:
+        needed = math.ceil(8 / cells * image_size / 64) * 64
+        print(f"note: half of the objects are at most {cells:.1f} cells of the decoder's mask wide (a cell is "
+              f"{cell} pixels of --image-size), too few for their outlines: --image-size {needed} gives them 8, "
+              "or crop the images")
+
+
 def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):
     """Returns the DataLoader of this process's share; its order derives from (seed, epoch) alone.
 

@@ -650,6 +650,7 @@ def test_sanity_check_prints_counts_and_draws_a_panel(instances, tmp_path, capsy
     train(instances, tmp_path / "run", "--sanity-check")
     printed = capsys.readouterr().out
     assert "train: 8 images, 8 of 64x64" in printed and "objects, 2 to" in printed and "are void" in printed
+    assert "at most 3.6 cells" in printed and "--image-size 192 gives" in printed  # sqrt(0.04932) * 64 / 4
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
 

@@ -352,6 +352,7 @@ def test_sanity_check_prints_counts_and_draws_a_panel(objects, tmp_path, capsys)
     train(objects, tmp_path / "run", "--sanity_check")
     printed = capsys.readouterr().out
     assert "train: 4 images, 4 of 48x48" in printed and "objects, " in printed
+    assert "note: half" not in printed  # they are 9.1 of the demo net's cells wide
     assert (tmp_path / "run/sanity_check.png").exists() and not (tmp_path / "run/last.pth").exists()
 
 

@@ -656,6 +656,7 @@ def test_sanity_check_counts_and_draws(clips, tmp_path, capsys):
     assert train(clips, tmp_path / "out", "--sanity-check") == {"train": 4, "val": 2}
     said = capsys.readouterr().out
     assert "train: 4 videos and images, 4 of 64x64, 5 to 5 frames" in said and "8 objects, 2 to 2 per video" in said
+    assert "cells of the decoder's mask wide" in said
     assert Image.open(tmp_path / "out/sanity_check.png").width == 3 * 260
 
 

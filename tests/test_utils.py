@@ -750,3 +750,13 @@ def test_demo_settings_take_the_place_of_defaults_and_options_that_of_demo_setti
     assert {key: getattr(args, key) for key in script.DEMO} == script.DEMO
     args = script.get_args_parser().parse_args(["--demo", "--epochs", "3", "--output-dir", "x"])
     assert (args.epochs, args.output_dir) == (3, "x") and args.lr == script.DEMO["lr"]
+
+
+def test_objects_too_small_for_the_masks_cells_are_noted(capsys):
+    widths = [0.02, 0.05, 0.9]  # of the square's side: half are at most 0.05 * 192 / 4 = 2.4 cells wide
+    utils.note_small_objects(widths, 192)
+    said = capsys.readouterr().out
+    assert "at most 2.4 cells" in said and "a cell is 4 pixels" in said and "--image-size 640 gives them 8" in said
+    utils.note_small_objects(widths, 640)
+    utils.note_small_objects(widths, 320, cell=2)
+    assert not capsys.readouterr().out
