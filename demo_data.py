@@ -115,9 +115,9 @@ def draw_scene(index, size=128):
     return image.clip(0, 255).astype(np.uint8), mask
 
 
-def write(kind, folder, count):
+def write(kind, folder, count, **options):
     """Writes `count` images of this kind in their layout under folder; returns folder."""
-    WRITE[kind](Path(folder), count)
+    WRITE[kind](Path(folder), count, **options)
     return Path(folder)
 
 
@@ -188,11 +188,22 @@ def draw_object_ids(index, size=128):
     return image.clip(0, 255).astype(np.uint8), ids
 
 
-def write_objects(folder, count):
+def draw_grid(draw, index, grid):
+    """Image `index` of grid * grid drawings side by side: image, ids of draw(i), numbered through.
+
+    draw: draw_object_ids or draw_instances, of at most 4 objects and 255; grid: at most 7.
+    """
+    images, ids = zip(*[draw(i) for i in range(index * grid**2, (index + 1) * grid**2)])
+    ids = [np.where((part > 0) & (part < 255), part + 4 * i, part) for i, part in enumerate(ids)]
+    return [np.concatenate([np.concatenate(parts[row:row + grid], 1) for row in range(0, grid**2, grid)])
+            for parts in (images, ids)]
+
+
+def write_objects(folder, count, grid=1):
     for sub in ("imgs", "gts"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        for sub, pixels in zip(("imgs", "gts"), draw_object_ids(index)):
+        for sub, pixels in zip(("imgs", "gts"), draw_grid(draw_object_ids, index, grid)):
             np.save(folder / sub / f"object_{index:04d}.npy", pixels)
 
 
@@ -238,7 +249,7 @@ def draw_instances(index, size=192, rings=False):
     return image.clip(0, 255).astype(np.uint8), ids
 
 
-def write_instances(folder, count, rings=False, size=192):
+def write_instances(folder, count, rings=False, size=192, grid=1):
     """VOC layout with SegmentationObject and SegmentationClass (one class).
 
     One image of 20 is in val.txt, with rings one of 5.
@@ -247,7 +258,7 @@ def write_instances(folder, count, rings=False, size=192):
     for sub in ("JPEGImages", "SegmentationObject", "SegmentationClass", "ImageSets/Segmentation"):
         (root / sub).mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        image, ids = draw_instances(index, size, rings)
+        image, ids = draw_grid(lambda i: draw_instances(i, size, rings), index, grid)
         save(root / "JPEGImages" / f"blob_{index:04d}.jpg", image)
         save(root / "SegmentationObject" / f"blob_{index:04d}.png", ids)
         mask = np.where(ids == 255, 255, ids > 0).astype(np.uint8)
@@ -256,8 +267,8 @@ def write_instances(folder, count, rings=False, size=192):
     (root / "class_names.json").write_text(json.dumps({"blob": 1}))
 
 
-def write_rings(folder, count):
-    write_instances(folder, count, rings=True)
+def write_rings(folder, count, grid=1):
+    write_instances(folder, count, rings=True, grid=grid)
 
 
 def write_lists(root, name, count, every=5):
@@ -380,9 +391,15 @@ def get_args_parser():
     parser.add_argument("kind", choices=WRITE, help="which data set")
     parser.add_argument("--output-dir", required=True, help="folder to write it to")
     parser.add_argument("--count", type=int, default=60, help="number of images (%(default)s)")
+    parser.add_argument("--grid", type=int, choices=range(1, 8), default=1,
+        help="objects, plain, rings: so many drawings side by side, and below each other, in an image")
     return parser
 
 
 if __name__ == "__main__":
-    args = get_args_parser().parse_args()
-    print(f"{args.count} images in {write(args.kind, args.output_dir, args.count)}")
+    parser = get_args_parser()
+    args = parser.parse_args()
+    options = {"grid": args.grid} if args.grid > 1 else {}
+    if options and args.kind not in ("objects", "plain", "rings"):
+        parser.error(f"--grid: is for objects, plain and rings, not for {args.kind}")
+    print(f"{args.count} images in {write(args.kind, args.output_dir, args.count, **options)}")
