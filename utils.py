@@ -1,6 +1,6 @@
 """What every script needs and no article teaches. Data, losses, metrics and loops are in the scripts.
 
-Command line    ArgumentParser  Obsolete  number  numbers  run  InputError  Stopped
+Command line    ArgumentParser  Obsolete  number  numbers  run  import_script  InputError  Stopped
 A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
 Data            split_items  check_items  create_loader  seeded  draw_demo
 Embeddings      cache_embeddings  load_embedding
@@ -17,6 +17,7 @@ import csv
 import errno
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -209,6 +210,15 @@ def run(main, parser):
             raise
         parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller image "
                      f"size, or --amp bf16 ({' '.join(str(error).split())[:200]})")
+
+
+def import_script(name, option):
+    """Returns the script that this option alone needs, as --demo needs demo_data."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{option}: {name}.py is not beside this script; copy it too, or leave "
+                         f"{option} out") from None
 
 
 # --- A training run ---
@@ -617,11 +627,7 @@ def seeded(*numbers):
 
 def draw_demo(kind, folder, count):
     """Writes the generated data set of --demo and returns its folder."""
-    try:
-        import demo_data
-    except ImportError:
-        raise InputError("--demo: demo_data.py is not beside this script; copy it too, or give "
-                         "--data-path") from None
+    demo_data = import_script("demo_data", "--demo")
     with first_rank_first():
         if ranks()[0] == 0:
             demo_data.write(kind, folder, count)
