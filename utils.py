@@ -720,8 +720,8 @@ def cache_embeddings(datasets, key, read_input, encode, numbers, run):
         raise InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
                          "another --cache-dir, or --no-cache")
     loader = torch.utils.data.DataLoader(
-        Pending([images[path] for path in missing], read_input, args),
-        batch_size=1 if run.device.type == "cpu" else 8, num_workers=args.workers,
+        [images[path] for path in missing], batch_size=1 if run.device.type == "cpu" else 8,
+        collate_fn=functools.partial(read_inputs, read_input, args), num_workers=args.workers,
         worker_init_fn=ignore_group_signals, pin_memory=run.device.type == "cuda")
     paths = iter(missing)
     with tqdm(total=len(missing), desc="encoding", leave=False, disable=hide_bar()) as bar:
@@ -739,17 +739,9 @@ def cache_embeddings(datasets, key, read_input, encode, numbers, run):
                          "--cache-dir")
 
 
-class Pending(torch.utils.data.Dataset):
-    """Prepares the images that have no embedding yet for the encoder."""
-
-    def __init__(self, missing, read_input, args):
-        self.missing, self.read_input, self.args = missing, read_input, args
-
-    def __len__(self):
-        return len(self.missing)
-
-    def __getitem__(self, index):
-        return self.read_input(*self.missing[index], self.args)
+def read_inputs(read_input, args, images):
+    """Runs in loader processes, as the collate_fn of cache_embeddings: images are (item, mirrored)."""
+    return torch.stack([read_input(item, mirrored, args) for item, mirrored in images])
 
 
 def is_whole(path):
