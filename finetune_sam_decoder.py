@@ -137,10 +137,7 @@ class VOCObjects(torch.utils.data.Dataset):
 
     def features(self, index, mirrored):
         if self.embeddings:
-            try:
-                return utils.load_embedding(self.embeddings[index % len(self), mirrored])
-            except utils.InputError as error:
-                raise utils.InputError(f"{error}: --resume auto makes it again") from None
+            return utils.load_embedding(self.embeddings[index % len(self), mirrored])
         return read_input(self.items[index], mirrored, self.args)
 
     @staticmethod

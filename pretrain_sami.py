@@ -127,10 +127,7 @@ class UnlabelledImages(torch.utils.data.Dataset):
             if self.augment and args.crop:
                 box = transforms.RandomResizedCrop.get_params(image, CROP_SCALE, (3 / 4, 4 / 3))
         if self.embeddings:
-            try:
-                features = utils.load_embedding(self.embeddings[index % len(self), mirrored])
-            except utils.InputError as error:
-                raise utils.InputError(f"{error}: --resume auto makes it again") from None
+            features = utils.load_embedding(self.embeddings[index % len(self), mirrored])
         else:
             features = teacher_view(image, box, mirrored, args)
         image = resize(image, box, mirrored, args.image_size) / 255

@@ -749,7 +749,7 @@ def is_whole(path):
     if not path.exists():
         return False
     try:
-        load_embedding(path)
+        read_embedding(path)
     except InputError as error:
         print(f"note: {error}: made again")
         return False
@@ -757,7 +757,14 @@ def is_whole(path):
 
 
 def load_embedding(path):
-    """Reads an embedding (D, E, E) in half precision; InputError if the file is damaged."""
+    """Returns an embedding (D, E, E) in half precision, of a file that cache_embeddings has made."""
+    try:
+        return read_embedding(path)
+    except InputError as error:  # damaged since then
+        raise InputError(f"{error}: --resume auto makes it again") from None
+
+
+def read_embedding(path):
     found = load_checkpoint(path)
     embedding = found.get("embedding") if isinstance(found, dict) else None
     if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
