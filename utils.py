@@ -3,6 +3,7 @@
 Command line    ArgumentParser  Obsolete  number  numbers  run  import_script  InputError  Stopped
 A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
 Data            split_items  check_items  create_loader  seeded  draw_demo
+Checkpoints     load_checkpoint  save_checkpoint
 Embeddings      cache_embeddings  load_embedding
 Images          list_images  read_lines  nfc  file_part  read_image  read_mask  read_binary_mask
                 image_size  save_image  save_mask  tints  class_tints  overlay  save_panel
@@ -967,11 +968,12 @@ def overlay(image, mask):
     return np.where(ids[..., None] > 0, tinted, image)
 
 
-def save_panel(path, rows, titles, legend={}, side=256):
+def save_panel(path, rows, titles, legend={}):
     """Writes a PNG of {name: RGB images}: a row under each name, a title over each column.
 
     legend: {text: RGB colour}, shown below.
     """
+    side = 256  # pixels of an image's longer side
     texts = [(2 + k * (side + 4), 2, title) for k, title in enumerate(titles)]
     chinese = any("\u2e80" <= letter < "\ud800" for letter in "".join([*rows, *legend]))
     font, width, y, parts = load_font(chinese), (side + 4) * len(titles), 20, []
