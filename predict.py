@@ -778,26 +778,15 @@ def predict_and_write(batch, loaded, queries, annotate, args):
         yield name, path, image, rows
 
 
-def write_tables(output_dir, areas, images, annotations, loaded, args):
-    """Writes areas.csv and, with --coco, annotations.json."""
+def write_tables(output_dir, areas, images, annotations, loaded, coco):
+    """Writes areas.csv and, with coco (the script convert_labels), annotations.json."""
     path = output_dir / "areas.csv"
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", "id", "class", "pixels", "share", "score"], *areas])
-    if args.coco:
+    if coco:
         names = dict(enumerate(loaded.classes, int(loaded.net.overlapping)))
         names.pop(0, None)  # the background
-        path = output_dir / "annotations.json"
-        import_convert_labels().write_coco(path, images, names, annotations)
-
-
-def import_convert_labels():
-    """Returns the script that knows COCO's format; late, as only --coco needs it."""
-    try:
-        import convert_labels
-    except ImportError:
-        raise utils.InputError("--coco: convert_labels.py is not beside this script; copy it too, "
-                               "or leave --coco out") from None
-    return convert_labels
+        coco.write_coco(output_dir / "annotations.json", images, names, annotations)
 
 
 @torch.no_grad()
@@ -813,7 +802,7 @@ def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     areas, images, annotations, started = [], [], [], time.perf_counter()
-    coco = import_convert_labels() if args.coco else None
+    coco = utils.import_script("convert_labels", "--coco") if args.coco else None
 
     def annotate(category, mask, score=None):  # an object of the image now being processed
         if coco:
@@ -843,7 +832,7 @@ def main(args):
                 bad += [f"{path}: out of memory; try {advice}, or --amp bf16"
                         for _, path, _ in batch if path.as_posix() not in written]
     finally:  # however it ends: what has been written is listed
-        write_tables(output_dir, areas, images, annotations, loaded, args)
+        write_tables(output_dir, areas, images, annotations, loaded, coco)
     if len(paths) == 1:
         for _, k, name, pixels, share, score in areas:
             rating = f"  score {score}" if score else ""
