@@ -28,7 +28,6 @@ train_sam2.py too.
 import argparse
 import csv
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -395,9 +394,10 @@ def collect_prompts(args, video):
             if "mask" in given and len(given) > 1:
                 raise utils.InputError(f"{where}: has a mask and a box or points; give one or the "
                                        "other")
-    for object_id in (object_id for object_id, by_frame in prompts.items() if not by_frame):
-        raise utils.InputError(f"{args.prompts}: object {object_id} has no prompt; give it a box, "
-                               "points or a mask on some frame")
+    for object_id, by_frame in prompts.items():
+        if not by_frame:
+            raise utils.InputError(f"{args.prompts}: object {object_id} has no prompt; give it a box, "
+                                   "points or a mask on some frame")
     if not prompts:
         raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
                                "--mask FILE or --prompts FILE")
@@ -641,14 +641,13 @@ def read_truth(masks):
     return ids
 
 
-def evaluate(video, prompts, truth, folder, args):
+def evaluate(video, prompts, truth, folder, train_sam2, args):
     """Prints and returns J and F, in [0, 1], as train_sam2.py and DAVIS define them.
 
     The last frame with truth is left out, as there, and the frames on which an object was prompted,
     or which the direction does not reach.
     """
-    rates, last = import_script("train_sam2", "--eval"), max(truth)
-    found, values = set(), {}
+    last, found, values = max(truth), set(), {}
     codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
     binary = codes <= {0, 255}  # then 255 is the object
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
@@ -663,8 +662,8 @@ def evaluate(video, prompts, truth, folder, args):
             reached = {"forward": t > min(by_frame), "backward": t < max(by_frame), "both": True}
             if reached[args.direction] and t not in by_frame and t != last:
                 pair = (ids == k) & ~void, true == k
-                figures = rates.region_similarity(*pair), rates.contour_accuracy(*pair)
-                values.setdefault(k, []).append(figures)
+                j, f = train_sam2.region_similarity(*pair), train_sam2.contour_accuracy(*pair)
+                values.setdefault(k, []).append((j, f))
     if others := found ^ prompts.keys():
         print(f"note: objects {', '.join(map(str, sorted(others)))} are in the truth or among the "
               "prompts, not in both; they are left out")
@@ -709,10 +708,9 @@ def tables(args):
     return [name for name, written in wanted.items() if written]
 
 
-def write_outputs(video, prompts, state, folder, args):
-    """Writes everything but the masks, which it reads frame by frame."""
+def write_outputs(video, prompts, state, folder, coco, args):
+    """Writes everything but the masks, which it reads frame by frame; coco: the script, or None."""
     rows, images, annotations = [], [], []
-    coco = import_script("convert_labels", "--coco") if args.coco else None
     writer = open_overlay(video, folder, args) if args.overlay else None
     scores = state["scores"].tolist()
     for t, name in enumerate(tqdm(video.names, "writing", leave=False, disable=None)):
@@ -749,31 +747,21 @@ def open_overlay(video, folder, args):
     raise utils.InputError(f"{folder}/overlay.mp4: OpenCV cannot write it; give --overlay False")
 
 
-def import_script(name, option):
-    """Returns another script, for COCO's format or DAVIS' figures; late, as few runs need it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise utils.InputError(f"{option}: {name}.py is not beside this script; copy it too, or "
-                               f"leave {option} out") from None
-
-
 def main(args):
     """Tracks and writes; returns {"frames": how many, "objects": how many} and what --eval found."""
     device = utils.pick_device(args.device)
     dtype, _ = utils.pick_precision(args.amp, device)
-    for name, option in (("convert_labels", "--coco"), ("train_sam2", "--eval")):
-        if getattr(args, option[2:]):
-            import_script(name, option)
+    coco = utils.import_script("convert_labels", "--coco") if args.coco else None
+    train_sam2 = utils.import_script("train_sam2", "--eval") if args.eval else None
     model = create_model(args)
-    weights = digest_of(model.state_dict())
     video = open_video(args)
     prompts, truth = collect_prompts(args, video), find_truth(args, video)
     folder = Path(args.output_dir)
     check_outputs(args, video, truth)
     settings = {
         "image_size": args.image_size, "every": args.every, "direction": args.direction,
-        "amp": args.amp, "frames": video.digest, "prompts": digest_of(prompts), "weights": weights}
+        "amp": args.amp, "frames": video.digest, "prompts": digest_of(prompts),
+        "weights": digest_of(model.state_dict())}
     lock = utils.lock_folder(folder)
     state = start(folder, settings, video, prompts, args, device)
     print(f"{args.input}: {len(video.names)} frames of {size_text(video.size)}, {len(prompts)} "
@@ -788,8 +776,8 @@ def main(args):
         raise utils.InputError("out of memory; try --image-size 512, fewer objects at a time, or "
                                "--amp bf16") from None
     seconds = time.perf_counter() - started
-    write_outputs(video, prompts, state, folder, args)
-    figures = evaluate(video, prompts, truth, folder, args) if truth else {}
+    write_outputs(video, prompts, state, folder, coco, args)
+    figures = evaluate(video, prompts, truth, folder, train_sam2, args) if truth else {}
     shutil.rmtree(folder / "unfinished")
     lock.close()
     print(f"{len(video.names)} frames tracked in {seconds:.1f} s, peak memory "
