@@ -1089,11 +1089,8 @@ def extract_video(path, folder, args, skip_whole):
 
     A hidden file marks the folder until the last frame is written; then skip_whole skips the video.
     """
-    try:
-        from predict_video import check_name, lacks_frames
-    except ImportError:
-        raise utils.InputError("--extract-frames: predict_video.py is not beside this script; copy it too") from None
-    check_name(path)
+    predict_video = utils.import_script("predict_video", "--extract-frames")
+    predict_video.check_name(path)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, mark = cv2.VideoCapture(str(path)), folder / f".{path.name}.incomplete"
@@ -1124,7 +1121,7 @@ def extract_video(path, folder, args, skip_whole):
     if not count:
         raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
     print(f"wrote {written} of {count} frames to {folder}")
-    if lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
+    if predict_video.lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
         raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read; "
                                f"frames {count} to {stated - 1} are missing")
     mark.unlink()
