@@ -17,7 +17,6 @@ Parts:  the article's, and here: unmasked and masked tokens = UnlabelledImages; 
         features from SAM = target_features; reconstruction loss = criterion.
 """
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -587,7 +586,7 @@ def prepare_demo(args):
     args.teacher_weights = str(folder / "teacher/best.pth")
     if args.sanity_check or args.test_only:
         return
-    script = import_sibling("finetune_sam_decoder")
+    script = utils.import_script("finetune_sam_decoder", "--demo")
     print("First a small SAM learns plain objects; it takes the place of an official file.")
     plain = utils.draw_demo("plain", folder / "teacher/data", 120)
     options = ["--demo", "--train", "all", "--weights", "none", "-b", "2", "--epochs", str(TEACHER_EPOCHS),
@@ -603,21 +602,13 @@ def write_split(path, train, val):
     Path(path).write_text(json.dumps({"train": train, "val": val}), encoding="utf-8")
 
 
-def import_sibling(name):
-    """Returns another script, which --demo alone needs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise utils.InputError(f"--demo: {name}.py is not beside this script; copy it too, or give "
-                               "--data-path") from None
-
-
 def compare_students(args):
     """Prints and returns val_iou of fresh and of pretrained encoders, fine-tuned in equal steps.
 
     By train_efficientsam.py's own loop on few labelled images; the decoder starts alike.
     """
-    script, folder = import_sibling("train_efficientsam"), Path(args.output_dir)
+    script = utils.import_script("train_efficientsam", "--demo")
+    folder = Path(args.output_dir)
     print(f"At last the encoder and fresh ones are fine-tuned on {LABELLED} labelled images.")
     ious = {"fresh": [], "pretrained": []}
     for seed in range(3):
