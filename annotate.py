@@ -31,7 +31,6 @@ import secrets
 import threading
 import time
 import traceback
-from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -100,7 +99,7 @@ def load_nets(args):
     for path, model in ((args.weights, args.model), (args.compare, args.compare_model)):
         if path:
             options = {**vars(args), "weights": path, "model": model, "depth": None}
-            nets.append(predict.load_model(Namespace(**options)))
+            nets.append(predict.load_model(argparse.Namespace(**options)))
             if not nets[-1].net.encode:
                 raise utils.InputError(f"{path}: is {nets[-1].name}, which takes no clicks; give a "
                                        "checkpoint of EfficientSAM, SAM or SAM 2")
@@ -172,11 +171,7 @@ class Session:
         self.earlier, self.outdated = self.read_earlier()
         self.unsaved = self.outdated[self.layout]
         self.check_class_file()
-        for name, entry in self.earlier.items():  # those of images that are not given now, too
-            for found in entry if isinstance(entry, list) else [entry]:
-                if isinstance(found, dict) and (found.get("boxes") or found.get("points")):
-                    own = found.get("class") and " ".join(str(found["class"]).split())  # as predict.py
-                    self.check_classes(name, [(own,)])
+        self.check_classes()
         paths = predict.find_inputs(args.images)
         names = predict.name_outputs(paths, ["_mask.png", "_overlay.png"])  # as predict.py has them
         self.page, self.items = read_page(), []
@@ -215,14 +210,19 @@ class Session:
             raise utils.InputError(f"{path} or {unsaved.name}: cannot be read ({error}); move it "
                                    "away") from None
 
-    def check_classes(self, name, queries):
-        """Raises InputError if an image's earlier objects have other classes than --classes."""
-        for *_, found in queries:
-            if found not in (self.classes or [None]):
-                kind = f"the class {found}" if found else "no class"
-                raise utils.InputError(
-                    f"{self.folder}/prompts.json: {name}: an object has {kind}, but --classes names "
-                    f"{', '.join(self.classes) or 'none'}; give all of the file's, or correct it")
+    def check_classes(self):
+        """Raises InputError if earlier objects, of any image, have other classes than --classes."""
+        for name, entries in self.earlier.items():
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if not isinstance(entry, dict) or not (entry.get("boxes") or entry.get("points")):
+                    continue  # no object
+                found = entry.get("class") and " ".join(str(entry["class"]).split())  # as predict.py
+                if found not in (self.classes or [None]):
+                    kind = f"the class {found}" if found else "no class"
+                    raise utils.InputError(
+                        f"{self.folder}/prompts.json: {name}: an object has {kind}, but --classes "
+                        f"names {', '.join(self.classes) or 'none'}; give all of the file's, or "
+                        "correct it")
 
     def class_file(self):
         """Returns the path and the text of the file that gives each class its id; no text: no file."""
@@ -244,7 +244,7 @@ class Session:
     def read_queries(self, name, given):
         """Returns an image's entries as predict.predict_queries takes them."""
         path = self.folder / "prompts.json"
-        return predict.read_prompts(name, given, Namespace(prompts=path), self.max_points)
+        return predict.read_prompts(name, given, argparse.Namespace(prompts=path), self.max_points)
 
     def write_prompts(self):
         """Writes prompts.json, one image per line; those that are not among the images stay in it."""
