@@ -67,7 +67,7 @@ def get_args_parser():
     add("--decoder-weights", help="beside --weights encoder.pth (of pretrain_sami.py): vit_b, vit_l, vit_h "
                                   "or a path, SAM's decoder to start from (default: fresh)")
     add("--freeze", choices=["none", "encoder"], default="none",
-        help="part that is not trained (%(default)s)")
+        help="part that is not trained, but for the neck of encoder.pth, which is new (%(default)s)")
     add_switch("--gradient-checkpointing", help="less memory, a third more time")
 
     add("--multimask", choices=["min", "all"], default="min",
@@ -309,18 +309,23 @@ def create_model(args, checkpoint=None):
     """Returns the net, with weights of checkpoint or --weights, and the arguments that rebuild it."""
     arch = {"model": args.model, "image_size": args.image_size}
     model = NETS[args.model](args.image_size)
+    args.new_neck = False
     if checkpoint:
+        args.new_neck = checkpoint["args"].get("new_neck", False)
         check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
         load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
         path = official_file(args.weights, WEIGHTS)
         state = read_weights(path, {"net": "efficient_sam", **arch}, free=["image_size"])
+        args.new_neck = all(key.startswith("image_encoder.") for key in state)
         state = complete_encoder(model, state, path, args.decoder_weights)
         load_weights(model, state, path)
     # The mask that is never asked for
     model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)
     if args.freeze == "encoder":
         model.image_encoder.requires_grad_(False)
+        # SAMI trains what is before the neck: encoder.pth has the neck as it was drawn
+        model.image_encoder.neck.requires_grad_(args.new_neck)
     model.image_encoder.gradient_checkpointing = args.gradient_checkpointing
     return model, arch
 

@@ -312,6 +312,25 @@ def test_a_frozen_encoder_stays_as_it_is(objects, tmp_path):
     assert "mask_decoder.iou_token.weight" not in same
 
 
+def test_of_an_encoder_alone_the_neck_is_trained_though_it_is_frozen(objects, tmp_path):
+    state = script_.NETS["demo"](64).state_dict()
+    encoder = {key: value for key, value in state.items() if key.startswith("image_encoder.")}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    start = "--weights", tmp_path / "encoder.pth", "--freeze", "encoder"
+    train(objects, tmp_path / "run", "--epochs", 1, *start)
+    train(objects, tmp_path / "run", "--epochs", 2, *start, "--resume", "auto")
+    train(objects, tmp_path / "straight", "--epochs", 2, *start)
+    resumed, straight = [torch.load(tmp_path / name / "last.pth", weights_only=True)["model"]
+                         for name in ("run", "straight")]
+    for key, value in straight.items():
+        assert torch.equal(value, resumed[key]), key
+        if key in encoder:
+            assert torch.equal(value, encoder[key]) == ("neck" not in key), key
+    whole = "--weights", tmp_path / "run/best.pth", "--freeze", "encoder"  # whose neck has been trained
+    model, _ = script_.create_model(options(*SMALL, *whole))
+    assert not any(p.requires_grad for p in model.image_encoder.parameters())
+
+
 def test_official_files_load_by_path_and_offline_the_url_is_told(tmp_path, monkeypatch):
     args = options("--model", "efficient_sam_vitt", "--weights", "none")
     theirs = script_.create_model(args)[0].state_dict()
