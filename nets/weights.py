@@ -163,8 +163,7 @@ def load_sam(model, path, base=None):
     names). Returns the path or name of the whole net's weights. Position codes of another image size
     are interpolated.
     """
-    file = fetch_weights(**sam.WEIGHTS[path]) if path in sam.WEIGHTS else path
-    checkpoint = load_checkpoint(file)
+    checkpoint = load_checkpoint(official_file(path, sam.WEIGHTS))
     ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
     trained_with, arch = ours.get("args", {}), ours.get("arch", {})
     check_net(checkpoint, path, {"net": "sam", **arch})
@@ -176,10 +175,10 @@ def load_sam(model, path, base=None):
         base = trained_with.get("base")
         if not base:
             raise InputError(f"{path}: holds a decoder alone; give best.pth, which names its "
-                                   "base, or predict.py the --base weights")
+                             "base, or predict.py the --base weights")
         if base not in ("none", *sam.WEIGHTS) and not Path(base).exists():
             raise InputError(f"{path}: its decoder was trained on {base}, which is not "
-                                   "there; give predict.py the --base weights")
+                             "there; give predict.py the --base weights")
     if base != "none":
         base = load_sam(model, base)
     # The hash is of the base at the image size of training; for another size that net is made too
@@ -190,6 +189,6 @@ def load_sam(model, path, base=None):
         load_sam(original, base)
     if base_hash and size == original.image_size and base_hash != sam.hash_frozen(original):
         raise InputError(f"{path}: trained on other base weights than {base}; give predict.py "
-                               "the right --base")
+                         "the right --base")
     load_weights(model, {**model.state_dict(), **state}, path)
     return base
