@@ -11,6 +11,9 @@ scenes  The PASCAL VOC layout of train_deeplabv3.py, a fifth in val.txt.
         other's and the ground's, so that colour alone misleads. Borders are 255.
 objects The layout of train_efficientsam.py: imgs/NAME.npy, gts/NAME.npy.
         Leaves, beans and stars that overlap, one id per object.
+plain   The PASCAL VOC layout of finetune_sam_decoder.py, SegmentationObject; every 20th in val.txt.
+        Long blobs of one colour. Borders are 255.
+rings   The same, a fifth in val.txt: rings of two colours, which a net that knows plain has not seen.
 clips   The layout of train_sam2.py: JPEGImages/NAME/00000.jpg, Annotations/NAME/00000.png, a fifth
         in ImageSets/val.txt. A coloured shape passes behind a bar, leaves the image and comes back,
         or comes late.
