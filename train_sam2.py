@@ -974,9 +974,9 @@ def create_loaders(args):
 def check_mix(args):
     """Checks that the options of several data sets fit --data-path."""
     paths = len(args.data_path)
-    for option, numbers, fitting in (("--mix", args.mix or args.data_path, [paths]),
-                                     ("--multiplier", args.multiplier, [1, paths])):
-        if len(numbers) not in fitting:
+    several = args.multiplier if len(args.multiplier) > 1 else None  # a single one is for all
+    for option, numbers in (("--mix", args.mix), ("--multiplier", several)):
+        if numbers and len(numbers) != paths:
             raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one for each")
     if args.split and (args.val_set or args.train_set):
         raise utils.InputError("--split: takes the place of --train-set and --val-set; give one or the other")
