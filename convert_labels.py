@@ -12,8 +12,8 @@ Reads:  coco     a json file: polygons, run lengths (compressed or not), crowds
                  classes in classes.txt or data.yaml, else in --classes
         masks    a folder with images/ and masks/ (0 and 255), or an --output-dir of predict.py:
                  each connected part of a class is an object
-        dsb     a folder per image, as the 2018 Data Science Bowl has them: ID/images/ID.png and
-                ID/masks/*.png (0 and 255), each mask a nucleus; NAME is ID
+        dsb      a folder per image, as the 2018 Data Science Bowl has them: ID/images/ID.png and
+                 ID/masks/*.png (0 and 255), each mask a nucleus; NAME is ID
 Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), masks/classes.txt
         voc      VOCdevkit/VOC2012/: JPEGImages, SegmentationClass, SegmentationObject,
                  ImageSets/Segmentation/train.txt and val.txt, class_names.json
@@ -703,7 +703,8 @@ def annotate(annotations, kind, image_id, category, mask, score=None):
     for window, part in connected_parts(mask) if score is None else [crop(mask)]:
         if kind and part.size:
             annotate_part(annotations, kind, image_id, category, window, part, mask.shape)
-            annotations[-1] |= {} if score is None else {"score": score}
+            if score is not None:
+                annotations[-1]["score"] = score
 
 
 def annotate_part(annotations, kind, image_id, category, window, part, size, crowd=False):
