@@ -348,14 +348,15 @@ def create_loaders(args):
     val_items = keep_items(val_items, "validation", args)
     names = find_class_names(root)
     train_set = VOCObjects(train_items, names, args, train=True, augment=not args.overfit)
-    val_sets = [VOCObjects(val_items, names, args, train=False, augment=False)]
+    val_set = VOCObjects(val_items, names, args, train=False, augment=False)
+    train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
+    val_loader, keep_loader = utils.create_loader(val_set, args, shuffle=False, batch_size=1), None
     if args.keep_path:
         root = find_root(args.keep_path, args.year)
         items = keep_items(find_items(root, args.val_set, args)[:args.limit], "--keep-path", args)
-        val_sets.append(VOCObjects(items, find_class_names(root), args, train=False, augment=False))
-    train_loader = utils.create_loader(train_set, args, shuffle=True, pad=True)
-    val_loaders = [utils.create_loader(dataset, args, shuffle=False, batch_size=1) for dataset in val_sets]
-    return train_loader, val_loaders[0], val_loaders[1] if args.keep_path else None
+        keep_set = VOCObjects(items, find_class_names(root), args, train=False, augment=False)
+        keep_loader = utils.create_loader(keep_set, args, shuffle=False, batch_size=1)
+    return train_loader, val_loader, keep_loader
 
 
 def sanity_check(train_set, val_set, args):
@@ -788,8 +789,9 @@ def main(args):
     figures = None
     with run.saved_when_stopped():  # SIGTERM, Ctrl-C
         if keeps:
-            loaders = [train_loader, val_loader, *([] if keep_loader is None else [keep_loader])]
-            sets = [loader.dataset for loader in loaders]
+            sets = [train_set, val_set]
+            if keep_loader is not None:
+                sets.append(keep_loader.dataset)
             cache_embeddings(model, sets, run, args)
         if "before" not in progress:  # what the starting weights can do: fine-tuning's baseline
             progress["before"] = evaluate(model, val_loader, run, args)
