@@ -646,12 +646,12 @@ def main(args):
     print_cost(teacher, train_set.items[0], run, args)
     mean_set = UnlabelledImages(train_set.items[:MEAN_OVER], args, augment=False)
     sets = [val_set, mean_set]  # whose features can be kept
-    if not (args.crop and train_set.augment):
+    if not args.test_only and not (args.crop and train_set.augment):
         sets.append(train_set)
     if args.test_only:
         run.check_test(same=["mask_share", "teacher_size", "base_hash"])
         if not args.no_cache:
-            cache_features(teacher, [val_set, mean_set], run, args)
+            cache_features(teacher, sets, run, args)
         mean = mean_features(teacher, mean_set, run, args)
         figures = evaluate(model, teacher, mean, val_loader, run, args)
         print_table(figures)
