@@ -306,10 +306,10 @@ def decoder(setup, net, size, plain=False, dtype=None):
 
     if plain:
         use_default_kind(optimizer)
-        first_epoch = later_epoch = article_epoch
-    else:
-        part = finetune_sam_decoder.trained_part(model, args)
-        run.start(arch, dataset, dataset, model=part, optimizer=optimizer)
+        return {"first epoch, s": article_epoch, "later epoch, s": article_epoch,
+                "encoder, s/image": encode}
+    part = finetune_sam_decoder.trained_part(model, args)
+    run.start(arch, dataset, dataset, model=part, optimizer=optimizer)
     return {"first epoch, s": first_epoch, "later epoch, s": later_epoch,
             "encoder, s/image": encode}
 
