@@ -602,12 +602,11 @@ def write_split(path, train, val):
     Path(path).write_text(json.dumps({"train": train, "val": val}), encoding="utf-8")
 
 
-def compare_students(args):
+def compare_students(script, args):
     """Prints and returns val_iou of fresh and of pretrained encoders, fine-tuned in equal steps.
 
-    By train_efficientsam.py's own loop on few labelled images; the decoder starts alike.
+    By the script train_efficientsam on few labelled images; the decoder starts alike.
     """
-    script = utils.import_script("train_efficientsam", "--demo")
     folder = Path(args.output_dir)
     print(f"At last the encoder and fresh ones are fine-tuned on {LABELLED} labelled images.")
     ious = {"fresh": [], "pretrained": []}
@@ -629,7 +628,9 @@ def compare_students(args):
 
 def main(args):
     """Pretrains as the options say; returns the last figures and the best val_explained."""
-    compares = args.demo and not (args.data_path or args.sanity_check or args.test_only)
+    compared = None
+    if args.demo and not (args.data_path or args.sanity_check or args.test_only):
+        compared = utils.import_script("train_efficientsam", "--demo")  # for the end, or an error now
     if args.demo:
         prepare_demo(args)
     set_sizes(args)
@@ -643,7 +644,6 @@ def main(args):
     model, arch = create_model(args, run.checkpoint)
     model = model.to(run.device)
     run.describe(args.model, model, train_set, val_set)
-    print_cost(teacher, train_set.items[0], run, args)
     mean_set = UnlabelledImages(train_set.items[:MEAN_OVER], args, augment=False)
     sets = [val_set, mean_set]  # whose features can be kept
     if not args.test_only and not (args.crop and train_set.augment):
@@ -657,6 +657,7 @@ def main(args):
         print_table(figures)
         return figures
 
+    print_cost(teacher, train_set.items[0], run, args)
     optimizer = create_optimizer(model, args)
     progress = run.start(arch, train_set, val_set, model=model, optimizer=optimizer)
     if args.compile:
@@ -686,8 +687,8 @@ def main(args):
     run.finish("val_explained")
     if (run.folder / "encoder.pth").exists():
         print(f"the encoder of that epoch: {run.folder}/encoder.pth")
-    if compares:
-        figures.update(compare_students(args))
+    if compared:
+        figures.update(compare_students(compared, args))
     return {**figures, "best_val_explained": progress["best"]}
 
 
