@@ -53,6 +53,7 @@ COLOURS = ["#e0483e", "#3a9c4e", "#3f74d1", "#eaa221", "#9a55c4", "#2fb3b8", "#e
            "#85858a"]  # of --classes
 SCREEN = 1600      # longer side, in pixels, of what the page shows; what is saved is not scaled
 MAX_BODY = 65536   # bytes of a request
+ACTIONS = {"add": (3, 4), "class": (1,), "undo": (0,), "next": (0,)}  # lengths of a change's prompt
 MAX_PROMPTS = 100  # of one object; boxes that a later one replaced are among them
 
 
@@ -572,12 +573,12 @@ class Handler(BaseHTTPRequestHandler):
             body = json.loads(self.rfile.read(int(length)))
             prompt, action = body.get("prompt", []), body.get("action")
             numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in prompt)
+            lengths = ACTIONS.get(action, ())
         except (ValueError, RecursionError, AttributeError, TypeError):
             raise Refused(400, "not the JSON of a change") from None
-        if action not in ("add", "class", "undo", "next") and self.path.startswith("/change"):
-            raise Refused(400, "action must be add, class, undo or next")
-        lengths = {"add": (3, 4), "class": (1,)}.get(action, (0,))
-        if not numbers or len(prompt) not in lengths:
+        if self.path.startswith("/change") and not lengths:
+            raise Refused(400, f"action must be one of {', '.join(ACTIONS)}")
+        if not numbers or len(prompt) not in (lengths or (0,)):
             raise Refused(400, "prompt must be numbers, [x, y, label], [x0, y0, x1, y1] or [class]")
         return {"version": body.get("version"), "action": action, "prompt": prompt}
 

@@ -936,6 +936,12 @@ def test_bodies_that_are_no_change(start, body):
     assert page.session.items[0].objects == [{"class": None, "prompts": []}] and page.session.items[0].version == 0
 
 
+def test_a_save_is_no_change_of_an_odd_action(start):
+    page = start()
+    assert "not the JSON" in refused(page, 400, "POST", "/save?index=0", {"action": ["add"]})
+    assert "action must be one of add, class" in refused(page, 400, "POST", "/change?index=0", {"action": "delete"})
+
+
 def test_prompts_that_cannot_be(start):
     page = start()
     for prompt in ([-1, 2, 1], [97, 2, 1], [2, 65, 1], [2, 2, 2], [2, 2, -1], [2, 2, 0.5], [9, 9, 9, 20], [9, 9, 5, 5],
