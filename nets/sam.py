@@ -21,12 +21,12 @@ from torchvision.transforms import v2
 
 PATCH_SIZE = 16
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-WEIGHTS = {  # the authors publish sizes; the hashes are those that users of the files publish
+WEIGHTS = {  # the authors publish no hashes; these, and the sizes, are those that users publish
     "vit_b": {"name": "vit_b", "url": URL + "sam_vit_b_01ec64.pth", "size": 375042383,
               "sha256": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"},
-    "vit_l": {"name": "vit_l", "url": URL + "sam_vit_l_0b3195.pth",
+    "vit_l": {"name": "vit_l", "url": URL + "sam_vit_l_0b3195.pth", "size": 1249524607,
               "sha256": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"},
-    "vit_h": {"name": "vit_h", "url": URL + "sam_vit_h_4b8939.pth",
+    "vit_h": {"name": "vit_h", "url": URL + "sam_vit_h_4b8939.pth", "size": 2564550879,
               "sha256": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"},
 }
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, 0..255

@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import ROOT
 from nets import sam
-from nets.sam import NETS, LayerNorm2d, Sam, resize_positions, resized_size, sam_demo, sam_vit_b
+from nets.sam import NETS, WEIGHTS, LayerNorm2d, Sam, resize_positions, resized_size, sam_demo, sam_vit_b
 from parity_fill import fill, manifest
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -126,6 +126,8 @@ def test_keys_shapes_and_types_are_the_official_ones(name):
         for part, numbers in registry["numbers"].items():
             tensors = getattr(model, part).state_dict().values()
             assert sum(tensor.numel() for tensor in tensors) == numbers
+        bytes_of_tensors = 4 * sum(x.numel() for x in model.state_dict().values())
+        assert 0 < WEIGHTS[name]["size"] - bytes_of_tensors < 500_000  # beside them, in the file
 
 
 def test_signatures_are_the_official_ones():
