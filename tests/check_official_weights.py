@@ -49,10 +49,11 @@ def check(name, args):
     """Returns [(figure, found, expected, whether it is right)] of a file, read as predict.py reads it."""
     dense = name.startswith("deeplabv3")
     image_name, prompt = ("dog.jpg", []) if dense else ("truck.jpg", ["--box", BOX])
+    image = read_image(image_name, args.images)
     options = predict.get_args_parser().parse_args([
         image_name, "--weights", "coco" if dense else name, "--model", name, *prompt,
         "--device", args.device, "--amp", "off"])
-    loaded, image = predict.load_model(options), read_image(image_name, args.images)
+    loaded = predict.load_model(options)
     truth = np.zeros(image.shape[:2], np.uint8)
     if dense:
         cv2.fillPoly(truth, [np.array(DOG)], 1)

@@ -1,5 +1,7 @@
 """check_official_weights.py against stand-ins: random weights in the layout of the official files, which must not pass."""
+import hashlib
 import zipfile
+from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -69,6 +71,9 @@ def test_random_weights_load_strictly_and_fail(name, images, hub, capsys):
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: FAILED (IoU") and ", IoU 0." in line and "(at least 0.75)" in line
     assert ("score" in line) == (name in checks.CLICKS)
+    path, = (path for path in hub.iterdir() if path.suffix != ".zip")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"{path.stat().st_size} bytes, sha256 {digest}, " in line  # none is published, now
 
 
 def test_a_tensor_too_few_fails(images, hub, capsys):
@@ -125,6 +130,28 @@ def test_other_bytes_than_the_published_are_named_and_the_next_file_is_checked(i
     assert [line.split(": FAILED (not checked): ")[0] for line in lines] == [*checks.FILES]
     published = [name for name, entry in checks.FILES.items() if entry.get("sha256")]
     assert [line.split(":")[0] for line in lines if "sha256 " in line and "delete it" in line] == published
+
+
+def test_without_network_each_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(url, *args, **options):
+        raise URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    assert run(tmp_path / "images", "tiny", DEEPLAB) == ["tiny", DEEPLAB]
+    assert capsys.readouterr().out.count("FAILED (not checked): URLError: <urlopen error no network>") == 2
+
+
+def test_images_are_fetched_once_and_their_hash_is_checked(tmp_path, monkeypatch):
+    source = tmp_path / "truck.png"
+    Image.new("RGB", (8, 6)).save(source)
+    digits = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(checks.IMAGES, "truck.jpg", (source.as_uri(), "00000000"))
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        checks.read_image("truck.jpg", tmp_path / "images")
+    assert not (tmp_path / "images/truck.jpg").exists()
+    monkeypatch.setitem(checks.IMAGES, "truck.jpg", (source.as_uri(), digits))
+    assert checks.read_image("truck.jpg", tmp_path / "images").shape == (6, 8, 3)
+    source.unlink()
+    assert checks.read_image("truck.jpg", tmp_path / "images").shape == (6, 8, 3)
 
 
 def test_the_document_says_what_the_script_checks():
