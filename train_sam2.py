@@ -1224,7 +1224,8 @@ def group_clips(clips, device):
     for i, clip in enumerate(clips):
         kinds = [(t, tuple(points["point_labels"].shape[1:]) if points else ())
                  for t, points in clip.prompts.items()]
-        groups.setdefault((*kinds, clip.corrected), []).append(i)
+        # A tuple again: torch 2.10 makes a list of it where it pins a batch for CUDA
+        groups.setdefault((*kinds, tuple(clip.corrected)), []).append(i)
     for members in groups.values():
         chosen = [clips[i] for i in members]
         videos = torch.cat([torch.full((clip.masks.shape[1],), i) for i, clip in zip(members, chosen)])
@@ -1565,7 +1566,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             clips = [clip for clip, index in zip(clips, indices) if index >= 0 and teaches(clip)]
             if not clips:  # they only fill up, or teach nothing
                 continue
-            images = torch.cat([clip.images for clip in clips]).to(run.device, non_blocking=run.pinned)
+            images = torch.cat([clip.images.to(run.device, non_blocking=run.pinned) for clip in clips])
             backbone, losses = encode(model, images, run.dtype), 0.0
             for videos, clip in group_clips(clips, run.device):
                 for t, passes in track_clips(model, backbone, videos, clip, args, run.dtype):

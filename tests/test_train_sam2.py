@@ -841,6 +841,14 @@ def some(clips):
     return [videos[0, index][0] for index in range(4)]
 
 
+def test_clips_of_pinned_memory_are_grouped_alike(some):
+    """torch 2.10's pin_memory, which a loader uses on CUDA alone, makes lists of tuples."""
+    pinned = [one._replace(corrected=[*one.corrected]) for one in some]
+    grouped = [[videos.tolist() for videos, _ in script_.group_clips(clips, torch.device("cpu"))]
+               for clips in (some, pinned)]
+    assert grouped[0] == grouped[1]
+
+
 def test_clips_in_one_batch_count_as_each_alone(some):
     groups = list(script_.group_clips(some, torch.device("cpu")))
     assert 1 < len(groups) < 4  # prompted by masks and by clicks
