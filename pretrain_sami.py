@@ -635,6 +635,10 @@ def main(args):
         prepare_demo(args)
     set_sizes(args)
     run = utils.Run(args, net="sami")  # joins torchrun's processes; seeds; device, precision
+    if args.deterministic and run.device.type == "cuda" and args.grid != efficient_sam.PRETRAINED_GRID:
+        size = args.image_size // args.grid * efficient_sam.PRETRAINED_GRID
+        raise utils.InputError("--deterministic: bicubic resizing of position codes has no deterministic "
+                               f"gradient on CUDA; leave it out, or give --image-size {size}")
     train_loader, val_loader = create_loaders(args)
     train_set, val_set = train_loader.dataset, val_loader.dataset
     if args.sanity_check:
