@@ -1122,7 +1122,7 @@ def amp_mode(text):
 
 def is_out_of_memory(error):
     """Returns whether a RuntimeError or MemoryError says that memory, of any device, is full."""
-    words = ("Memory", "of memory", "allocate memory", "enough memory")
+    words = ("Memory", "of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # cuBLAS, cuDNN
     return any(word in f"{type(error).__name__} {error}" for word in words)
 
 

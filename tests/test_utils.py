@@ -369,6 +369,12 @@ def test_devices():
     assert utils.pick_precision("auto", torch.device("cpu"))[0] is None
 
 
+@pytest.mark.parametrize("status, expected", [("ALLOC_FAILED", True), ("EXECUTION_FAILED", False)])
+def test_cublas_without_memory_is_out_of_memory(status, expected):
+    error = RuntimeError(f"CUDA error: CUBLAS_STATUS_{status} when calling `cublasCreate(handle)`")
+    assert utils.is_out_of_memory(error) == expected
+
+
 def test_out_of_memory_is_one_line(script):
     done = script("-c", "import sys, torch, utils\nsys.argv = ['x.py']\n"
                   "def main(args): raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n"
