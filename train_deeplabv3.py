@@ -210,7 +210,9 @@ def find_classes(root, num_classes):
         try:
             ids = json.loads(path.read_text(encoding="utf-8"))
             names = {int(value): str(name) for name, value in ids.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            if [*names] != [*ids.values()]:
+                raise ValueError("ids are whole numbers, each once")
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise utils.InputError(f'{path}: not like {{"name": id}} ({error}); fix or remove '
                                    'it') from None
         highest = max(set(names) - {VOID}, default=0)

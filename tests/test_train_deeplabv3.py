@@ -215,9 +215,10 @@ def test_class_names(scenes):
     assert script_.find_classes(voc(scenes), 3) == ["background", "disc", "2", "triangle"]
     with pytest.raises(utils.InputError, match="class_names.json: names class 3, but --num-classes is 2"):
         script_.find_classes(voc(scenes), 2)
-    (scenes / "class_names.json").write_text("[1]")
-    with pytest.raises(utils.InputError, match="class_names.json: not like"):
-        script_.find_classes(voc(scenes), 3)
+    for text in ("[1]", '{"disc": Infinity}', '{"disc": 1.5}', '{"disc": 1, "square": 1}', "[" * 60000):
+        (scenes / "class_names.json").write_text(text)
+        with pytest.raises(utils.InputError, match="class_names.json: not like"):
+            script_.find_classes(voc(scenes), 3)
 
 
 def test_palette_grey_and_16_bit_masks_read_alike(scenes):
