@@ -47,6 +47,7 @@ from nets.sam2 import NETS, WEIGHTS, enlarge, normalize, resize_images, resize_m
 from nets.weights import fetch_weights, load_weights, state_of
 
 SAVE_EVERY = 100     # frames after which the state is saved, should the process be killed
+MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # bytes 4 to 7
 CHUNK_BYTES = 2**27  # of frames kept when a video is read backwards
 
 
@@ -175,7 +176,7 @@ class VideoFile:
             raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
         if not self.bad and lacks_frames(path, stated, rate, times):
             self.bad.append(f"{path}: truncated or damaged: {self.place} of {stated} frames can be "
-                            f"read; frames {self.place} to {stated - 1} are missing")
+                            f"read{missing_frames(self.place, stated)}")
         self.fps = frame_rate(rate, times) / every
         self.all_names = [f"{number:05d}" for number in range(self.place)]
         self.names = self.all_names[::every]
@@ -229,39 +230,63 @@ class VideoFile:
 def lacks_frames(path, stated, rate, times):
     """Returns whether a video, decoded to its end, lacks frames; times: of those read, in seconds.
 
-    MP4 and AVI files count their frames. Of others OpenCV multiplies duration and rate: too many if
-    the rate varies or sound goes on after the last frame. They lack frames if some cannot be decoded,
-    or if the file ends too early.
+    It does if the file ends too early. MP4 and AVI files count their frames. Of others OpenCV
+    multiplies duration and rate: too many if the rate varies or sound goes on after the last frame.
+    They lack frames if some cannot be decoded.
     """
-    if stated - len(times) <= 2:
-        return False
     with open(path, "rb") as file:
         head = file.read(4096)
-    if head[:4] == b"RIFF" or head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+    whole = is_whole(path, head)
+    if whole is False or stated - len(times) <= 2:
+        return whole is False
+    if head[:4] == b"RIFF" or head[4:8] in MP4_BEGINS:
         return True
     packets = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     if sum(iter(packets.grab, False)) - len(times) > 2:
         return True
-    whole = is_whole_matroska(path, head)
-    if whole is None:
-        whole = stated / rate - times[-1] <= 3 / rate
-    if not whole:
+    if whole is None and stated / rate - times[-1] > 3 / rate:
         return True
     print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
           "is longer")
     return False
 
 
-def is_whole_matroska(path, head):
-    """Returns whether an mkv or webm file of these first bytes is as long as it says, or None."""
-    place = head.find(b"\x18\x53\x80\x67") + 4  # of the segment's size
-    if head[:4] != b"\x1a\x45\xdf\xa3" or place < 4:
+def missing_frames(count, stated):
+    """Returns the end of the line about a truncated video."""
+    if count < stated:
+        return f"; frames {count} to {stated - 1} are missing"
+    return ", the last ones perhaps in part"
+
+
+def is_whole(path, head):
+    """Returns whether a video of these first bytes is as long as it says: MP4, AVI, mkv, webm; else None."""
+    place, total = 0, path.stat().st_size
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        place = head.find(b"\x18\x53\x80\x67") + 4  # of the segment's size
+        if place < 4:
+            return None
+        width = 9 - head[place].bit_length()  # of the size, in bytes
+        size = int.from_bytes(head[place:place + width], "big") - 2**(7 * width)
+        if size == 2**(7 * width) - 1:  # a stream, of unknown size
+            return None
+        return place + width + size <= total
+    riff = head[:4] == b"RIFF"
+    if not riff and head[4:8] not in MP4_BEGINS:
         return None
-    width = 9 - head[place].bit_length()  # of the size, in bytes
-    size = int.from_bytes(head[place:place + width], "big") - 2**(7 * width)
-    if size == 2**(7 * width) - 1:  # a stream, of unknown size
-        return None
-    return place + width + size <= path.stat().st_size
+    with open(path, "rb") as file:
+        while place < total:  # from part to part: RIFF and size, or size and name
+            file.seek(place)
+            part = file.read(16)
+            size = 8 + int.from_bytes(part[4:8], "little") if riff else int.from_bytes(part[:4], "big")
+            if not riff and size == 1:  # a long one
+                size = int.from_bytes(part[8:], "big")
+            known = part[:4] == b"RIFF" and 8 < size < 2**32
+            if not riff:
+                known = part[4:8] in (*MP4_BEGINS, b"moof", b"sidx", b"uuid", b"meta") and size >= 8
+            if not known:  # as long as the file, or what does not belong to it
+                return None
+            place += size
+    return place <= total + 8  # as some leave out the eight bytes of RIFF and size
 
 
 def frame_rate(stated, times):

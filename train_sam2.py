@@ -1122,8 +1122,8 @@ def extract_video(path, folder, args, skip_whole):
         raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
     print(f"wrote {written} of {count} frames to {folder}")
     if predict_video.lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
-        raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read; "
-                               f"frames {count} to {stated - 1} are missing")
+        raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read"
+                               f"{predict_video.missing_frames(count, stated)}")
     mark.unlink()
     return written
 

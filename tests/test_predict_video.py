@@ -335,7 +335,31 @@ def test_a_video_without_a_count_of_frames_is_cut_or_damaged_if_it_says_more(jpe
     content = (tmp_path / "a.mkv").read_bytes()
     for cut, whole in ((0, True), (1, False)):
         (tmp_path / "a.mkv").write_bytes(content[:len(content) - cut])
-        assert predict_video.is_whole_matroska(tmp_path / "a.mkv", content[:4096]) == whole
+        assert predict_video.is_whole(tmp_path / "a.mkv", content[:4096]) == whole
+
+
+@pytest.mark.parametrize("suffix, codec", [("avi", "MJPG"), ("mp4", "mp4v")])
+def test_a_video_that_lacks_its_end_is_never_called_whole(data, tmp_path, suffix, codec):
+    """Two frames fewer than stated are taken from a file that is whole; a last frame may be decoded in part."""
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, [cv2.imread(str(frame)) for frame in sorted((data / "clip").iterdir())], codec)
+    content = path.read_bytes()
+    if suffix == "mp4":  # what players fetch first: the table of frames before the frames
+        start, end = content.index(b"mdat") - 4, content.index(b"moov") - 4
+        table = content[end:]
+        offset = table.index(b"stco") + 12
+        first = int.from_bytes(table[offset:offset + 4], "big") + len(table)
+        count = int.from_bytes(table[offset - 4:offset], "big")
+        assert count == 1
+        table = table[:offset] + first.to_bytes(4, "big") + table[offset + 4:]
+        content = content[:start] + table + content[start:end]
+    ends = {"avi": content.rfind(b"idx1"), "mp4": len(content)}[suffix]
+    for kept, more, named in ((len(content), b"", False), (len(content), b"tail" * 9, False), (ends - 20, b"", True),
+                              (ends - 900, b"", True), (ends - 1500, b"", True)):
+        path.write_bytes(content[:kept] + more)
+        video = predict_video.VideoFile(path, 1)
+        assert bool(video.bad) == named and len(video.names) >= 2, (kept, video.bad)
+        assert not named or "truncated or damaged" in video.bad[0] and "frames 8 to 7" not in video.bad[0]
 
 
 def test_the_overlays_rate_is_that_of_the_video():
