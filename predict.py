@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import utils
 from nets import deeplabv3, efficient_sam, sam, sam2, unet
-from nets.weights import load_sam, official_file, state_of
+from nets.weights import load_sam, load_weights, official_file, state_of
 
 OFFICIAL = [*[f"deeplabv3_{backbone}" for backbone in deeplabv3.COCO_WEIGHTS],
             *efficient_sam.WEIGHTS, *sam.WEIGHTS, *sam2.WEIGHTS]
@@ -247,15 +247,17 @@ def load_model(args):
         trained_with = SimpleNamespace(**checkpoint["args"])
         getattr(trained_with, net.required_option)
         torch.manual_seed(checkpoint["args"].get("seed", 0))  # draws what was frozen untrained
+        if len(checkpoint["classes"]) != checkpoint["arch"].get("num_classes", 0):
+            raise ValueError("names of other classes than the net's")
         model = net.build(**checkpoint["arch"])
         if checkpoint["net"] == "sam":
             load_sam(model, path, args.base)
         else:
-            model.load_state_dict(checkpoint["model"])
+            load_weights(model, checkpoint["model"], path)
         model = model.to(device, memory_format=torch.channels_last).eval()
         loaded = Loaded(model, net, checkpoint["net"], checkpoint["arch"], trained_with,
                         checkpoint["classes"], device, dtype)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise utils.InputError(f"{path}: not a whole checkpoint "
                                f"({' '.join(str(error).split())[:200]})") from None
     if args.depth:

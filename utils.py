@@ -308,7 +308,11 @@ class Run:
                 if name not in self.checkpoint:
                     raise InputError(f"--resume {self.args.resume}: was saved without {name}; start "
                                      "a new run from it with --weights")
-                part.load_state_dict(self.checkpoint[name])
+                try:
+                    part.load_state_dict(self.checkpoint[name])
+                except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    raise InputError(f"--resume {self.args.resume}: its {name} does not fit ({error}); "
+                                     "start a new run from it with --weights") from None
             # lr_scheduler: a part that only some scripts have
             others = self.checkpoint.keys() - {*self.head, *self.parts, "lr_scheduler", "args"}
             self.progress.update({key: self.checkpoint[key] for key in others})
@@ -643,7 +647,11 @@ def load_checkpoint(path):
     try:  # the zip's checksums first, which torch.load does not look at
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None:
             with warnings.catch_warnings(action="ignore"):  # about pickles, before they are refused
-                return torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+            if all(isinstance(ours.get(key, {}), dict) for key in ("model", "arch", "args")):
+                return checkpoint
+            reason = "not a whole checkpoint (restore it from a copy)"
     except FileNotFoundError:
         reason = "no such file"
     except Exception as error:  # the readers raise a dozen types on damaged or hostile bytes
@@ -1262,8 +1270,7 @@ def find_checkpoint(resume, output_dir):
         return None
     checkpoint = load_checkpoint(last if last.exists() else resume)  # a run's folder will do
     needed = {"format", "model", "optimizer", "args", "epoch", "step"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys() \
-            or not all(isinstance(checkpoint[key], dict) for key in ("model", "optimizer", "args")):
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise InputError(f"--resume {resume}: not a run's last.pth; start a new run from it with "
                          "--weights")
     if checkpoint["format"] != FORMAT:

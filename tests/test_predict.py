@@ -100,12 +100,23 @@ def test_overlapping_classes_get_a_mask_each(tmp_path):
     assert np.array(Image.open(tmp_path / "x_mask_.._b_.png")).tolist() == [[0, 255, 255]]
 
 
+def save_changed(path, entries, **final):
+    """A checkpoint with other entries, and other tensors of the last layer."""
+    checkpoint = torch.load(save_unet(path), weights_only=True)
+    state = {**checkpoint["model"], **{f"final.{name}": tensor for name, tensor in final.items()}}
+    torch.save({**checkpoint, "model": state, **entries}, path)
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda path: torch.save({"w": torch.zeros(2)}, path), "does not say what net"),
     (lambda path: path.write_text("x"), "not a checkpoint"),
     (lambda path: torch.save({"format": 1, "net": "other"}, path), "holds the net other"),
     (lambda path: torch.save({"format": 1, "net": "unet", "arch": {"model": "UNet"}}, path), "not a whole checkpoint"),
     (lambda path: torch.save({"format": 1, "net": "unet", "args": {}}, path), "not a whole checkpoint"),
+    (lambda path: torch.save({"format": 1, "net": "unet", "arch": None, "args": {}}, path), "not a whole checkpoint"),
+    (lambda path: save_changed(path, {}, bias=torch.tensor([np.nan])), "final.bias .*not finite"),
+    (lambda path: save_changed(path, {}, bias=torch.tensor([1])), "final.bias holds torch.int64"),
+    (lambda path: save_changed(path, {"classes": ["a", "b"]}), "not a whole checkpoint"),
     (lambda path: None, "no such file")])
 def test_checkpoints_that_cannot_be_used(trained, tmp_path, make, words):
     make(tmp_path / "a.pth")

@@ -84,6 +84,15 @@ def test_a_last_pth_of_format_1_is_refused_in_one_line_and_its_weights_load(cell
     assert figures[0] == figures[1]
 
 
+@pytest.mark.parametrize("optimizer", [{}, [1], {"state": {}, "param_groups": []}])
+def test_a_last_pth_whose_optimizer_does_not_fit_is_refused(cells, tmp_path, optimizer):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "a/last.pth", weights_only=True)
+    utils.save_checkpoint(tmp_path / "a/last.pth", {**checkpoint, "optimizer": optimizer})
+    with pytest.raises(utils.InputError, match="--resume auto: its optimizer does not fit .*--weights"):
+        train(cells, tmp_path / "a", "--epochs", 2, "--resume", "auto")
+
+
 def test_best_pth_holds_the_weights_and_what_predicting_needs_and_no_more(cells, tmp_path):
     train(cells, tmp_path / "run", "--epochs", 1)
     best, last = (torch.load(tmp_path / f"run/{name}.pth", weights_only=True) for name in ("best", "last"))
