@@ -596,9 +596,9 @@ def note_small_objects(widths, image_size, cell=4):
     cells = float(np.median(widths)) * image_size / cell
     if cells < 8:
         needed = math.ceil(8 / cells * image_size / 64) * 64
-        print(f"note: half of the objects are at most {cells:.1f} cells of the decoder's mask wide (a cell is "
-              f"{cell} pixels of --image-size), too few for their outlines: --image-size {needed} gives them 8, "
-              "or crop the images")
+        print(f"note: half of the objects are at most {cells:.1f} cells of the decoder's mask wide (a "
+              f"cell is {cell} pixels of --image-size), too few for their outlines: --image-size {needed} "
+              "gives them 8, or crop the images")
 
 
 def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):

@@ -112,9 +112,10 @@ def load_weights(model, state, path):
                          f"{len(differing)} of {len(known)} tensors missing or of another shape, "
                          f"{len(unknown)} unknown ({', '.join([*differing, *unknown][:3])} ...){keys}")
     for key, wanted in known.items():
-        if state[key].is_floating_point() != wanted.is_floating_point() or not state[key].isfinite().all():
-            raise InputError(f"{path}: {key} holds {state[key].dtype} or values that are not finite; restore "
-                             "it from a copy, or train again with a lower --lr")
+        same_kind = state[key].is_floating_point() == wanted.is_floating_point()
+        if not (same_kind and state[key].isfinite().all()):
+            raise InputError(f"{path}: {key} holds {state[key].dtype} or values that are not finite; "
+                             "restore it from a copy, or train again with a lower --lr")
     model.load_state_dict(state)
 
 
