@@ -596,9 +596,9 @@ def note_small_objects(widths, image_size, cell=4):
     cells = float(np.median(widths)) * image_size / cell
     if cells < 8:
         needed = math.ceil(8 / cells * image_size / 64) * 64
-        print(f"note: half of the objects are at most {cells:.1f} cells of the decoder's mask wide (a "
-              f"cell is {cell} pixels of --image-size), too few for their outlines: --image-size {needed} "
-              "gives them 8, or crop the images")
+        print(f"note: half of the objects are at most {cells:.1f} cells of the decoder's mask wide "
+              f"(a cell is {cell} pixels of --image-size), too few for their outlines: "
+              f"--image-size {needed} gives them 8, or crop the images")
 
 
 def create_loader(dataset, args, shuffle, batch_size=None, batches=None, **sampling):
@@ -749,7 +749,7 @@ def cache_embeddings(datasets, key, read_input, encode, numbers, run):
 
 
 def read_inputs(read_input, args, images):
-    """Runs in loader processes, as the collate_fn of cache_embeddings: images are (item, mirrored)."""
+    """Runs in loader processes, as collate_fn of cache_embeddings: images are (item, mirrored)."""
     return torch.stack([read_input(item, mirrored, args) for item, mirrored in images])
 
 
@@ -766,7 +766,7 @@ def is_whole(path):
 
 
 def load_embedding(path):
-    """Returns an embedding (D, E, E) in half precision, of a file that cache_embeddings has made."""
+    """Returns an embedding (D, E, E) in half precision, of a file of cache_embeddings."""
     try:
         return read_embedding(path)
     except InputError as error:  # damaged since then
@@ -959,7 +959,7 @@ def tints():
 
 
 def class_tints(names, first=0):
-    """Returns {"id name": colour} of classes, ids from `first` on; not of id 0 or a single class."""
+    """Returns {"id name": colour} of classes, ids from `first` on; not of 0, nor of one class."""
     names = dict(enumerate(names, first)) if len(names) > 1 else {}
     return {f"{k} {name}": tuple(tints()[k % 255].tolist()) for k, name in names.items() if k % 255}
 
@@ -1063,7 +1063,7 @@ def sum_gradients(parameters, bucket_size=2**23):
 
 
 def merge_over_ranks(found):
-    """Returns {index: result} of all processes, sorted by index; each process gives its own part."""
+    """Returns {index: result} of all processes, by index; each process gives its own part."""
     parts = [found]
     if torch.distributed.is_initialized():
         parts = [None] * ranks()[1]

@@ -57,7 +57,8 @@ def read_weights(path, wanted, free=()):
     free: arguments of the net that may differ in our checkpoint; a note is printed if they do.
     """
     checkpoint = load_checkpoint(path)
-    arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) and "format" in checkpoint else {}
+    ours = isinstance(checkpoint, dict) and "format" in checkpoint
+    arch = checkpoint.get("arch", {}) if ours else {}
     for key in free:
         if key in arch and arch[key] != wanted[key]:
             print(f"note: {path}: trained with {key} {arch[key]}, now {wanted[key]}")
