@@ -194,6 +194,8 @@ def run(main, parser):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(0)
+    except (EOFError, ConnectionError):  # a batch was on its way
+        leave_without_loader(parser.prog)
     except OSError as error:  # a folder that cannot be written, a full disk: the OS's message
         if error.errno is None:
             raise
@@ -207,6 +209,8 @@ def run(main, parser):
         if "RANK" in os.environ and "peer" in str(error):  # Gloo: another process is gone
             rank = os.environ["RANK"]
             parser.exit(1, f"{parser.prog}: rank {rank}: lost another process, see its message\n")
+        if re.search(r"DataLoader worker .* (killed|exited)", str(error)):
+            leave_without_loader(parser.prog)
         if not is_out_of_memory(error):
             raise
         parser.error("out of memory: try a smaller --batch-size with --accumulate, a smaller image "
@@ -220,6 +224,14 @@ def import_script(name, option):
     except ImportError:
         raise InputError(f"{option}: {name}.py is not beside this script; copy it too, or leave "
                          f"{option} out") from None
+
+
+def leave_without_loader(prog):
+    """Ends a process that has lost a loader process, to a signal or to lack of memory; exit status 1."""
+    sys.stderr.write(f"{prog}: error: a loader process was killed; --resume auto continues from the last "
+                     "save; if memory was full, give fewer --workers\n")
+    sys.stderr.flush()
+    os._exit(1)  # Python would wait for the loaders, and stumble over the lost one
 
 
 # --- A training run ---

@@ -2,13 +2,20 @@
 
 train_unet.py with a thin net stands for all of them.
 """
+import builtins
+import io
 import math
+import os
+import shutil
+import signal
+import subprocess
 
 import pytest
 import torch
 
 import train_unet
 import utils
+from test_resume import assert_same
 from test_train_unet import SMALL, refuses, thin, train  # noqa: F401 (thin: a fixture of all tests)
 
 
@@ -148,3 +155,113 @@ def test_gradients_of_two_threads_have_the_same_bits_each_time(cells, tmp_path):
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+# --- What goes wrong outside ---
+
+@pytest.fixture
+def straight(cells, tmp_path):
+    """last.pth after two epochs."""
+    train(cells, tmp_path / "straight", "--epochs", 2)
+    return torch.load(tmp_path / "straight/last.pth", weights_only=True)
+
+
+def child(cells, folder, before, *more):
+    """Code of a process that trains as `train` does, after some lines."""
+    words = ["train_unet.py", "--data-path", str(cells), "--output-dir", str(folder), *SMALL, "--epochs", "2", *more]
+    return f"""
+import os, signal, sys
+import nets.unet, torch, train_unet, utils
+nets.unet.CHANNELS = (8, 16, 32, 64, 128)
+torch.set_num_threads(1)
+{before}
+sys.argv = {words!r}
+utils.run(train_unet.main, train_unet.get_args_parser())"""
+
+
+def finish(cells, folder, straight):
+    """The same command with --resume auto ends in the straight run's bits."""
+    train(cells, folder, "--epochs", 2, "--resume", "auto")
+    assert_same(torch.load(folder / "last.pth", weights_only=True), straight)
+
+
+def test_a_disk_that_is_full_at_any_save_costs_nothing_that_was_saved(cells, tmp_path, straight, monkeypatch):
+    """The second epoch's files, one after the other, are written to /dev/full; then there is room."""
+    real = builtins.open
+    for name, time in (("args.json", 1), ("split.json", 1), ("log.csv.tmp", 2), ("best.pth", 1), ("last.pth", 2),
+                       ("model.pth", 1), ("curves.png", 2), ("val_samples.png", 1)):
+        written = []
+
+        def opened(path, mode="r", *args, **more):
+            if "w" in mode and os.path.basename(str(path)).startswith(name):
+                written.append(path)
+                path = "/dev/full" if len(written) == time else path
+            return real(path, mode, *args, **more)
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "open", opened)
+            patch.setattr(io, "open", opened)
+            with pytest.raises((OSError, utils.InputError), match="No space left on device"):
+                train(cells, tmp_path / name, "--epochs", 2)
+        finish(cells, tmp_path / name, straight)
+
+
+def test_a_folder_that_vanishes_is_named(cells, tmp_path, monkeypatch):
+    real = train_unet.evaluate
+    for gone in (tmp_path / "run", cells):
+        monkeypatch.setattr(train_unet, "evaluate", lambda *args: [real(*args), shutil.rmtree(gone)][0])
+        with pytest.raises((OSError, utils.InputError), match=str(gone)):
+            train(cells, tmp_path / "run", "--epochs", 2)
+
+
+def test_a_read_only_folder_is_named(cells, tmp_path):
+    (tmp_path / "run").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path / "run"], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}/run"):
+            train(cells, tmp_path / "run")
+    finally:
+        subprocess.run(["umount", tmp_path / "run"], check=True)
+
+
+def test_a_loader_process_killed_by_its_pid_is_one_line_and_resuming_gives_the_straight_runs_bits(
+        cells, tmp_path, straight, script):
+    code = """
+import multiprocessing
+real = utils.Run.save_last
+def save_last(run):
+    real(run)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+utils.Run.save_last = save_last"""
+    done = script("-c", child(cells, tmp_path / "run", code, "-j", "1", "--save-every", "1"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "error: a loader process was killed; --resume auto" in done.stderr
+    finish(cells, tmp_path / "run", straight)
+
+
+def test_ctrl_c_during_a_save_finishes_it_and_twice_leaves_the_earlier_file(cells, tmp_path, straight, script, monkeypatch):
+    real, saves = os.replace, []
+
+    def replace(source, target):
+        saves.append(target)
+        if len(saves) == 2:
+            utils.remember_signal(signal.SIGINT, None)
+        real(source, target)
+    with monkeypatch.context() as patch, pytest.raises(utils.Stopped):
+        patch.setattr(utils, "_signals", [])
+        patch.setattr(os, "replace", replace)
+        train(cells, tmp_path / "once", "--epochs", 2, "--save-every", 1)
+    code = """
+real, saves = os.replace, []
+def replace(source, target):
+    saves.append(target)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    real(source, target)
+os.replace = replace"""
+    assert script("-c", child(cells, tmp_path / "twice", code, "--save-every", "1")).returncode == -signal.SIGINT
+    for name, step in (("once", 0), ("twice", 1)):  # an epoch has two steps
+        found = torch.load(tmp_path / name / "last.pth", weights_only=True)
+        assert (found["epoch"], found["step"]) == (0, step or 2)
+        finish(cells, tmp_path / name, straight)
