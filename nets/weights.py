@@ -196,5 +196,7 @@ def load_sam(model, path, base=None):
     if base_hash and size == original.image_size and base_hash != sam.hash_frozen(original):
         raise InputError(f"{path}: trained on other base weights than {base}; give predict.py "
                          "the right --base")
-    load_weights(model, {**model.state_dict(), **state}, path)
+    frozen = {key: value for key, value in model.state_dict().items()
+              if not key.startswith("mask_decoder.")}
+    load_weights(model, {**frozen, **state}, path)
     return base
