@@ -346,6 +346,37 @@ def test_clicks_at_once_all_count_or_are_refused(start):
     assert page.session.items[0].entries() == [{"points": [[x, 5, 1]]}]
 
 
+def test_twenty_tabs_and_hostile_requests_at_once_lose_no_click(start, tmp_path):
+    """Each tab clicks once, again where another was first; between them come requests that are refused."""
+    page, done, files = start(), [], len(os.listdir("/proc/self/fd"))
+
+    def work(number):
+        tab, index = Page(page.server), (0, 1, 3)[number % 3]
+        status = 0
+        while status != 200:
+            version = tab.ask("/state", index)["version"]
+            action = {"action": "next"} if status == 422 else {"action": "add", "prompt": [number, 5, 1]}
+            status = tab.request("POST", f"/change?index={index}", {"version": version, **action})[0]
+            status = 0 if action == {"action": "next"} else status  # 422: an object takes six points
+            refused(tab, 403, "GET", "/state?index=0", key="x")
+            refused(tab, 400, "POST", f"/change?index={index}", "[" * 60000)
+            refused(tab, 413, "POST", f"/save?index={index}", **{"Content-Length": annotate.MAX_BODY + 1})
+            with socket.create_connection(("127.0.0.1", page.port), timeout=10) as connection:
+                connection.sendall(b"POST /save?key=")  # and leaves
+        done.append(number)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    clicks = [point for item in page.session.items for entry in item.entries() for point in entry["points"]]
+    assert sorted(done) == list(range(20)) and sorted(clicks) == [[number, 5, 1] for number in range(20)]
+    page.ask("/save", 0, {})
+    saved = json.loads((tmp_path / "out/prompts.json").read_text())
+    assert sum(len(entry["points"]) for entries in saved.values() for entry in entries) == 20
+    assert len(os.listdir("/proc/self/fd")) <= files + 2  # a thread of the server may be about to end
+
+
 @pytest.mark.parametrize("path, body", [("/state", None), ("/change", {"version": 0, "action": "add", "prompt": CLICK}),
                                         ("/save", {})])
 def test_changes_and_saving_take_turns(start, path, body):
