@@ -1413,6 +1413,9 @@ def read_file(path):
 
 def read_deep(path, image):
     """Returns the pixels of an opened file of more than 8 bits, (H, W) or (H, W, 3 or 4); else None."""
+    if image.format == "PNG":  # PIL looks at no checksum of the pixels, unless asked
+        with Image.open(path) as copied:
+            copied.verify()
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
     # PIL names 16 bits in the mode, as I;16, or only in what it will decode from, as RGB;16B
     deep = image.mode in ("I", "F") or ";16" in image.mode + str(image.tile[:1])
@@ -1440,8 +1443,9 @@ def read_array(path, header_only=False):
         array = np.load(path, "r" if header_only else None, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an array of numbers that can be read ({error}); save it by "
+    except Exception as error:  # numpy reads the head as Python: a dozen types, MemoryError among them
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not an array of numbers that can be read ({reason}); save it by "
                          "numpy.save") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or 0 in array.shape:
         raise InputError(f"{path}: not an array of numbers; save one image per file by numpy.save")

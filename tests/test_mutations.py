@@ -411,7 +411,7 @@ def good_data(tmp_path_factory):
     os.environ["MUTATIONS"] = str(tmp_path_factory.mktemp("good"))
 
 
-SEEDS = {"images": [1, 2, 3, 10, 12, 21], "masks": [4, 9, 10, 19, 22], "arrays": [0, 1, 3, 10, 14],
+SEEDS = {"images": [1, 3, 10, 12, 21, 72], "masks": [4, 9, 10, 19, 22], "arrays": [0, 1, 10, 14, 115],
          "lists": [0, 2, 3, 21], "json": [1, 7, 13, 16], "videos": [0, 2, 4], "checkpoints": [1, 24, 128]}
 
 

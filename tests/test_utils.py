@@ -207,6 +207,30 @@ def test_truncated_images_are_refused_never_half_grey(tmp_path, name):
             utils.read_image(tmp_path / name)
 
 
+def test_a_png_whose_checksum_differs_is_refused(tmp_path):
+    """PIL fills what cannot be decompressed with 0 if there is enough of it; a last byte more may say nothing."""
+    for place in (-60, -20):
+        Image.fromarray(np.random.default_rng(0).integers(0, 99, (40, 56), np.uint8)).save(tmp_path / "a.png")
+        data = bytearray((tmp_path / "a.png").read_bytes())
+        assert utils.read_mask(tmp_path / "a.png").shape == (40, 56)
+        data[place:place + 4] = bytes(4)
+        (tmp_path / "a.png").write_bytes(data)
+        for read in (utils.read_image, utils.read_mask):
+            with pytest.raises(utils.InputError, match="a.png: truncated or unreadable"):
+                read(tmp_path / "a.png")
+
+
+def test_an_array_whose_head_is_damaged_or_claims_too_much_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((5, 6), np.uint8))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for damaged in (whole.replace(b"}", b"{"), whole.replace(b"(5, 6)", b"((((("), whole.replace(b"5, 6", b"9e9,"),
+                    whole.replace(b"(5, 6), }          ", b"(99999, 99999999), }")):
+        assert damaged != whole
+        (tmp_path / "a.npy").write_bytes(damaged)
+        with pytest.raises(utils.InputError, match=r"^[^\n]*a.npy: not an array of numbers[^\n]*$"):
+            utils.read_array(tmp_path / "a.npy")
+
+
 def test_a_stack_of_images_is_refused(tmp_path):
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (1, 2, 3)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
