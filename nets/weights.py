@@ -25,8 +25,8 @@ def fetch_weights(name, url, sha256=None, size=None):
                 torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
             except OSError as error:  # URLError is one
                 reason = getattr(error, "reason", error)
-                raise InputError(f"--weights {name}: cannot fetch {url} ({reason}); download it "
-                                 f"elsewhere and put it at {path}") from None
+                raise InputError(f"official weights {name}: cannot fetch {url} ({reason}); download "
+                                 f"it elsewhere and put it at {path}") from None
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found = path.stat().st_size
