@@ -679,7 +679,8 @@ def test_a_decoder_finds_its_base_and_refuses_another(instances, tmp_path):
     checkpoint = torch.load(tmp_path / "run/best.pth", weights_only=True)
     del checkpoint["model"]["mask_decoder.iou_token.weight"]
     torch.save(checkpoint, tmp_path / "part.pth")
-    refuses(instances, "part.pth: weights of another net", "iou_token.weight missing", more=["--weights", tmp_path / "part.pth"])
+    refuses(instances, "part.pth: weights of another net", "iou_token.weight missing",
+            more=["--weights", tmp_path / "part.pth"])
     shutil.copy(tmp_path / "two.pth", tmp_path / "one.pth")
     refuses(instances, "best.pth: trained on other base weights than", more=["--weights", tmp_path / "run/best.pth"])
     with pytest.raises(utils.InputError, match="trained with base weights of hash"):

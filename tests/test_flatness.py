@@ -1,4 +1,4 @@
-"""Memory and open files stay flat: 500 steps and 20 epochs of each training script, 2,000 frames of predict_video.py."""
+"""Memory and open files stay flat: 500 steps and 20 epochs of each script, 2,000 frames of predict_video.py."""
 import gc
 import multiprocessing
 import os

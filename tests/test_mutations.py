@@ -129,7 +129,8 @@ def call(script, folder, more):
             figures = module.main(module.get_args_parser().parse_args([*words, "--device", "cpu", *map(str, more)]))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    lines = [line for line in printed.getvalue().splitlines() if str(folder.parent) not in line and "note: " not in line]
+    lines = [line for line in printed.getvalue().splitlines()
+             if str(folder.parent) not in line and "note: " not in line]
     return figures, lines, rows
 
 

@@ -1,4 +1,4 @@
-"""check_official_weights.py against stand-ins: random weights in the layout of the official files, which must not pass."""
+"""check_official_weights.py against stand-ins: random weights in the official layout, which must not pass."""
 import hashlib
 import zipfile
 from urllib.error import URLError

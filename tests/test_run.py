@@ -239,7 +239,8 @@ utils.Run.save_last = save_last"""
     finish(cells, tmp_path / "run", straight)
 
 
-def test_ctrl_c_during_a_save_finishes_it_and_twice_leaves_the_earlier_file(cells, tmp_path, straight, script, monkeypatch):
+def test_ctrl_c_during_a_save_finishes_it_and_twice_leaves_the_earlier_file(
+        cells, tmp_path, straight, script, monkeypatch):
     real, saves = os.replace, []
 
     def replace(source, target):
