@@ -118,7 +118,7 @@ def interrupt_and_finish(straight, output, sent, seed):
         if code == 0:
             break  # the signal came after the last step
         expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
-        through = "\nwrote " in process.stdout.read()  # Python, as it exits, has no handlers any more
+        through = "\nbest " in process.stdout.read()  # Python, as it exits, has no handlers any more
         assert code == expected or through and code == -sent, process.stderr.read()
     assert process.returncode == 0 and interruptions, process.stderr.read()
     assert_runs_equal(straight.whole, output)
