@@ -195,7 +195,10 @@ def run(main, parser):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(0)
     except (EOFError, ConnectionError):  # a batch was on its way
-        leave_without_loader(parser.prog)
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises, even while we leave
+        finally:
+            leave_without_loader(parser.prog)
     except OSError as error:  # a folder that cannot be written, a full disk: the OS's message
         if error.errno is None:
             raise

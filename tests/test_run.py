@@ -239,6 +239,21 @@ utils.Run.save_last = save_last"""
     finish(cells, tmp_path / "run", straight)
 
 
+def test_the_signal_of_a_killed_loader_may_come_after_its_lost_batch(cells, tmp_path, script):
+    code = """
+def main(args):
+    def handler(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+    signal.signal(signal.SIGCHLD, handler)
+    raise ConnectionResetError
+def leave(prog):
+    os.kill(os.getpid(), signal.SIGCHLD)
+    real(prog)
+real, utils.leave_without_loader, train_unet.main = utils.leave_without_loader, leave, main"""
+    done = script("-c", child(cells, tmp_path / "run", code))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "a loader process was killed" in done.stderr
+
+
 def test_ctrl_c_during_a_save_finishes_it_and_twice_leaves_the_earlier_file(
         cells, tmp_path, straight, script, monkeypatch):
     real, saves = os.replace, []
