@@ -203,7 +203,8 @@ def efficient_sam(setup, net, size, objects=1, plain=False, dtype=None):
         setup, "object", math.prod(shape), model, optimizer, plain, compute_loss, forward)
 
 
-def sam2(setup, net, size, frozen=False, checkpointing=False, plain=False, dtype=None):
+def sam2(setup, net, size, frames=4, objects=1, frozen=False, checkpointing=False, plain=False,
+         dtype=None):
     """Trains SAM 2.1 on a clip of four frames: one object, one click, seven corrections of it.
 
     Article: what the official training does, with our SAM2 class in place of its own: it encodes
@@ -213,31 +214,34 @@ def sam2(setup, net, size, frozen=False, checkpointing=False, plain=False, dtype
     in the ratios. Ours: the losses are computed again in the backward pass, the last frame's memory
     is not encoded, fused AdamW. Own settings: bf16 in both, as in the official configuration.
     Cases named checkpointing: ours with --gradient-checkpointing. Cases named frozen: neither way
-    trains the image encoder.
+    trains the image encoder. Other frames, objects and sizes are in the cases' names.
     """
     args = train_sam2.get_args_parser().parse_args([
-        "--model", net, "--weights", "none", f"--image-size={size}", "--num-frames=4",
+        "--model", net, "--weights", "none", f"--image-size={size}", f"--num-frames={frames}",
         f"--gradient-checkpointing={checkpointing}",
         "--freeze", "image_encoder" if frozen else "none"])
     device = setup.device
     model = train_sam2.create_model(args)[0].to(device)
     optimizer = train_sam2.create_optimizer(model, args)
-    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8, device=device)
-    masks = torch.zeros(4, 1, size, size, dtype=torch.bool, device=device)
-    for t in range(4):  # a square that moves to the right
-        masks[t, :, size // 4:size // 2, (t + 2) * size // 8:(t + 4) * size // 8] = True
-    click = {"point_coords": torch.full((1, 1, 2), 0.3 * size, device=device),
-             "point_labels": torch.ones(1, 1, dtype=torch.int32, device=device)}
-    draws = torch.rand(4, args.num_correction_points, 1, device=device)
-    clip = train_sam2.Clip(images, masks, {0: click}, (0,), draws)
-    videos = torch.zeros(1, dtype=torch.long, device=device)
+    images = torch.randint(256, (frames, 3, size, size), dtype=torch.uint8, device=device)
+    masks = torch.zeros(frames, objects, size, size, dtype=torch.bool, device=device)
+    for t in range(frames):  # squares that move to the right
+        left = (t + 2) * size // (2 * frames)
+        masks[t, :, size // 4:size // 2, left:left + size // 4] = True
+    clicks = torch.tensor([0.3 * size, 0.3 * size], device=device).expand(objects, 1, 2)
+    labels = torch.ones(objects, 1, dtype=torch.int32, device=device)
+    draws = torch.rand(frames, args.num_correction_points, objects, device=device)
+    clip = train_sam2.Clip(
+        images, masks, {0: {"point_coords": clicks, "point_labels": labels}}, (0,), draws)
+    videos = torch.zeros(objects, dtype=torch.long, device=device)
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight,
                             args.score_weight], device=device)
 
     def official_loss():
         optimizer.zero_grad()  # before the forward pass
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            passes = official_passes(model, train_sam2.encode(model, images, dtype), clip)
+            backbone = train_sam2.encode(model, images, dtype)
+            passes = official_passes(model, backbone, videos, clip, args)
             losses = [official_losses(outputs, masks[t], args) for t, outputs in passes]
             return (weights * sum(losses)).sum()
 
@@ -322,7 +326,7 @@ def data(setup, script, kind, count=100_000):
     loading takes less than the training step, the net waits for nothing; on a CPU they share the
     processor. There is only our way.
     """
-    folder = Path(setup.folder, script)
+    folder = Path(setup.folder, f"{script}_{count}")
     if not folder.exists():
         write_many(kind, folder, count)
     module, loaders = importlib.import_module(script), []
@@ -412,33 +416,39 @@ def written_out_attention(q, k, v, attn_mask=0):
     return (scores + attn_mask).softmax(-1) @ v
 
 
-def official_passes(model, backbone, clip):
-    """Tracks one object through a clip as the official training does; returns [(frame, outputs)].
+def official_passes(model, backbone, videos, clip, args):
+    """Tracks objects through a clip as the official training does; returns [(frame, outputs)].
 
-    The outputs are those of SAM2._forward_sam_heads, for each decoder pass. Nothing is freed.
+    Arguments: of train_sam2.track_clips. The outputs are those of SAM2._forward_sam_heads, for each
+    decoder pass. Nothing is freed, and every frame's memory is encoded.
     """
     maps, positions, sizes = backbone
     bank = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
-    passes = []
-    for t, mask in enumerate(clip.masks):
-        features, codes = [x[:, t:t + 1] for x in maps], [positions[-1][:, t:t + 1]]
-        points, prompted = clip.prompts.get(t), t in clip.prompts
+    num_frames, passes = len(clip.masks), []
+    for t in [*clip.prompts, *(t for t in range(num_frames) if t not in clip.prompts)]:
+        masks, images = clip.masks[t], videos * num_frames + t
+        features, codes = [x[:, images] for x in maps], [positions[-1][:, images]]
+        points, prompted = clip.prompts.get(t) or None, t in clip.prompts
+        mask = masks[:, None] if prompted and not points else None
         _, outputs, finer_maps, seen = model._track_step(
-            t, prompted, features, codes, sizes, points, None, bank, len(clip.masks))
+            t, prompted, features, codes, sizes, points, mask, bank, num_frames)
         passes.append((t, outputs))
         for draws in clip.draws[t] if t in clip.corrected else ():
             best_low_res, best_full_size = outputs[3:5]
             pred = best_full_size[:, 0].detach() > 0
-            coords, labels = train_sam2.next_clicks(mask, pred, draws, torch.zeros_like(pred))
-            points = {"point_coords": torch.cat([points["point_coords"], coords], 1),
-                      "point_labels": torch.cat([points["point_labels"], labels], 1)}
+            coords, labels = train_sam2.next_clicks(masks, pred, draws, torch.zeros_like(pred))
+            if points is not None:
+                coords = torch.cat([points["point_coords"], coords], 1)
+                labels = torch.cat([points["point_labels"], labels], 1)
+            points = {"point_coords": coords, "point_labels": labels}
             outputs = model._forward_sam_heads(
                 seen, points, best_low_res, finer_maps, model._use_multimask(prompted, points))
             passes.append((t, outputs))
         *_, best_full_size, pointer, score = outputs
         memory, codes = model._encode_new_memory(
             features, sizes, best_full_size, score, points is not None)
-        bank["cond_frame_outputs" if prompted else "non_cond_frame_outputs"][t] = {
+        as_prompted = prompted or args.corrected_as_prompted and t in clip.corrected
+        bank["cond_frame_outputs" if as_prompted else "non_cond_frame_outputs"][t] = {
             "obj_ptr": pointer, "maskmem_features": memory, "maskmem_pos_enc": codes}
     return passes
 
@@ -578,12 +588,23 @@ CASES = {
     "efficient_sam_vits-1024": Case(efficient_sam, {**VITS, "size": 1024}, own=AT_1024),
     "objects-256": Case(efficient_sam, {**VITT, "size": 256}, ONE, EIGHT, BOTH_BF16),
     "objects-1024": Case(efficient_sam, {**VITT, "size": 1024}, ONE, EIGHT, BOTH_BF16),
+    "objects-256-64": Case(efficient_sam, {**VITT, "size": 256, "objects": 64}, None),
+    "objects-256-200": Case(efficient_sam, {**VITT, "size": 256, "objects": 200}, None),
     "sam2_tiny": Case(sam2, SAM2, own=BOTH_BF16),
     "sam2_tiny-checkpointing": Case(sam2, SAM2, ours={"checkpointing": True}, own=BOTH_BF16),
     "sam2_tiny-frozen": Case(sam2, {**SAM2, "frozen": True}, own=BOTH_BF16),
+    "sam2_tiny-8-frames": Case(sam2, {**SAM2, "frames": 8}, own=BOTH_BF16, steps=1),
+    "sam2_tiny-3-objects": Case(sam2, {**SAM2, "objects": 3}, own=BOTH_BF16, steps=1),
+    "sam2_tiny-1024": Case(sam2, {**SAM2, "size": 1024}, own=BOTH_BF16, steps=1),
+    "sam2_tiny-1024-checkpointing": Case(
+        sam2, {**SAM2, "size": 1024}, ours={"checkpointing": True}, own=BOTH_BF16, steps=1),
     "decoder_vit_b": Case(decoder, {"net": "vit_b", "size": 1024}, batch=2, steps=2),
     "data-train_unet": Case(
         data, {"script": "train_unet", "kind": "cells"}, None, batch=16, steps=1, warm_up=0),
+    "data-train_unet-1k": Case(
+        data, {"script": "train_unet", "kind": "cells", "count": 1000}, None, batch=16, warm_up=0),
+    "data-train_unet-10k": Case(
+        data, {"script": "train_unet", "kind": "cells", "count": 10_000}, None, batch=16, warm_up=0),
     "data-train_deeplabv3": Case(
         data, {"script": "train_deeplabv3", "kind": "scenes"}, None, batch=4, steps=1, warm_up=0),
     "data-train_efficientsam": Case(

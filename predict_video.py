@@ -657,12 +657,13 @@ def find_shift(names, folder, video):
     return shift
 
 
-def read_truth(masks):
+def read_truth(masks, train_sam2):
     """Returns ids (H, W) of a frame's [(object id, path), ...]; where objects overlap, the last's."""
     ids = 0
     for object_id, path in masks:
-        mask = utils.read_mask(path)
-        ids = np.where(mask > 0, object_id, ids) if object_id else mask
+        if not object_id:
+            return train_sam2.read_id_mask(path)
+        ids = np.where(train_sam2.read_object(path), object_id, ids)
     return ids
 
 
@@ -673,11 +674,12 @@ def evaluate(video, prompts, truth, folder, train_sam2, args):
     or which the direction does not reach.
     """
     last, found, values = max(truth), set(), {}
-    codes = set().union(*(np.unique(read_truth(masks)).tolist() for masks in truth.values()))
+    codes = set().union(*(np.unique(read_truth(masks, train_sam2)).tolist() for masks in truth.values()))
     binary = codes <= {0, 255}  # then 255 is the object
     for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
         utils.raise_if_stopped()
-        true, ids = read_truth(masks), utils.read_mask(folder / f"masks/{video.names[t]}.png")
+        true = read_truth(masks, train_sam2)
+        ids = utils.read_mask(folder / f"masks/{video.names[t]}.png")
         if binary:
             true = true // 255
         void = (true == 255) & (true.itemsize == 1)  # as in train_sam2.py: not in 16-bit masks

@@ -100,7 +100,7 @@ def test_without_bf16_instructions_all_is_float32(run, tmp_path, monkeypatch):
 
 
 def test_cases_are_found_by_how_they_begin(capsys):
-    assert benchmark.find_cases("sam2") == ["sam2_tiny", "sam2_tiny-checkpointing", "sam2_tiny-frozen"]
+    assert benchmark.find_cases("deeplabv3") == ["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50"]
     with pytest.raises(SystemExit):
         benchmark.get_args_parser().parse_args(["--cases", "UNet", "nothing"])
     assert "nothing: no case begins so" in capsys.readouterr().err
@@ -138,11 +138,12 @@ def test_attention_written_out_is_the_fused_one(monkeypatch):
     torch.testing.assert_close(benchmark.encode_image(model, image, None, plain=True), ours, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_official_way_on_videos_has_our_loss_and_gradient(build, frozen):
+@pytest.mark.parametrize("frozen, objects", [(False, 1), (True, 1), (False, 2)])
+def test_the_official_way_on_videos_has_our_loss_and_gradient(build, frozen, objects):
     gradients, losses = [], []
     for settings in (PLAIN, {}, {"checkpointing": True}):
-        _, model, compute_loss = build(benchmark.sam2, {"net": "demo", "size": 64, "frozen": frozen, **settings})
+        _, model, compute_loss = build(
+            benchmark.sam2, {"net": "demo", "size": 64, "objects": objects, "frozen": frozen, **settings})
         images, memories = [], []
         model.image_encoder.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0])))
         model.memory_encoder.register_forward_hook(lambda *_: memories.append(1))

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 import demo_data
 import predict_video
+import train_sam2
 import utils
 from conftest import ROOT
 from nets.sam2 import NETS, PIXEL_MEAN, PIXEL_STD
@@ -520,6 +521,13 @@ def test_truth_that_is_numbered_from_1_is_that_of_the_frames_from_0(data, run, r
     assert run(*mask, tmp_path / "1", source=source) == expected
     assert "masks are numbered from 1 and frames from 0" in capsys.readouterr().out
     refuses(*mask, tmp_path / "5", source=source, words=["5: masks 5 to 12, but the frames are 0 to 7"])
+
+
+def test_an_objects_truth_with_soft_edges_is_cut_at_half_as_in_training(tmp_path):
+    soft = cv2.GaussianBlur(np.pad(np.full((16, 16), 255, np.uint8), 12), (0, 0), 2)
+    Image.fromarray(soft).save(tmp_path / "00000.png")
+    ids = predict_video.read_truth([(3, tmp_path / "00000.png")], train_sam2)
+    assert np.array_equal(ids, 3 * (soft >= 128)) and (ids > 0).sum() < (soft > 0).sum()
 
 
 def test_truth_of_more_or_fewer_frames_is_paired_by_number(data, run, tmp_path, capsys):
