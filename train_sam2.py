@@ -31,7 +31,6 @@ import shlex
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
@@ -282,13 +281,15 @@ class VideoDataset(torch.utils.data.Dataset):
             raise utils.InputError(f"{masks[0][0][1]}: no clip of it begins with an object")
         size = utils.image_size(images[frames[0]])[::-1]
         images, _, masks = zip(*[read_frame(images[t], masks[t], size, object_ids) for t in frames])
-        images, masks = change_clip(images, masks, args) if self.augment else (images, masks)
+        if self.augment:
+            images, masks = change_clip(images, masks, args)
         images, masks = resize_images(images, args.image_size), resize_clip_masks(masks, args.image_size)
         masks, void = masks[:, :-1], masks[:, -1:]
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
                                    f"{args.image_size}")
-        images = change_colours(images, args) if self.augment else images
+        if self.augment:
+            images = change_colours(images, args)
         return Clip(images, masks, *simulate_prompts(masks, args, void),
                     void.expand_as(masks) if void.any() else None)
 
@@ -393,11 +394,9 @@ def change_clip(images, masks, args):
 
 def change_colours(images, args):
     """Changes the colours of images (T, 3, S, S) uint8: of all frames alike, then of each frame."""
-    brightness, contrast, saturation = args.jitter
-    images = v2.ColorJitter(brightness, contrast, saturation)(images)
+    images = v2.ColorJitter(*args.jitter)(images)  # brightness, contrast, saturation
     images = v2.RandomGrayscale(args.gray_prob)(images)
-    brightness, contrast, saturation = args.frame_jitter
-    jitter = v2.ColorJitter(brightness, contrast, saturation)
+    jitter = v2.ColorJitter(*args.frame_jitter)
     return torch.stack([jitter(image) for image in images])
 
 
@@ -641,55 +640,53 @@ def read_item(item, args):
 
 def find_items(data_path, args, list_name=None, source=0):
     """Returns the items of a --data-path, by its layout: those that a list names, or all."""
-    root = Path(data_path)
+    root, find, still = Path(data_path), find_videos, False
     if data_path not in args.data_path:  # of --val-path
-        args = SimpleNamespace(**{**vars(args), "img_folder": None, "gt_folder": None})
-    find = find_videos
+        args = argparse.Namespace(**{**vars(args), "img_folder": None, "gt_folder": None})
+    years = [folder for folder in (root, *root.glob("VOC*"), *root.glob("VOCdevkit/VOC*"))
+             if (folder / "SegmentationObject").is_dir()]
     if any(root.glob("sa_*.json")):
-        find = find_sa1b
+        find, still = find_sa1b, True
     elif find_jsons(args.gt_folder or root):
         find = find_sav
-    elif years := [folder for folder in (root, *root.glob("VOC*"), *root.glob("VOCdevkit/VOC*"))
-                   if (folder / "SegmentationObject").is_dir()]:
-        root, find = years[0], find_voc
-        if len(years) > 1:
-            raise utils.InputError(f"{data_path}: holds {len(years)} folders of VOC; give --data-path one "
-                                   f"of them, such as {root}")
-    names = read_names(list_name, root)
-    items = [Item(name, images, masks, find in (find_sa1b, find_voc), source)
-             for name, images, masks in find(root, args, names)]
-    if source or len(args.data_path) > 1:  # names of several may be the same
-        items = [item._replace(name=f"{source + 1}/{item.name}") for item in items]
-    return items
+    elif len(years) > 1:
+        raise utils.InputError(f"{data_path}: holds {len(years)} folders of VOC; give --data-path one "
+                               f"of them, such as {years[0]}")
+    elif years:
+        root, find, still = years[0], find_voc, True
+    prefix = f"{source + 1}/" if source or len(args.data_path) > 1 else ""  # names may be the same
+    # Images and masks are dicts by frame; frames without masks are left out
+    return [Item(prefix + name, tuple(images[frame] for frame in masks), tuple(masks.values()), still, source)
+            for name, images, masks in find(root, args, list_name)]
 
 
-def find_voc(root, args, names):
+def find_voc(root, args, list_name):
     """Yields images JPEGImages/ID.jpg with SegmentationObject/ID.png: 0 background, 255 void."""
     images, masks = utils.list_images(root / "JPEGImages"), utils.list_images(root / "SegmentationObject")
-    for name in select(names, sorted(masks)):
+    for name in select(list_name, root, sorted(masks)):
         for folder, found in (("JPEGImages", images), ("SegmentationObject", masks)):
             if name not in found:
                 raise utils.InputError(f"{root / folder / name}: no such image; add it, or leave it out")
-        yield name, (images[name],), (((IDS_AND_VOID, masks[name]),),)
+        yield name, images, {name: ((IDS_AND_VOID, masks[name]),)}
 
 
-def find_sa1b(root, args, names):
+def find_sa1b(root, args, list_name):
     """Yields images sa_N.jpg with sa_N.json, which holds the run-length codes of its masks."""
     images, jsons = utils.list_images(root), [path.stem for path in root.glob("sa_*.json")]
-    for name in select(names, sorted(jsons, key=by_number)):
+    for name in select(list_name, root, sorted(jsons, key=by_number)):
         path = root / f"{name}.json"
         if name not in images or not path.is_file():
             raise utils.InputError(f"{path}: this json and an image beside it are needed; add what is missing")
-        yield name, (images[name],), (((IDS, JsonFrame(path, 0)),),)
+        yield name, images, {name: ((IDS, JsonFrame(path, 0)),)}
 
 
-def find_sav(root, args, names):
+def find_sav(root, args, list_name):
     """Yields videos VIDEO_manual.json with a folder VIDEO of frames named by their numbers.
 
     Frames on which an object was not annotated, or that the folder lacks, are left out.
     """
     jsons, left_out, from_1 = find_jsons(args.gt_folder or root), 0, []
-    for name in select(names, jsons):
+    for name in select(list_name, root, jsons):
         if name not in jsons:
             raise utils.InputError(f"{root / name}_manual.json: no such file; add it, or leave it out of the list")
         path, data = jsons[name], read_json(jsons[name])
@@ -700,22 +697,21 @@ def find_sav(root, args, names):
                 "it may be incomplete: replace it, or give the --ann-every that it was made with"
             raise utils.InputError(f"{path}: has masks of {count} frames, but the video {length}; {remedy}")
         folder = Path(args.img_folder or path.parent, name)
-        annotated = [t * args.ann_every for t, codes in enumerate(data["masklet"])
-                     if codes and None not in codes]
-        images, first = number_frames(folder, annotated, (count - 1) * args.ann_every, length)
+        masks = {t * args.ann_every: ((IDS, JsonFrame(path, t)),)
+                 for t, codes in enumerate(data["masklet"]) if codes and None not in codes}
+        images, first = number_frames(folder, masks, (count - 1) * args.ann_every, length)
         if first:
             from_1.append(folder)
-        frames = [frame for frame in annotated if frame in images]
-        if not frames and Path(f"{folder}.mp4").is_file():
+        masks = {frame: sources for frame, sources in masks.items() if frame in images}
+        if not masks and Path(f"{folder}.mp4").is_file():
             videos = shlex.quote(str(args.img_folder or args.gt_folder or root))
             raise utils.InputError(f"{path}: no frames in {folder}/; write those of all videos: python "
                                    f"train_sam2.py --extract-frames {videos} {videos} --rate {args.ann_every}")
-        if not frames:
+        if not masks:
             raise utils.InputError(f"{path}: neither {folder}.mp4 nor frames in {folder}/ are there; add "
                                    "them, or give --img-folder")
-        left_out += count - len(frames)
-        yield name, tuple(images[frame] for frame in frames), tuple(
-            ((IDS, JsonFrame(path, frame // args.ann_every)),) for frame in frames)
+        left_out += count - len(masks)
+        yield name, images, masks
     if any(path.name.endswith("_auto.json") for path in jsons.values()):
         print("note: no *_manual.json is there: the masks are those of *_auto.json")
     if from_1:
@@ -725,10 +721,10 @@ def find_sav(root, args, names):
         print(f"note: {left_out} frames have no image, or an object that was not annotated, and are left out")
 
 
-def number_frames(folder, annotated, last, length):
+def number_frames(folder, masks, last, length):
     """Returns {frame: image} of a folder of numbered images, and the first number: 0 or 1.
 
-    annotated: frames with masks; last: the last that may have some; length: of the video, or 0 if
+    masks: a dict by frame; last: the last frame that may have some; length: of the video, or 0 if
     unknown. InputError if the names cannot be the numbers of the video's frames.
     """
     paths = utils.list_images(folder) if folder.is_dir() else {}
@@ -742,7 +738,7 @@ def number_frames(folder, annotated, last, length):
                                "number in the video, or give --ann-every 1 if these are those with masks")
     if first == 1:
         whole = final == length if length else in_a_row
-        sparse = not any(frame in images for frame in annotated) and final <= (length or final)
+        sparse = not any(frame in images for frame in masks) and final <= (length or final)
         if whole or sparse:
             return {number - 1: path for number, path in images.items()}, 1
     allowed = length - 1 if first else length + 1  # a decoder may find a few frames more
@@ -761,31 +757,30 @@ def find_jsons(folder):
     return {}
 
 
-def find_videos(root, args, names):
+def find_videos(root, args, list_name):
     """Yields JPEGImages/VIDEO/FRAME.jpg with Annotations/VIDEO/FRAME.png or /OBJECT/FRAME.png."""
     images_root = Path(args.img_folder or find_folder(root, "JPEGImages", "--img-folder"))
     masks_root = Path(args.gt_folder or find_folder(root, "Annotations", "--gt-folder"))
     if not images_root.is_dir():
         raise utils.InputError(f"{images_root}: no such folder; give another --img-folder")
-    names = select(names, sorted(path.name for path in images_root.iterdir()
-                                 if path.is_dir() and path.name[0] != "."))
+    names = select(list_name, root, sorted(path.name for path in images_root.iterdir()
+                                           if path.is_dir() and path.name[0] != "."))
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled, void = Counter(), []
     for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         check_pairs(images_root / name, images, masks)
-        frames = sorted(masks, key=by_number)
-        unlabelled[name] = len(images) - len(frames)
-        if not frames:
+        unlabelled[name] = len(images) - len(masks)
+        if not masks:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
-        ids = first_ids(tuple(path for stem in frames for object_id, path in masks[stem]
+        ids = first_ids(tuple(path for sources in masks.values() for object_id, path in sources
                               if object_id == IDS))
         if ids - {VOID_ID}:  # not masks of 0 and 255 alone
-            masks = {stem: ((IDS_AND_VOID, masks[stem][0][1]),) for stem in frames}
+            masks = {frame: ((IDS_AND_VOID, sources[0][1]),) for frame, sources in masks.items()}
             if VOID_ID in ids:
                 void.append(name)
-        yield name, tuple(images[stem] for stem in frames), tuple(masks[stem] for stem in frames)
+        yield name, images, masks
     if void:
         print(f"note: 255 beside other ids is void in the masks of {len(void)} videos, such as "
               f"{void[0]}; if it is an object there, give it another id; if its edges are grey, "
@@ -797,13 +792,14 @@ def find_videos(root, args, names):
 
 def check_pairs(folder, images, masks):
     """Checks that each frame with masks has an image in folder; images, masks: dicts by frame."""
-    for name in sorted(masks.keys() - images.keys(), key=by_number):
+    missing = [frame for frame in masks if frame not in images]
+    if missing:
         remedy = "add it or remove this mask"
-        names, mask_names = [sorted(found, key=by_number) for found in (images, masks)]
+        names, mask_names = sorted(images, key=by_number), [*masks]
         if images and (names[0] != mask_names[0] or len(images) == len(masks)):
             remedy = (f"its images are {names[0]} to {names[-1]}, the masks {mask_names[0]} to "
                       f"{mask_names[-1]}: give both the same numbers")
-        raise utils.InputError(f"{masks[name][0][1]}: {folder} has no frame {name}; {remedy}")
+        raise utils.InputError(f"{masks[missing[0]][0][1]}: {folder} has no frame {missing[0]}; {remedy}")
 
 
 def find_folder(data_path, name, option):
@@ -816,12 +812,11 @@ def find_folder(data_path, name, option):
 
 
 def find_masks(folder):
-    """Returns {frame: ((IDS, path),)} of masks of ids, {frame: ((1, path), ...)} of object folders."""
+    """Returns, in order, {frame: ((IDS, path),)} of ids, or {frame: ((1, path), ...)} of folders."""
     if not folder.is_dir():
         return {}
     masks = {stem: ((IDS, path),) for stem, path in utils.list_images(folder).items()}
-    objects = sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."),
-                     key=lambda path: by_number(path.name))
+    objects = sorted(folder.glob("[!.]*/"), key=lambda path: by_number(path.name))
     named, by_object = all(path.name.isdecimal() and int(path.name) for path in objects), {}
     for k, path in enumerate(objects, 1):
         object_id = int(path.name) if named else k
@@ -830,7 +825,8 @@ def find_masks(folder):
     if masks and by_object.keys() - masks.keys():
         raise utils.InputError(f"{folder}: holds masks and folders of masks, such as {objects[0].name}; "
                                "keep either one mask per frame, or one folder per object")
-    return masks or by_object
+    found = masks or by_object
+    return {frame: found[frame] for frame in sorted(found, key=by_number)}
 
 
 @functools.lru_cache(maxsize=None)
@@ -854,28 +850,24 @@ def by_number(name):
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def read_names(name, data_path):
-    """Reads the names in a list: a file, or the list of that name in DATA_PATH/ImageSets."""
-    if not name:
-        return None
-    folders = [Path(data_path, "ImageSets", sub) for sub in ("", "2017", "Segmentation")]
-    paths = [Path(name), *(folder / f"{name}.txt" for folder in folders)]
+def select(list_name, root, known):
+    """Returns all known names, or those in a list: a file, or the list of that name in ROOT/ImageSets.
+
+    Spaces around a listed name are kept if it is known so.
+    """
+    if not list_name:
+        return [*known]
+    folders = [Path(root, "ImageSets", sub) for sub in ("", "2017", "Segmentation")]
+    paths = [Path(list_name), *(folder / f"{list_name}.txt" for folder in folders)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise utils.InputError(f"{name}: no such list, nor {paths[1]}; write one with one video per line")
+        raise utils.InputError(f"{list_name}: no such list, nor {paths[1]}; write one with one video per line")
     try:
         names = utils.read_lines(path)
     except OSError as error:
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per line") from None
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
-    return names
-
-
-def select(names, known):
-    """Returns a list's names, or all known ones; spaces around a name are kept if it is known so."""
-    if names is None:
-        return [*known]
     return [*dict.fromkeys(name if name in known else name.strip() for name in names)]
 
 
@@ -898,11 +890,12 @@ def keep_usable(items, part, num_frames, args):
     """
     enough, kept = [item for item in items if item.still or len(item.images) >= num_frames], []
     left_out = Counter({f"videos have fewer than {num_frames} frames": len(items) - len(enough)})
-    remedy = "give fewer --num-frames or a smaller --stride"
-    late = f"videos show objects only where no clip of {num_frames} frames begins ({remedy})"
-    if part == "validation":
-        late = "videos show objects only on their last two frames, which have no figure,"
+    if part == "training":
+        remedy = "give fewer --num-frames or a smaller --stride"
+        late = f"videos show objects only where no clip of {num_frames} frames begins ({remedy})"
+    else:
         remedy = "give others by --val-set or --val-path"
+        late = "videos show objects only on their last two frames, which have no figure,"
     frames = [(image, mask, item.images[0]) for item in enough
               for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))
@@ -928,6 +921,23 @@ def keep_usable(items, part, num_frames, args):
                            f"object on the first of them; look at them, or {remedy}")
 
 
+def find_groups(args):
+    """Yields for each --data-path its items to train on, or to split, and those given for validation."""
+    val_path_items = []
+    for source, path in enumerate(args.val_path or []):
+        val_path_items += find_items(path, args, args.val_set, source)
+    for source, path in enumerate(args.data_path):
+        items = find_items(path, args, args.train_set, source)
+        given, excluded = val_path_items, []
+        if args.val_set and not args.val_path:
+            given = find_items(path, args, args.val_set, source)
+            excluded = [] if args.train_set else given
+        if args.excluded_videos_list_txt:
+            excluded = excluded + find_items(path, args, args.excluded_videos_list_txt, source)
+        excluded = {item.images for item in excluded}
+        yield [item for item in items if item.images not in excluded], given
+
+
 def create_loaders(args):
     """Returns training and validation loaders over checked videos and images."""
     if args.demo and not args.data_path:
@@ -936,20 +946,9 @@ def create_loaders(args):
         raise utils.InputError("--data-path: give the folder that holds JPEGImages/ and Annotations/, or --demo")
     args.data_path = args.data_path or [str(Path(args.img_folder).parent)]
     check_mix(args)
-    val_items, train_items, groups = [], [], []  # groups: items, and those given for validation
-    for source, path in enumerate(args.val_path or []):
-        val_items += find_items(path, args, args.val_set, source)
-    for source, path in enumerate(args.data_path):
-        items, given = find_items(path, args, args.train_set, source), val_items
-        if args.val_set and not args.val_path:
-            given = find_items(path, args, args.val_set, source)
-        excluded = [] if args.train_set or args.val_path else given
-        if args.excluded_videos_list_txt:
-            excluded = [*excluded, *find_items(path, args, args.excluded_videos_list_txt, source)]
-        excluded = {item.images for item in excluded}
-        groups.append(([item for item in items if item.images not in excluded], given))
+    train_items, val_items, groups = [], [], [*find_groups(args)]
     if args.split:  # one list for the items of all --data-path
-        groups = [([item for items, _ in groups for item in items], val_items)]
+        groups = [([item for items, _ in groups for item in items], groups[0][1])]
     for items, given in groups:
         if given and args.test_only and not args.overfit:
             items, given = [], given[:args.limit]  # a test needs no training items
@@ -989,24 +988,23 @@ def sanity_check(train_set, val_set, args):
     for part, dataset in (("train", train_set), ("val", val_set)):
         if not dataset.items:  # of a test
             continue
-        sizes, objects, lengths, shares, absent = Counter(), [], [], [], []
+        sizes, objects, lengths, shares = Counter(), [], [], []
         for item in dataset.items:
-            size, areas = utils.image_size(item.images[0])[::-1], []
+            size, seen = utils.image_size(item.images[0])[::-1], set()
             for image_source, sources in zip(item.images, item.masks):
                 _, object_ids, masks = read_frame(image_source, sources, size)
-                areas.append(dict(zip(object_ids, masks.mean((1, 2)).tolist())))
-            object_ids = {k for found in areas for k, share in found.items() if share}
+                areas = dict(zip(object_ids, masks.mean((1, 2)).tolist()))
+                seen |= {object_id for object_id, area in areas.items() if area}
+                shares += [area for area in areas.values() if area]
             sizes[f"{size[1]}x{size[0]}"] += 1
-            objects.append(len(object_ids))
+            objects.append(len(seen))
             lengths.append(len(item.images))
-            found = [found.get(k, 0) for found in areas for k in object_ids]
-            shares += [share for share in found if share]
-            absent += [not share for share in found]
+        total = np.dot(objects, lengths)  # frames of all objects
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
         print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to "
               f"{max(lengths)} frames")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
-              f"{np.mean(absent):.1%} of their frames; share of the image {min(shares):.3%} to "
+              f"{(total - len(shares)) / total:.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
         utils.note_small_objects(np.sqrt(shares), args.image_size)
     rows, count = {}, len(train_set.items)
@@ -1033,12 +1031,11 @@ def paint_clip(clip):
         size, side = max(2, len(image) // 100), len(image) - 1
         if t in clip.prompts:
             cv2.rectangle(image, (0, 0), (side, side), (255, 255, 0), size)
-            points = clip.prompts[t]
-            for coords, labels in zip(points.get("point_coords", ()), points.get("point_labels", ())):
+            for coords, labels in zip(*clip.prompts[t].values()):  # of each object, if not masks
                 coords, labels = coords.int().tolist(), labels.tolist()
                 if labels == [2, 3]:
                     cv2.rectangle(image, *coords, (255, 255, 0), max(1, size // 2))
-                elif labels[0] >= 0:
+                else:
                     colour = (0, 255, 0) if labels[0] else (255, 0, 0)
                     cv2.circle(image, coords[0], 2 * size, colour, -1)
         elif t in clip.corrected:
@@ -1054,9 +1051,8 @@ def extract_frames(source, folder, args):
     cannot be read, or not to its end.
     """
     source, folder = Path(source), Path(folder)
-    videos, written, bad = {folder: source}, 0, []
-    if source.is_dir():
-        videos = find_video_files(source, folder)
+    videos = find_video_files(source, folder) if source.is_dir() else {folder: source}
+    written, bad = 0, []
     for target, path in videos.items():
         try:
             written += extract_video(path, target, args, skip_whole=source.is_dir())
@@ -1106,7 +1102,7 @@ def extract_video(path, folder, args, skip_whole):
     for found in [*folder.iterdir()]:  # of an earlier or another video
         if re.fullmatch(r"[0-9]{5,}\.jpg|\..+\.incomplete", found.name) and found != mark:
             found.unlink()
-    written, times = 0, []
+    times = []
     while video.grab():
         utils.raise_if_stopped()
         if len(times) % args.rate == 0:
@@ -1115,11 +1111,11 @@ def extract_video(path, folder, args, skip_whole):
                 break
             encoded = cv2.imencode(".jpg", image)[1].tobytes()
             (folder / f"{len(times):05d}.jpg").write_bytes(encoded)
-            written += 1
         times.append(video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     count, stated = len(times), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     if not count:
         raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
+    written = math.ceil(count / args.rate)
     print(f"wrote {written} of {count} frames to {folder}")
     if predict_video.lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
         raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read"
