@@ -1297,8 +1297,8 @@ def focal_loss(logits, target, alpha, gamma):
 def evaluate(model, loader, run, args):
     """Returns means over all objects of all videos, and over those of all images, in [0, 1].
 
-    Videos: J, F and their mean as DAVIS defines them (davis_scores). val_jf, val_j, val_f: each
-    object's mask on its first frame is given; val_click_...: a click in its middle instead;
+    Videos: J, F and their mean as DAVIS defines them (Perazzi et al. 2016). val_jf, val_j, val_f:
+    each object's mask on its first frame is given; val_click_...: a click in its middle instead;
     copied_...: that mask is copied to all frames, the baseline. Images: IoU by box and by click.
     per_video: the same of each video or image: {name: {"objects": 2, "val_jf": ...}}.
     """
@@ -1329,7 +1329,8 @@ def evaluate(model, loader, run, args):
 def video_scores(model, images, ids, run):
     """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> FIGURES of N objects, (N, 9) float64.
 
-    Void pixels are left out. An object that first appears on the last two frames has no row.
+    Means over an object's frames without its first, which is given, and the video's last, as DAVIS
+    has it: one that first appears on the last two has no row. Void pixels are left out.
     """
     firsts, rows = first_frames(ids), []
     by_mask, by_click = track_video(model, images, ids, firsts, run)  # ids (T, H, W) each
@@ -1339,8 +1340,11 @@ def video_scores(model, images, ids, run):
             continue
         copied = ids[first].expand_as(ids)  # the baseline
         for pred in (by_mask, by_click, copied):
-            pairs = [((pred[t] == k) & (ids[t] != VOID_ID), ids[t] == k) for t in frames]
-            figures += davis_scores(pairs)
+            pairs = [(((pred[t] == k) & (ids[t] != VOID_ID)).numpy(), (ids[t] == k).numpy())
+                     for t in frames]
+            j = float(np.mean([region_similarity(*pair) for pair in pairs]))
+            f = float(np.mean([contour_accuracy(*pair) for pair in pairs]))
+            figures += [(j + f) / 2, j, f]
         rows.append(figures)
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
 
@@ -1406,17 +1410,6 @@ def track_video(model, images, ids, firsts, run):
     return labels
 
 
-def davis_scores(pairs):
-    """Returns J&F, J and F of [(predicted, true mask)], (H, W) bool: means over an object's frames.
-
-    Perazzi et al. 2016: J is the IoU, F the harmonic mean of the boundary's precision and recall.
-    DAVIS leaves out the first frame, which is given, and the last.
-    """
-    j = float(np.mean([region_similarity(pred.numpy(), true.numpy()) for pred, true in pairs]))
-    f = float(np.mean([contour_accuracy(pred.numpy(), true.numpy()) for pred, true in pairs]))
-    return [(j + f) / 2, j, f]
-
-
 def region_similarity(pred, true):
     """Returns J: intersection over union of masks (H, W) bool; 1 if both are empty."""
     union = np.count_nonzero(pred | true)
@@ -1424,7 +1417,10 @@ def region_similarity(pred, true):
 
 
 def contour_accuracy(pred, true):
-    """Returns F: boundaries match within 0.008 of the diagonal, rounded up; 1 if both are empty."""
+    """Returns F, the harmonic mean of the boundary's precision and recall; 1 if both are empty.
+
+    Boundaries match within 0.008 of the diagonal, rounded up.
+    """
     tolerance = math.ceil(0.008 * math.hypot(*true.shape))
     lines = boundary(pred), boundary(true)
     if not lines[0].any() or not lines[1].any():
@@ -1470,13 +1466,14 @@ def print_table(columns):
 
 def write_videos(run, figures):
     """Writes val_videos.csv: the figures of each video and image."""
-    if run.rank == 0:
-        with open(run.folder / "val_videos.csv", "w", newline="", encoding="utf-8") as file:
-            columns = ["objects", *(name for name in FIGURES + IMAGE_FIGURES if name in figures)]
-            writer = csv.writer(file)
-            writer.writerow(["video", *columns])
-            for name, row in figures["per_video"].items():
-                writer.writerow([name, *(round(row[key], 4) if key in row else "" for key in columns)])
+    if run.rank:
+        return
+    columns = [name for name in FIGURES + IMAGE_FIGURES if name in figures]
+    with open(run.folder / "val_videos.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["video", "objects", *columns])
+        writer.writeheader()
+        for name, row in figures["per_video"].items():
+            writer.writerow({"video": name, **{key: round(row[key], 4) for key in row}})
 
 
 @torch.no_grad()
