@@ -1543,7 +1543,10 @@ def set_learning_rate(optimizer, args, done):
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up."""
+    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up.
+
+    Returns {name: mean of each unweighted loss over decoder passes and objects}.
+    """
     model.train()
     for part in frozen_parts(model, args):
         if isinstance(part, nn.Module):
@@ -1579,17 +1582,13 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.progress["passes"] += sums
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+    *sums, count = run.progress["passes"].tolist()
+    return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
 
 
 def teaches(clip):
     """Returns whether a clip has a gradient: not if masks are given on all of its frames."""
     return any(clip.prompts.get(t) != {} for t in range(len(clip.masks)))
-
-
-def pass_means(progress):
-    """Returns {name: mean of each unweighted loss over decoder passes and objects}."""
-    *sums, count = progress["passes"].tolist()
-    return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
 
 
 # --- Main ---
@@ -1637,12 +1636,11 @@ def main(args):
             run.save_best()
         print_table({"before": progress["before"]})
         while not run.is_over():    # --epochs, --early-stopping
-            train_one_epoch(model, train_loader, optimizer, run, args)
-            means = pass_means(progress)
+            means = train_one_epoch(model, train_loader, optimizer, run, args)
             figures = evaluate(model, val_loader, run, args)
-            shown = ["val_jf", "val_j", "val_f", "val_click_jf", *IMAGE_FIGURES]
-            run.end_epoch({**figures, **means}, show=["pass_focal", "pass_dice",
-                                                      *(name for name in shown if name in figures)])
+            values = {**figures, **means}
+            shown = ["pass_focal", "pass_dice", "val_jf", "val_j", "val_f", "val_click_jf", *IMAGE_FIGURES]
+            run.end_epoch(values, show=[name for name in shown if name in values])
             write_videos(run, figures)
             if run.is_best(figures[best]):
                 progress["after"] = figures
@@ -1655,11 +1653,10 @@ def main(args):
             draw_samples(model, val_set, run)
 
     figures = figures or evaluate(model, val_loader, run, args)
-    best_epoch = progress["best_epoch"]
-    columns = {"before": progress["before"], f"best, epoch {best_epoch}": progress["after"]}
-    if not best_epoch:  # none beat the start
-        columns = {"before": progress["before"], f"last, epoch {progress['epoch']}": figures}
-    print_table(columns)
+    title, shown = f"best, epoch {progress['best_epoch']}", progress["after"]
+    if not progress["best_epoch"]:  # none beat the start
+        title, shown = f"last, epoch {progress['epoch']}", figures
+    print_table({"before": progress["before"], title: shown})
     run.finish(best)
     if "copied_jf" in figures:
         print(f"the first frame's mask, copied: J&F {figures['copied_jf']:.4f}")
