@@ -313,14 +313,13 @@ class MixSampler(torch.utils.data.Sampler):
 
     def __init__(self, items, args):
         self.args, self.num_items, self.parts = args, len(items), []
-        rank, world_size = utils.ranks()
-        self.share = slice(rank, None, world_size)
+        self.rank, self.world_size = utils.ranks()
         for source in sorted({item.source for item in items}):
             members = [i for i, item in enumerate(items) if item.source == source]
             still = items[members[0]].still
             size = args.image_batch_size if still and args.image_batch_size else args.batch_size
             times = 1 if still else args.multiplier[min(source, len(args.multiplier) - 1)]
-            self.parts.append((members * times, size * world_size))
+            self.parts.append((members * times, size * self.world_size))
         self.counts = [math.ceil(len(clips) / args.phases) for clips, _ in self.parts]
         if args.mix and self.parts:  # a test has no training items
             first = math.ceil(self.counts[0] / self.parts[0][1])
@@ -330,7 +329,7 @@ class MixSampler(torch.utils.data.Sampler):
 
     def set_epoch(self, epoch, skip=0):
         """Draws the epoch's batches; skip: --batch-size times those that a resumed epoch has done."""
-        batches, world_size = [], self.share.step
+        batches = []
         for part, ((clips, size), count) in enumerate(zip(self.parts, self.counts)):
             indices, drawn = [], Counter()  # drawn: how often each item, in this epoch
             # Passes over all clips, each in a new order, follow each other; an epoch is the next
@@ -344,8 +343,8 @@ class MixSampler(torch.utils.data.Sampler):
                 drawn[item] += 1
             batches += [indices[i:i + size] for i in range(0, count, size)]
         order = self.permutation(len(batches), -1, epoch)
-        batches = [batches[i] + [-1] * (-len(batches[i]) % world_size) for i in order]
-        self.keys = [[(epoch, index) for index in batch[self.share]]
+        batches = [batches[i] + [-1] * (-len(batches[i]) % self.world_size) for i in order]
+        self.keys = [[(epoch, index) for index in batch[self.rank::self.world_size]]
                      for batch in batches[skip // self.args.batch_size:]]
 
     def permutation(self, length, *numbers):
@@ -402,10 +401,10 @@ def change_colours(images, args):
 
 def resize_clip_masks(masks, image_size):
     """Masks (N, H, W) uint8 of each frame -> (T, N, S, S) bool, nearest-neighbour resized."""
-    side = (image_size, image_size)
-    return torch.from_numpy(np.stack([[
-        cv2.resize(np.ascontiguousarray(mask), side, interpolation=cv2.INTER_NEAREST_EXACT)
-        for mask in frame] for frame in masks])) > 0
+    def resize(mask):
+        return cv2.resize(np.ascontiguousarray(mask), (image_size, image_size),
+                          interpolation=cv2.INTER_NEAREST_EXACT)
+    return torch.from_numpy(np.stack([[resize(mask) for mask in frame] for frame in masks])) > 0
 
 
 def simulate_prompts(masks, args, void):
@@ -490,8 +489,7 @@ def box_of(mask):
 def find_objects(sources):
     """((object_id, source), ...) of one frame -> {object_id: function returning its mask (H, W) bool}.
 
-    IDS instead of an object_id: the file holds ids; IDS_AND_VOID: 255 is void and stored under the
-    key VOID. Each mask is decoded once, when it is asked for.
+    Void has the key VOID. Each mask is decoded once, when it is asked for.
     """
     found = {}
     for object_id, source in sources:
@@ -655,9 +653,11 @@ def find_items(data_path, args, list_name=None, source=0):
     elif years:
         root, find, still = years[0], find_voc, True
     prefix = f"{source + 1}/" if source or len(args.data_path) > 1 else ""  # names may be the same
-    # Images and masks are dicts by frame; frames without masks are left out
-    return [Item(prefix + name, tuple(images[frame] for frame in masks), tuple(masks.values()), still, source)
-            for name, images, masks in find(root, args, list_name)]
+    items = []
+    for name, images, masks in find(root, args, list_name):  # dicts by frame; some may have no masks
+        images = tuple(images[frame] for frame in masks)
+        items.append(Item(prefix + name, images, tuple(masks.values()), still, source))
+    return items
 
 
 def find_voc(root, args, list_name):
@@ -771,7 +771,8 @@ def find_videos(root, args, list_name):
     for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         check_pairs(images_root / name, images, masks)
-        unlabelled[name] = len(images) - len(masks)
+        if len(images) > len(masks):
+            unlabelled[name] = len(images) - len(masks)
         if not masks:
             raise utils.InputError(f"{masks_root / name}: no masks; add them, or leave the video out of the list")
         ids = first_ids(tuple(path for sources in masks.values() for object_id, path in sources
@@ -785,9 +786,9 @@ def find_videos(root, args, list_name):
         print(f"note: 255 beside other ids is void in the masks of {len(void)} videos, such as "
               f"{void[0]}; if it is an object there, give it another id; if its edges are grey, "
               "make them 0 or 255")
-    if unlabelled.total():
-        print(f"note: {unlabelled.total()} frames of {sum(map(bool, unlabelled.values()))} videos have no "
-              f"annotation and are left out, such as of {unlabelled.most_common(1)[0][0]}")
+    if unlabelled:
+        print(f"note: {unlabelled.total()} frames of {len(unlabelled)} videos have no annotation and are "
+              f"left out, such as of {unlabelled.most_common(1)[0][0]}")
 
 
 def check_pairs(folder, images, masks):
@@ -851,10 +852,7 @@ def by_number(name):
 
 
 def select(list_name, root, known):
-    """Returns all known names, or those in a list: a file, or the list of that name in ROOT/ImageSets.
-
-    Spaces around a listed name are kept if it is known so.
-    """
+    """Returns all known names, or those in a list: a file, or NAME of ROOT/ImageSets/NAME.txt."""
     if not list_name:
         return [*known]
     folders = [Path(root, "ImageSets", sub) for sub in ("", "2017", "Segmentation")]
@@ -868,6 +866,7 @@ def select(list_name, root, known):
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per line") from None
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
+    # Spaces around a name are kept if it is known so
     return [*dict.fromkeys(name if name in known else name.strip() for name in names)]
 
 
@@ -922,7 +921,7 @@ def keep_usable(items, part, num_frames, args):
 
 
 def find_groups(args):
-    """Yields for each --data-path its items to train on, or to split, and those given for validation."""
+    """Yields the items of each --data-path to train on, or split, and those given for validation."""
     val_path_items = []
     for source, path in enumerate(args.val_path or []):
         val_path_items += find_items(path, args, args.val_set, source)
@@ -999,12 +998,13 @@ def sanity_check(train_set, val_set, args):
             sizes[f"{size[1]}x{size[0]}"] += 1
             objects.append(len(seen))
             lengths.append(len(item.images))
-        total = np.dot(objects, lengths)  # frames of all objects
+        frames = np.dot(objects, lengths)  # of all objects
+        absent = (frames - len(shares)) / frames
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
         print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to "
               f"{max(lengths)} frames")
         print(f"  {sum(objects)} objects, {min(objects)} to {max(objects)} per video, absent in "
-              f"{(total - len(shares)) / total:.1%} of their frames; share of the image {min(shares):.3%} to "
+              f"{absent:.1%} of their frames; share of the image {min(shares):.3%} to "
               f"{max(shares):.3%}, half below {np.median(shares):.3%}")
         utils.note_small_objects(np.sqrt(shares), args.image_size)
     rows, count = {}, len(train_set.items)
@@ -1417,10 +1417,7 @@ def region_similarity(pred, true):
 
 
 def contour_accuracy(pred, true):
-    """Returns F, the harmonic mean of the boundary's precision and recall; 1 if both are empty.
-
-    Boundaries match within 0.008 of the diagonal, rounded up.
-    """
+    """Returns F: boundaries match within 0.008 of the diagonal, rounded up; 1 if both are empty."""
     tolerance = math.ceil(0.008 * math.hypot(*true.shape))
     lines = boundary(pred), boundary(true)
     if not lines[0].any() or not lines[1].any():
@@ -1543,10 +1540,7 @@ def set_learning_rate(optimizer, args, done):
 
 
 def train_one_epoch(model, loader, optimizer, run, args):
-    """Trains for one pass over the training data, or the rest of a resumed one; run adds it up.
-
-    Returns {name: mean of each unweighted loss over decoder passes and objects}.
-    """
+    """Trains for one pass, or its rest; returns the unweighted losses per object and decoder pass."""
     model.train()
     for part in frozen_parts(model, args):
         if isinstance(part, nn.Module):
