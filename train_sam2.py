@@ -546,8 +546,8 @@ def decode_rle(code, source):
         counts = code["counts"]
         counts = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
         height, width = code["size"]
-        if counts.dtype.kind != "i" or counts.min() < 0 or min(width, height) < 1 or \
-                counts.sum() != height * width:
+        valid = counts.dtype.kind == "i" and counts.min() >= 0 and min(width, height) >= 1
+        if not valid or counts.sum() != height * width:
             raise ValueError(f"run lengths of {counts.sum()} pixels for {width}x{height}")
     except (ValueError, TypeError, KeyError) as error:
         raise utils.InputError(f"{source}: no run-length code ({error}); remove or replace it") from None
@@ -840,7 +840,8 @@ def first_ids(paths):
     for path in paths:
         with suppress(utils.InputError):  # raised where the mask is used
             mask = utils.read_mask(path)
-            ids |= {*np.unique(mask).tolist()} - {0} if mask.itemsize == 1 else set()
+            if mask.itemsize == 1:
+                ids |= {*np.unique(mask).tolist()} - {0}
         if ids - {VOID_ID}:
             break
     return ids
@@ -1109,8 +1110,7 @@ def extract_video(path, folder, args, skip_whole):
             decoded, image = video.retrieve()
             if not decoded:
                 break
-            encoded = cv2.imencode(".jpg", image)[1].tobytes()
-            (folder / f"{len(times):05d}.jpg").write_bytes(encoded)
+            (folder / f"{len(times):05d}.jpg").write_bytes(cv2.imencode(".jpg", image)[1])
         times.append(video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     count, stated = len(times), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     if not count:
