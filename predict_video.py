@@ -446,17 +446,16 @@ def split_mask(path, object_id, size):
     if mask.shape != size:
         raise utils.InputError(f"{path}: {size_text(mask.shape)} pixels, but the video has "
                                f"{size_text(size)}; save it at that size")
-    ids = (mask > 0).astype(int) * object_id if object_id else object_ids(mask)
+    ids = mask.astype(int)
+    if object_id:
+        ids = (ids > 0) * object_id
+    elif set(np.unique(ids)) <= {0, 255}:
+        ids = ids // 255
+    ids[ids == 255] = 0  # void
     found = [int(k) for k in np.unique(ids) if k]
     if not found or not 1 <= found[0] <= found[-1] <= 254:
         raise utils.InputError(f"{path}: shows no object, or an id that is not from 1 to 254")
     return {k: ids == k for k in found}
-
-
-def object_ids(mask):
-    """Returns ids (H, W) without 255, which is void; beside 0 alone, 255 is object 1."""
-    ids = mask.astype(int)
-    return np.where(ids == 255, int(set(np.unique(ids)) <= {0, 255}), ids)
 
 
 def as_tensors(given, size, side):

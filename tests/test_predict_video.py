@@ -174,9 +174,12 @@ def test_entries_of_a_json_are_objects_in_order_and_ids_of_a_mask_their_numbers(
                      "@00002"]
     args = predict_video.get_args_parser().parse_args(["clip", "--weights", "x", "--mask", "m.png@1"])
     assert args.mask == [("m.png", "1", None)]
-    ids = np.array([[0, 1], [2, 255]])
-    assert predict_video.object_ids(ids).tolist() == [[0, 1], [2, 0]]
-    assert predict_video.object_ids(np.array([[0, 255]])).tolist() == [[0, 1]]
+    for ids, object_id, expected in (([[0, 1], [2, 255]], None, {1: [[0, 1], [0, 0]], 2: [[0, 0], [1, 0]]}),
+                                     ([[0, 255], [0, 0]], None, {1: [[0, 1], [0, 0]]}),
+                                     ([[0, 1], [2, 255]], 9, {9: [[0, 1], [1, 1]]})):
+        utils.save_mask(tmp_path / "ids.png", np.array(ids))
+        found = predict_video.split_mask(tmp_path / "ids.png", object_id, (2, 2))
+        assert {k: mask.tolist() for k, mask in found.items()} == expected
 
 
 def test_both_directions_from_the_middle_are_two_runs(run, tmp_path):
