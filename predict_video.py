@@ -43,8 +43,8 @@ import torch
 from tqdm import tqdm
 
 import utils
-from nets.sam2 import NETS, WEIGHTS, enlarge, normalize, resize_images, resize_mask
-from nets.weights import fetch_weights, load_weights, state_of
+from nets.sam2 import NETS, WEIGHTS, enlarge, resize_images, resize_mask
+from nets.weights import load_weights, official_file, state_of
 
 SAVE_EVERY = 100     # frames after which the state is saved, should the process be killed
 MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # bytes 4 to 7
@@ -300,16 +300,16 @@ def frame_rate(stated, times):
 
 
 class NetFrames:
-    """Gives frames as the net takes them, (3, S, S) normalised, read when asked for."""
+    """Gives frames as the net takes them, (3, S, S) uint8, read when asked for."""
 
-    def __init__(self, video, side, device):
-        self.video, self.side, self.device = video, side, device
+    def __init__(self, video, side):
+        self.video, self.side = video, side
 
     def __len__(self):
         return len(self.video.names)
 
     def __getitem__(self, t):
-        return normalize(resize_images([self.video.read(t)], self.side)[0].to(self.device))
+        return resize_images([self.video.read(t)], self.side)[0]
 
 
 def open_video(args):
@@ -473,9 +473,8 @@ def as_tensors(given, size, side):
 
 def create_model(args):
     """Returns the net that --weights holds, on the CPU; sets args.image_size."""
-    path, name = args.weights, args.model
-    if path in WEIGHTS:
-        name, path = name or path, fetch_weights(**WEIGHTS[path])
+    name = args.model or (args.weights if args.weights in WEIGHTS else None)
+    path = official_file(args.weights, WEIGHTS)
     checkpoint = utils.load_checkpoint(path)
     arch = {"model": name, "image_size": 1024}
     if isinstance(checkpoint, dict) and "format" in checkpoint:
@@ -561,7 +560,7 @@ def track(model, video, prompts, state, folder, args):
 
     A frame may have objects of both passes: the first then stores their logits for the second.
     """
-    frames = NetFrames(video, args.image_size, model.device)
+    frames = NetFrames(video, args.image_size)
     objects, path = [*prompts], folder / "unfinished"
     passes = plan_passes(prompts, len(frames), args.direction)
     for i, (backwards, spans) in [*enumerate(passes)][state["passes"]:]:
