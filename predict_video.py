@@ -122,13 +122,12 @@ class Folder:
             utils.raise_if_stopped()
             try:
                 image = utils.read_image(found[name])
+                self.size = self.size or image.shape[:2]
+                if image.shape[:2] != self.size:
+                    raise utils.InputError(f"{found[name]}: {size_text(image.shape)} pixels, but the "
+                                           f"first frame has {size_text(self.size)}")
             except utils.InputError as error:
                 self.bad.append(str(error))
-                continue
-            self.size = self.size or image.shape[:2]
-            if image.shape[:2] != self.size:
-                self.bad.append(f"{found[name]}: {size_text(image.shape)} pixels, but the first "
-                                f"frame has {size_text(self.size)}")
                 continue
             digest.update(f"{name} {zlib.crc32(image)} ".encode("utf-8", "surrogateescape"))
             self.names.append(name)
@@ -157,21 +156,20 @@ class VideoFile:
         self.open()
         stated = int(self.video.get(cv2.CAP_PROP_FRAME_COUNT))
         rate, times = self.video.get(cv2.CAP_PROP_FPS), []
-        with tqdm(desc="reading", total=max(stated, 0), leave=False, disable=None) as bar:
-            while self.video.grab():
-                utils.raise_if_stopped()
-                if self.place % every == 0:
-                    image = self.video.retrieve()[1]
-                    self.size = self.size or image.shape[:2]
-                    if image.shape[:2] != self.size:
-                        self.bad.append(f"{path}: frames from {self.place} on have "
-                                        f"{size_text(image.shape)} pixels, but the first has "
-                                        f"{size_text(self.size)}; they are left out")
-                        break
-                    self.checks.append(zlib.crc32(image))
-                times.append(self.video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-                self.place += 1
-                bar.update()
+        grabbed = iter(self.video.grab, False)  # until there is no further frame
+        for _ in tqdm(grabbed, "reading", max(stated, 0), leave=False, disable=None):
+            utils.raise_if_stopped()
+            if self.place % every == 0:
+                image = self.video.retrieve()[1]
+                self.size = self.size or image.shape[:2]
+                if image.shape[:2] != self.size:
+                    self.bad.append(f"{path}: frames from {self.place} on have "
+                                    f"{size_text(image.shape)} pixels, but the first has "
+                                    f"{size_text(self.size)}; they are left out")
+                    break
+                self.checks.append(zlib.crc32(image))
+            times.append(self.video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+            self.place += 1
         if not self.checks:
             raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
         if not self.bad and lacks_frames(path, stated, rate, times):
@@ -237,14 +235,15 @@ def lacks_frames(path, stated, rate, times):
     with open(path, "rb") as file:
         head = file.read(4096)
     whole = is_whole(path, head)
-    if whole is False or stated - len(times) <= 2:
-        return whole is False
+    if whole is False:
+        return True
+    if stated - len(times) <= 2:
+        return False
     if head[:4] == b"RIFF" or head[4:8] in MP4_BEGINS:
         return True
     packets = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
-    if sum(iter(packets.grab, False)) - len(times) > 2:
-        return True
-    if whole is None and stated / rate - times[-1] > 3 / rate:
+    undecoded = sum(iter(packets.grab, False)) - len(times)
+    if undecoded > 2 or whole is None and stated / rate - times[-1] > 3 / rate:
         return True
     print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
           "is longer")
@@ -277,11 +276,13 @@ def is_whole(path, head):
         while place < total:  # from part to part: RIFF and size, or size and name
             file.seek(place)
             part = file.read(16)
-            size = 8 + int.from_bytes(part[4:8], "little") if riff else int.from_bytes(part[:4], "big")
-            if not riff and size == 1:  # a long one
-                size = int.from_bytes(part[8:], "big")
-            known = part[:4] == b"RIFF" and 8 < size < 2**32
-            if not riff:
+            if riff:
+                size = 8 + int.from_bytes(part[4:8], "little")
+                known = part[:4] == b"RIFF" and 8 < size < 2**32
+            else:
+                size = int.from_bytes(part[:4], "big")
+                if size == 1:  # a long one
+                    size = int.from_bytes(part[8:], "big")
                 known = part[4:8] in (*MP4_BEGINS, b"moof", b"sidx", b"uuid", b"meta") and size >= 8
             if not known:  # as long as the file, or what does not belong to it
                 return None
@@ -545,9 +546,9 @@ def to_device(value, device):
 
 def plan_passes(prompts, length, direction):
     """Returns the passes: (backwards, {object: frames whose mask this pass decides})."""
-    first, last = [{k: pick(by_frame) for k, by_frame in prompts.items()} for pick in (min, max)]
     if direction == "backward":
-        return [(True, {k: range(t + 1) for k, t in last.items()})]
+        return [(True, {k: range(max(by_frame) + 1) for k, by_frame in prompts.items()})]
+    first = {k: min(by_frame) for k, by_frame in prompts.items()}
     passes = [(False, {k: range(t, length) for k, t in first.items()})]
     if direction == "both" and any(first.values()):
         passes.append((True, {k: range(t) for k, t in first.items() if t}))
@@ -638,8 +639,8 @@ def find_truth(args, video):
 
 def find_shift(names, folder, video):
     """Returns by how much masks are numbered higher than frames: 0, or 1 or -1 if only that fits."""
-    masks, frames = [{int(name) for name in given if name.isdecimal()}
-                     for given in (names, video.all_names)]
+    masks = {int(name) for name in names if name.isdecimal()}
+    frames = {int(name) for name in video.all_names if name.isdecimal()}
     strays = masks - frames
     if not strays or not frames:
         return 0
@@ -710,21 +711,22 @@ def check_outputs(args, video, truth):
     """Raises InputError if a file must not be written: is read, exists, or is of another video."""
     if args.overlay:
         check_name(args.output_dir)
-    folder, masks = Path(args.output_dir), [f"{name}.png" for name in video.names]
+    folder = Path(args.output_dir)
+    masks = [folder / f"masks/{name}.png" for name in video.names]
     sources = [*video.paths, args.weights, args.prompts or "", *(value for value, *_ in args.mask)]
-    sources += [path for masks in truth.values() for _, path in masks]
+    sources += [path for found in truth.values() for _, path in found]
     read = {os.stat(path)[1:3] for path in sources if os.path.exists(path)}  # inode and device
     may_exist = args.overwrite or (folder / "unfinished/state.pth").exists()
-    for path in (folder / name for name in [*(f"masks/{mask}" for mask in masks), *tables(args)]):
-        if path.exists() and os.stat(path)[1:3] in read:
+    for path in filter(Path.exists, [*masks, *(folder / name for name in tables(args))]):
+        if os.stat(path)[1:3] in read:
             raise utils.InputError(f"{path}: would be written, and is read; give another "
                                    "--output-dir")
-        if path.exists() and not may_exist:
+        if not may_exist:
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
-    others = {path.name for path in (folder / "masks").glob("*.png")}.difference(masks)
+    others = {*(folder / "masks").glob("*.png")}.difference(masks)
     if others:
-        raise utils.InputError(f"{folder}/masks/{min(others)}: is not of this video; move it away, "
-                               "or give another --output-dir")
+        raise utils.InputError(f"{folder}/masks/{min(others).name}: is not of this video; move it "
+                               "away, or give another --output-dir")
 
 
 def tables(args):
