@@ -28,6 +28,7 @@ train_sam2.py too.
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -604,7 +605,7 @@ def compose(logits, size, device):
 
 # --- Evaluation ---
 
-def find_truth(args, video):
+def find_truth(args, video, train_sam2):
     """Returns {t: [(object id, path), ...]} of frames that --eval has masks of; id 0: a mask of ids."""
     if not args.eval:
         return {}
@@ -612,25 +613,18 @@ def find_truth(args, video):
     folder = folder if folder.is_dir() else Path(args.eval)
     if not folder.is_dir():
         raise utils.InputError(f"--eval {folder}: no such folder; give that of true masks")
-    folders = {0: folder}
-    if not utils.list_images(folder):
-        inner = sorted((path for path in folder.iterdir() if path.is_dir()),
-                       key=lambda path: by_number(path.name))
-        named = all(path.name.isdecimal() and int(path.name) for path in inner)
-        folders = {int(path.name) if named else k: path for k, path in enumerate(inner, 1)}
-    masks = [(object_id, name, path) for object_id, inner in folders.items()
-             for name, path in utils.list_images(inner).items()]
-    shift = find_shift({name for _, name, _ in masks}, folder, video)
+    masks = train_sam2.find_masks(folder)
+    shift = find_shift(masks, folder, video)
     truth, indices = {}, index_frames(video.names)
-    for object_id, name, path in masks:
+    for name, found in masks.items():
         if shift and name.isdecimal():
             name = str(int(name) - shift)
         t = indices.get(name, indices.get(plain(name)))
         if t is not None:
-            truth.setdefault(t, []).append((object_id, path))
-            if utils.image_size(path)[::-1] != video.size:
-                raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} "
-                                       "pixels")
+            truth.setdefault(t, []).extend(found)
+    for _, path in itertools.chain(*truth.values()):
+        if utils.image_size(path)[::-1] != video.size:
+            raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} pixels")
     if len(truth) < 3:  # the last is not counted, nor are those with prompts
         raise utils.InputError(f"{folder}: has masks of {len(truth)} of the frames; give --eval "
                                "the folder that holds those of more")
@@ -714,7 +708,7 @@ def check_outputs(args, video, truth):
     folder = Path(args.output_dir)
     masks = [folder / f"masks/{name}.png" for name in video.names]
     sources = [*video.paths, args.weights, args.prompts or "", *(value for value, *_ in args.mask)]
-    sources += [path for found in truth.values() for _, path in found]
+    sources += [path for _, path in itertools.chain(*truth.values())]
     read = {os.stat(path)[1:3] for path in sources if os.path.exists(path)}  # inode and device
     may_exist = args.overwrite or (folder / "unfinished/state.pth").exists()
     for path in filter(Path.exists, [*masks, *(folder / name for name in tables(args))]):
@@ -782,7 +776,7 @@ def main(args):
     train_sam2 = utils.import_script("train_sam2", "--eval") if args.eval else None
     model = create_model(args)
     video = open_video(args)
-    prompts, truth = collect_prompts(args, video), find_truth(args, video)
+    prompts, truth = collect_prompts(args, video), find_truth(args, video, train_sam2)
     folder = Path(args.output_dir)
     check_outputs(args, video, truth)
     settings = {
