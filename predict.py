@@ -106,20 +106,19 @@ def find_inputs(inputs):
     """Returns every image path named, once; files that a list names may be missing."""
     paths, kinds = [], {*utils.IMAGES, ".npy"}
     for text in inputs:
-        if Path(text).is_dir():
-            found = sorted(path for path in Path(text).iterdir() if path.suffix.lower() in kinds
+        given, reason = Path(text), "no such image, folder or glob"
+        if given.is_dir():
+            found = sorted(path for path in given.iterdir() if path.suffix.lower() in kinds
                            and not path.is_dir() and not path.name.startswith("."))
-        elif Path(text).suffix.lower() == ".txt":
-            found = read_list(Path(text))
-        elif Path(text).exists():
-            found = [text]
+            reason = ("a folder without images; for those in its folders give a glob: "
+                      f'"{text}/*/*.png"')
+        elif given.suffix.lower() == ".txt":
+            found = read_list(given)
+        elif given.exists():
+            found = [given]
         else:
             found = sorted(glob.glob(text, recursive=True))
         if not found:
-            reason = "no such image, folder or glob"
-            if Path(text).is_dir():
-                reason = ("a folder without images; for those in its folders give a glob: "
-                          f'"{text}/*/*.png"')
             raise utils.InputError(f"{text}: {reason}")
         paths += map(Path, found)
     return [*dict.fromkeys(paths)]
@@ -274,10 +273,10 @@ def official_checkpoint(path, name):
     ours = {"format": 0, "net": "sam", "classes": [], "arch": arch, "args": args}
     if name in sam.WEIGHTS:  # load_sam reads the file
         return ours
-    backbone = name.removeprefix("deeplabv3_")
-    coco = {"coco": deeplabv3.COCO_WEIGHTS[backbone]} if path == "coco" else {}
-    file = official_file(path, {**efficient_sam.WEIGHTS, **sam2.WEIGHTS, **coco})
-    checkpoint = utils.load_checkpoint(file)
+    backbone, files = name.removeprefix("deeplabv3_"), {**efficient_sam.WEIGHTS, **sam2.WEIGHTS}
+    if backbone in deeplabv3.COCO_WEIGHTS:
+        files["coco"] = deeplabv3.COCO_WEIGHTS[backbone]
+    checkpoint = utils.load_checkpoint(official_file(path, files))
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         raise utils.InputError(f"{path}: names its own net; leave --model out")
     state = state_of(checkpoint)
@@ -705,8 +704,7 @@ def check_options(args, loaded):
         if getattr(args, option) is None:
             setattr(args, option, value)
         elif not args.everything:
-            option = option.replace("_", "-")
-            raise utils.InputError(f"--{option}: is of --everything; give that too")
+            raise utils.InputError(f"{utils.option_of(option)}: is of --everything; give that too")
     if loaded.net.encode and not (args.everything or args.prompts or args.box or args.point):
         raise utils.InputError(f"{args.weights}: needs prompts: give --box X0,Y0,X1,Y1, --point X,Y, "
                                "--prompts FILE or --everything")

@@ -203,6 +203,8 @@ def test_official_files_need_the_nets_name(tmp_path):
         run("--weights", tmp_path / "official.pth", tmp_path / "x.png", "--output-dir", tmp_path / "out")
     with pytest.raises(utils.InputError, match="weights of another net"):
         run("--weights", tmp_path / "official.pth", "--model", "deeplabv3_resnet50", tmp_path / "x.png")
+    with pytest.raises(utils.InputError, match="coco: no such file"):  # which is DeepLab's
+        run("--weights", "coco", "--model", "tiny", tmp_path / "x.png")
     run("--weights", tmp_path / "official.pth", "--model", "deeplabv3_mobilenet_v3_large", tmp_path / "x.png",
         "--output-dir", tmp_path / "out")
     tensor = torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255))[None]  # 520 is the size the preset asks for
