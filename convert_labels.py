@@ -226,18 +226,8 @@ def draw_ellipse(mask, points):
     mask |= np.hypot((x * ax + y * ay) / a / a, (x * ay - y * ax) / a / b) <= 1
 
 
-class BoxError(ValueError):
-    """Raised in place of drawing an object that has a box but no polygon."""
-
-
-def refuse_box(mask):
-    raise BoxError
-
-
 def draw_yolo(values, mask):
     """Draws a polygon [x, y, x, y ...] in fractions of the image's width and height."""
-    if len(values) in (4, 5):  # a fifth number is a confidence
-        refuse_box(mask)
     if len(values) % 2:
         raise ValueError(f"{len(values)} numbers are no pairs x y; if the last is a confidence, "
                          "save the labels without")
@@ -265,7 +255,7 @@ class Object(NamedTuple):
     """An object; each of its shapes is a function that draws it on a mask (H, W) bool."""
     name: str  # of its class
     where: str  # its place in the annotations, for messages
-    shapes: list
+    shapes: list  # empty if it has only a box
     crowd: bool = False
 
 
@@ -427,9 +417,8 @@ def read_coco(args, notes):
                     continue
                 shapes = annotation.get("segmentation")
                 shapes = shapes if shapes and isinstance(shapes, list) else [shapes]
-                draws = [partial(draw_coco, shape) for shape in shapes]
-                if annotation.get("bbox") and not any(shapes):
-                    draws = [refuse_box]
+                has_only_box = annotation.get("bbox") and not any(shapes)
+                draws = [] if has_only_box else [partial(draw_coco, shape) for shape in shapes]
                 where += f" of {items[image_id].file}"
                 is_crowd = as_number(annotation.get("iscrowd")) == 1
                 objects[image_id].append(Object(names[category_id], where, draws, is_crowd))
@@ -567,7 +556,9 @@ def load_yolo(path, names, notes):
         with contextlib.suppress(ValueError):
             class_id = float(word.replace("_", "x"))  # some tools write 1.0; Python takes 1_0 too
         if class_id.is_integer() and 0 <= class_id < len(names):
-            objects.append(Object(names[int(class_id)], where, [partial(draw_yolo, values)]))
+            is_box = len(values) in (4, 5)  # a fifth number is a confidence
+            draws = [] if is_box else [partial(draw_yolo, values)]
+            objects.append(Object(names[int(class_id)], where, draws))
         elif word:
             what = f"lines without a class of 0 to {len(names) - 1}, left out"
             notes.add(what, f"{where}: {line}")
@@ -769,7 +760,7 @@ def draw_objects(item, size, view, classes, notes):
             except BAD_VALUES as error:
                 errors.append(error)
         window, part = crop(mask)
-        if errors and isinstance(errors[0], BoxError):
+        if not obj.shapes:
             notes.add(BOXES.format(obj.name), obj.where)
         elif errors:
             notes.add("objects with shapes that cannot be used", f"{obj.where}: {reason(errors[0])}")
