@@ -199,13 +199,11 @@ def draw_labelme(shape, mask):
 
 def decode_mask(text):
     """Returns the mask (h, w) bool of a PNG in base64."""
-    pixels = None
-    with contextlib.suppress(ValueError, TypeError, cv2.error):
+    try:
         data = np.frombuffer(base64.b64decode(text), np.uint8)
-        pixels = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
-    if pixels is None:
-        raise ValueError("its mask is not a PNG in base64")
-    return pixels > 0
+        return cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) > 0  # None, if it is no image, is a TypeError
+    except (ValueError, TypeError, cv2.error):
+        raise ValueError("its mask is not a PNG in base64") from None
 
 
 def draw_ellipse(mask, points):
@@ -716,21 +714,19 @@ def annotate_part(annotations, kind, image_id, category, window, part, size, cro
 
 def polygons(part, left, top):
     """Returns outlines [[x, y, x, y ...]] of part (h, w) along the pixels' edges, without holes."""
-    part = part.astype(np.uint8)
-    nodes = np.pad(part.repeat(2, 0).repeat(2, 1), ((0, 1), (0, 1)))  # pixel i: nodes 2i to 2i + 2
-    nodes[1:] |= nodes[:-1].copy()
-    nodes[:, 1:] |= nodes[:, :-1].copy()
+    nodes = np.zeros(2 * np.array(part.shape) + 1, np.uint8)  # half a pixel apart
+    nodes[1::2, 1::2] = part  # the pixels' centres
+    nodes = cv2.dilate(nodes, np.ones((3, 3), np.uint8))  # and their edges
     outlines, _ = cv2.findContours(nodes, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [(outline[:, 0] / 2 + (left, top)).ravel().tolist() for outline in outlines]
 
 
 def run_lengths(part, left, top, size):
     """Returns COCO's run lengths of part (h, w) in an image (H, W): of 0, 1, 0 ... by columns."""
-    columns, rows = np.nonzero(part.T)
-    positions = (left + columns) * size[0] + top + rows
-    starts = positions[np.diff(positions, prepend=-2) != 1]
-    ends = positions[np.diff(positions, append=-2) != 1] + 1
-    counts = np.diff(np.stack([starts, ends], 1).ravel(), prepend=0, append=size[0] * size[1])
+    columns = np.zeros((part.shape[1], size[0]), bool)  # those of the image that part is in
+    columns[:, top:top + part.shape[0]] = part.T
+    changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    counts = np.diff(changes + left * size[0], prepend=0, append=size[0] * size[1])
     return {"size": [*size], "counts": counts.tolist()}
 
 
