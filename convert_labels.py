@@ -359,8 +359,7 @@ def list_files(folder, endings, wanted=None):
             raise utils.InputError(f"{path}: {found[name].name} has the same name; remove one")
         found[name] = path
     if not found:
-        raise utils.InputError(f"{folder}: no {' '.join(sorted(endings))} files here; give another "
-                               "folder")
+        raise utils.InputError(f"{folder}: no {' '.join(sorted(endings))} files here; give another folder")
     return found
 
 
@@ -439,8 +438,7 @@ def read_labelme(args, notes):
         found = find_image(args.images, file) if args.images else find_image(path.parent, image)
         items.append(Item(file, found[1], size, lambda path=path: load_labelme(path)[0]))
     if not items:
-        raise utils.InputError(f"{path}: has no 'shapes'; give LabelMe's json; for COCO's the KIND "
-                               "is coco")
+        raise utils.InputError(f"{path}: has no 'shapes'; give LabelMe's json; for COCO's the KIND is coco")
     used = {item.path.resolve() for item in items if item.path}
     for path in sorted(Path(args.images or args.input).rglob("*")):
         if path.suffix.lower() in utils.IMAGES and path.resolve() not in used:
@@ -652,12 +650,15 @@ def read_dsb(args, notes):
     folders = [folder for folder in sorted(folders) if folder.name[0] != "."]
     for folder in tqdm(folders, "reading", leave=False, disable=utils.hide_bar()):
         utils.raise_if_stopped()
-        images, masks = [list_folder(folder / sub) for sub in ("images", "masks")]
-        if masks is None:
+        images = []
+        if (folder / "images").is_dir():
+            images = [*utils.list_images(folder / "images").values()]
+        if not (folder / "masks").is_dir():
             notes.add("images without masks/, left out (an empty one says: no object)", folder)
             continue
+        masks = utils.list_images(folder / "masks").values()
         path = images[0] if images else None
-        if images and len(images) > 1:
+        if len(images) > 1:
             raise utils.InputError(f"{images[1]}: a second image beside {path.name}; keep the one "
                                    "that the masks are of")
         size = utils.image_size(path) if path else None
@@ -671,11 +672,6 @@ def read_dsb(args, notes):
         raise utils.InputError(f"{root}: no folder in it has images/ and masks/; give one that holds "
                                "a folder per image, as stage1_train")
     return ["nucleus"], items
-
-
-def list_folder(folder):
-    """Returns the image files of a folder, None if there is no such folder."""
-    return [*utils.list_images(folder).values()] if folder.is_dir() else None
 
 
 READERS = {"coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "masks": read_masks,
@@ -697,10 +693,7 @@ def annotate(annotations, kind, image_id, category, mask, score=None):
 
 
 def annotate_part(annotations, kind, image_id, category, window, part, size, crowd=False):
-    """Appends the annotation of an object, part (h, w) in a window of an image of size (H, W).
-
-    kind: polygon or rle; crowds are always run lengths.
-    """
+    """Appends the annotation of an object, part (h, w) in a window of an image of size (H, W)."""
     top, left = [side.start for side in window]
     if kind == "rle" or crowd:
         segmentation = run_lengths(part, left, top, size)
@@ -862,7 +855,8 @@ def find_images(items, args, notes):
 
     view: that of a mask on which the objects are drawn, see STORED.
     """
-    found, paths, items = {}, set(), sorted(items, key=lambda item: item.file)
+    found, names, paths = {}, set(), set()
+    items = sorted(items, key=lambda item: item.file)
     for item in tqdm(items, "checking", leave=False, disable=utils.hide_bar()):
         utils.raise_if_stopped()
         file, size = Path(item.file), item.size
@@ -872,37 +866,37 @@ def find_images(items, args, notes):
             notes.add("images that are not there, left out", item.file)
             continue
         view = find_view(item, size, args, notes)
-        if item.path in paths:
+        if item.path and item.path in paths:
             raise utils.InputError(f"{args.input}: two entries of {item.path}; make them one")
-        paths |= {item.path} - {None}
+        paths.add(item.path)
         name = output_name(item.name or file.with_suffix("").as_posix())
-        while name.casefold() in found:
+        while name.casefold() in names:
             name += "_2"
-        found[name.casefold()] = name, item, file, size, view
+        names.add(name.casefold())
+        found[name] = item, file, size, view
         if len(found) == args.limit:
             break
     if not found:
         first = f" (first: {short(items[0].file)})" if items else ""
         raise utils.InputError(f"{args.input}: none of its {len(items)} images is there{first}; "
                                "give their folder with --images")
-    return {name: rest for name, *rest in found.values()}
+    return found
 
 
 def find_view(item, size, args, notes):
     """Returns the view of a mask in which the annotations fit an image of this (width, height)."""
-    view = np.asarray
-    if item.size == size[::-1] != size:
+    if all(side in (None, actual) for side, actual in zip(item.size, size)):
+        return np.asarray
+    if item.size == size[::-1]:
         with utils.open_image(item.path) as image:
-            view = STORED.get(image.getexif().get(0x0112))
-        notes.add("images annotated before EXIF rotation, masks turned", item.file)
-    elif any(side not in (None, actual) for side, actual in zip(item.size, size)):
-        view = None
-    if view is None:
-        annotated = " x ".join(map(short, item.size))
-        raise utils.InputError(
-            f"{args.input}: {short(item.file)}: width x height is {annotated}, but {item.path} has "
-            f"{size[0]} x {size[1]}; give the image that was annotated")
-    return view
+            orientation = image.getexif().get(0x0112)
+        if orientation in STORED:
+            notes.add("images annotated before EXIF rotation, masks turned", item.file)
+            return STORED[orientation]
+    annotated = " x ".join(map(short, item.size))
+    raise utils.InputError(
+        f"{args.input}: {short(item.file)}: width x height is {annotated}, but {item.path} has "
+        f"{size[0]} x {size[1]}; give the image that was annotated")
 
 
 def output_name(path):
@@ -921,8 +915,7 @@ def check_targets(found, args):
     for target in [target for layout in args.to for target in TARGETS[layout]]:
         path = Path(args.output_dir, target)
         if path.resolve() in read:
-            raise utils.InputError(f"{path}: would be written, and is read; give another "
-                                   "--output-dir")
+            raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
         if path.exists() and not args.overwrite:
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
 
@@ -976,8 +969,7 @@ def main(args):
             panel[name] = preview(item.path, label, ids)
     write_lists(out, found, classes, args)
     if "coco" in args.to:
-        categories = dict(enumerate(classes, 1))
-        write_coco(out / "annotations.json", images, categories, annotations)
+        write_coco(out / "annotations.json", images, dict(enumerate(classes, 1)), annotations)
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{len(found)} images, {counts.total()} objects ({shown}) in {out}")
     if panel:
