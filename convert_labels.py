@@ -201,7 +201,7 @@ def decode_mask(text):
     """Returns the mask (h, w) bool of a PNG in base64."""
     try:
         data = np.frombuffer(base64.b64decode(text), np.uint8)
-        return cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) > 0  # None, if it is no image, is a TypeError
+        return cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) > 0  # None if it is no image: TypeError
     except (ValueError, TypeError, cv2.error):
         raise ValueError("its mask is not a PNG in base64") from None
 
@@ -459,7 +459,7 @@ def load_labelme(path):
                 obj = objects.setdefault(i if group is None else (name, group), obj)
                 obj.shapes.append(partial(draw_labelme, shape))
         size = as_number(content.get("imageWidth")), as_number(content.get("imageHeight"))
-        return [*objects.values()], "" + content["imagePath"], size
+        return [*objects.values()], "" + content["imagePath"], size  # TypeError if it is no text
 
 
 def read_yolo(args, notes):
@@ -514,14 +514,13 @@ def parse_yaml(text):
     marker = {"[": "", "-": DASH}.get(form, ID)
     if form in ("[", "{"):
         position += 1
-        name = QUOTED + "|" + PLAIN.replace("LETTER", r"[^,\[\]{}]")
-        entry = rf"{BLANK}{marker}{BLANK}(?P<name>{name}){BLANK}(?:,|(?=[\]}}]))"
-        ending = rf"{BLANK}[\]}}]"
+        gap, letter, separator, ending = BLANK, r"[^,\[\]{}]", r"(?:,|(?=[\]}]))", r"[\]}]"
     else:  # one per line, up to a line that is neither indented nor begins with a dash
-        name = QUOTED + "|" + PLAIN.replace("LETTER", ".")
-        entry = rf"{BLANK}{marker}{GAP}(?P<name>{name}){GAP}(?:\n|\Z)"
-        ending = rf"{BLANK}(?:^(?!{DASH})|\Z)"
-    entry, ending, names = re.compile(entry), re.compile(ending, re.M), []
+        gap, letter, separator, ending = GAP, ".", r"(?:\n|\Z)", rf"(?:^(?!{DASH})|\Z)"
+    name = QUOTED + "|" + PLAIN.replace("LETTER", letter)
+    entry = re.compile(f"{BLANK}{marker}{gap}(?P<name>{name}){gap}{separator}")
+    ending = re.compile(BLANK + ending, re.M)
+    names = []
     while not ending.match(text, position):
         found = entry.match(text, position)
         if not found:
@@ -556,8 +555,7 @@ def load_yolo(path, names, notes):
             draws = [] if is_box else [partial(draw_yolo, values)]
             objects.append(Object(names[int(class_id)], where, draws))
         elif word:
-            what = f"lines without a class of 0 to {len(names) - 1}, left out"
-            notes.add(what, f"{where}: {line}")
+            notes.add(f"lines without a class of 0 to {len(names) - 1}, left out", f"{where}: {line}")
     return objects
 
 
