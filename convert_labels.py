@@ -731,10 +731,7 @@ def write_coco(path, images, names, annotations):
 # --- Writing ---
 
 def draw_objects(item, size, view, classes, notes):
-    """Yields each object as (class from 0, -1 for __ignore__; whether it is void; window; part).
-
-    view: see STORED. Window and part: see crop.
-    """
+    """Yields objects: (class from 0, -1 for __ignore__; whether it is void; window, part: see crop)."""
     for obj in item.load():
         is_ignored = obj.name == IGNORED
         if obj.name not in classes and not is_ignored:
@@ -761,8 +758,8 @@ def draw_objects(item, size, view, classes, notes):
 def paint(drawn, size):
     """Returns classes and objects from 1, each (H, W) int32; 255 is void; smaller ones on top."""
     label, ids = np.zeros((2, *size[::-1]), np.int32)
-    order = sorted(range(len(drawn)), key=lambda i: (not drawn[i][1], -drawn[i][3].sum()))
-    for i in order:
+    order = sorted((not is_void, -part.sum(), i) for i, (_, is_void, _, part) in enumerate(drawn))
+    for *_, i in order:
         number, is_void, window, part = drawn[i]
         label[window][part] = VOID if is_void else number + 1
         ids[window][part] = VOID if is_void else i + 1 + (i + 1 >= VOID)  # no object is 255
