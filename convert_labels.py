@@ -717,8 +717,8 @@ def run_lengths(part, left, top, size):
     columns = np.zeros((part.shape[1], size[0]), bool)  # those of the image that part is in
     columns[:, top:top + part.shape[0]] = part.T
     changes = np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
-    counts = np.diff(changes + left * size[0], prepend=0, append=size[0] * size[1])
-    return {"size": [*size], "counts": counts.tolist()}
+    counts = np.diff(changes + left * size[0], prepend=0, append=size[0] * size[1]).tolist()
+    return {"size": [*size], "counts": counts if counts[-1] else counts[:-1]}
 
 
 def write_coco(path, images, names, annotations):
@@ -882,7 +882,7 @@ def find_view(item, size, args, notes):
     """Returns the view of a mask in which the annotations fit an image of this (width, height)."""
     if all(side in (None, actual) for side, actual in zip(item.size, size)):
         return np.asarray
-    if item.size == size[::-1]:
+    if item.size == size[::-1] and item.path.suffix.lower() != ".npy":  # an array has no EXIF
         with utils.open_image(item.path) as image:
             orientation = image.getexif().get(0x0112)
         if orientation in STORED:

@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -145,6 +146,19 @@ def test_huge_and_outer_polygons_are_cut_off():
         mask = np.zeros(SIZE, bool)
         convert_labels.fill(mask, convert_labels.as_polygon(polygon))
         assert (mask == expected).all()
+
+
+def test_run_lengths_end_with_the_last_run_as_cocos_own_do():
+    for left, top, counts in ((3, 2, [14, 2, 2, 2]), (0, 0, [0, 2, 2, 2, 14]), (1, 1, [5, 2, 2, 2, 9])):
+        found = convert_labels.run_lengths(np.ones((2, 2), bool), left, top, (4, 5))
+        assert found == {"size": [4, 5], "counts": counts}
+
+
+def test_an_arrays_sides_the_wrong_way_round_are_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 5, 3), np.uint8))
+    item = convert_labels.Item("a.npy", tmp_path / "a.npy", (4, 5), list)
+    with pytest.raises(convert_labels.utils.InputError, match="width x height is 4 x 5, but .*a.npy has 5 x 4"):
+        convert_labels.find_view(item, (5, 4), SimpleNamespace(input="folder"), None)
 
 
 def test_run_lengths_are_read_in_both_forms():
