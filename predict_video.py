@@ -161,7 +161,11 @@ class VideoFile:
         for _ in tqdm(grabbed, "reading", max(stated, 0), leave=False, disable=None):
             utils.raise_if_stopped()
             if self.place % every == 0:
-                image = self.video.retrieve()[1]
+                found, image = self.video.retrieve()
+                if not found:
+                    self.bad.append(f"{path}: frame {self.place} cannot be decoded; it and those "
+                                    "after it are left out")
+                    break
                 self.size = self.size or image.shape[:2]
                 if image.shape[:2] != self.size:
                     self.bad.append(f"{path}: frames from {self.place} on have "
@@ -219,8 +223,8 @@ class VideoFile:
             t, skipped = divmod(self.place, self.every)
             self.place += 1
             if t >= first and not skipped:
-                image = self.video.retrieve()[1]
-                if zlib.crc32(image) != self.checks[t]:
+                found, image = self.video.retrieve()
+                if not found or zlib.crc32(image) != self.checks[t]:
                     break
                 frames[t] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         return frames

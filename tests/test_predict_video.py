@@ -378,7 +378,10 @@ def test_a_rate_that_mpeg4_has_not_is_rounded(run, tmp_path):
     assert cv2.VideoCapture(str(tmp_path / "out/overlay.mp4")).get(cv2.CAP_PROP_FPS) == 143
 
 
-def test_a_video_whose_size_changes_is_used_up_to_there(data, monkeypatch):
+@pytest.mark.parametrize("change, reason", [
+    (lambda image: (True, image[:30]), "frames from 5 on have 64x30 pixels, but the first has 64x48; they are left out"),
+    (lambda image: (False, None), "frame 5 cannot be decoded; it and those after it are left out")])
+def test_a_video_whose_frames_change_is_used_up_to_there(data, monkeypatch, change, reason):
     real = cv2.VideoCapture
 
     class Changes:
@@ -390,11 +393,10 @@ def test_a_video_whose_size_changes_is_used_up_to_there(data, monkeypatch):
 
         def retrieve(self):
             image = self.capture.retrieve()[1]
-            return True, image[:30] if self.capture.get(cv2.CAP_PROP_POS_FRAMES) > 5 else image
+            return change(image) if self.capture.get(cv2.CAP_PROP_POS_FRAMES) > 5 else (True, image)
     monkeypatch.setattr(cv2, "VideoCapture", Changes)
     video = predict_video.VideoFile(data / "clip.avi", 1)
-    assert len(video.names) == 5 and video.bad == [
-        f"{data}/clip.avi: frames from 5 on have 64x30 pixels, but the first has 64x48; they are left out"]
+    assert len(video.names) == 5 and video.bad == [f"{data}/clip.avi: {reason}"]
 
 
 def test_names_with_digits_that_are_no_numbers(data, run, tmp_path):
