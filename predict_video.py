@@ -376,8 +376,8 @@ def read_entries(args):
                 object_id = entry.get("object", place)
                 if entry.keys() - {"class", "object", "boxes", "points", "mask"}:
                     raise ValueError(f"frame {frame} has {', '.join(entry)}")
-                if object_id not in range(1, 255):
-                    raise ValueError(f"object {object_id} is not from 1 to 254")
+                if type(object_id) is not int or not 1 <= object_id <= 254:  # true, 1.0
+                    raise ValueError(f"object {object_id} is no whole number from 1 to 254")
                 if "mask" in entry:
                     yield (args.prompts, frame, entry.get("object"), "mask",
                            str(path.parent / entry["mask"]))

@@ -709,7 +709,8 @@ def test_prompts_and_options_that_cannot_be(data, refuses, tmp_path, more, words
     ("{", ["no json of prompts like"]), ("[1]", ["no json of prompts like"]),
     ({"00000": [{"box": [1, 2, 3, 4]}]}, ["frame 00000 has box"]),
     ({"00000": [{"boxes": [[1, 2, 3]]}]}, ["no json of prompts like"]),
-    ({"00000": [{"points": [[1, 2]], "object": 300}]}, ["object 300 is not from 1 to 254"]),
+    *[({"00000": [{"points": [[1, 2]], "object": number}]}, [f"object {number} is no whole number from 1 to 254"])
+      for number in (300, 0, 1.0, True)],
     ({"00000": [{"points": [[1, 2]]}, {"points": []}]}, ["object 2 has no prompt"]),
     ({"00000": [{"points": [[1, 2]]}], "00009": [{}]}, ["frame 00009 is not there"]),
     ({"00000": [{"points": [[1, 2, 5]]}]}, ["1,2,5", "no label 1 or 0"]),
