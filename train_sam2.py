@@ -817,7 +817,7 @@ def find_masks(folder):
     if not folder.is_dir():
         return {}
     masks = {stem: ((IDS, path),) for stem, path in utils.list_images(folder).items()}
-    objects = sorted(folder.glob("[!.]*/"), key=lambda path: by_number(path.name))
+    objects = sorted(filter(Path.is_dir, folder.glob("[!.]*")), key=lambda path: by_number(path.name))
     named, by_object = all(path.name.isdecimal() and int(path.name) for path in objects), {}
     for k, path in enumerate(objects, 1):
         object_id = int(path.name) if named else k
@@ -867,7 +867,7 @@ def select(list_name, root, known):
         raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per line") from None
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
-    # Spaces around a name are kept if it is known so
+    known = {*known}  # spaces around a name are kept if it is known so
     return [*dict.fromkeys(name if name in known else name.strip() for name in names)]
 
 
