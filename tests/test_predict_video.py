@@ -379,7 +379,8 @@ def test_a_rate_that_mpeg4_has_not_is_rounded(run, tmp_path):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (lambda image: (True, image[:30]), "frames from 5 on have 64x30 pixels, but the first has 64x48; they are left out"),
+    (lambda image: (True, image[:30]),
+     "frames from 5 on have 64x30 pixels, but the first has 64x48; they are left out"),
     (lambda image: (False, None), "frame 5 cannot be decoded; it and those after it are left out")])
 def test_a_video_whose_frames_change_is_used_up_to_there(data, monkeypatch, change, reason):
     real = cv2.VideoCapture

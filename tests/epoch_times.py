@@ -1,0 +1,237 @@
+"""Whole epochs of all training scripts on real data beside the articles' way, and where their time goes.
+
+    FLATSEG_DATA=data python tests/epoch_times.py
+    FLATSEG_DATA=data python tests/epoch_times.py --only train_unet --epochs 3 --output runs/epoch.png
+
+Ours: each script's main, in float32, without loader processes, so that reading can be told from training. "start"
+checks files, makes nets and judges them; "encoding" keeps embeddings; both once per run, the rest per epoch. The
+article's way: our reading of the data, its nets, losses and steps as benchmark.py writes them, its validation (here
+the forward pass alone) where it has one, and the weights saved. The data sets are those of tests/README.md.
+"""
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import dataloader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import benchmark  # noqa: E402
+import utils  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+CPU = torch.device("cpu")
+PARTS = ("reading", "training", "validation", "drawing", "saving")  # per epoch
+RUNS = {  # script: its data set, options, the other options of the article's way; None: there is none
+    "train_unet": ("nuclei", "", ""),
+    "train_deeplabv3": ("camvid_voc", "--num-classes 10 --weights none --backbone mobilenet_v3_large --limit 40", ""),
+    "train_efficientsam": ("npy_sample", "--weights none --image-size 256 --limit 10",
+                           "--image-size 1024 --max-objects 1"),
+    "finetune_sam_decoder": ("voc2007_sample", "--year 2007 --weights none", ""),
+    "train_sam2": ("video_sample", "--weights none --model tiny --image-size 512 --num-frames 4 --max-objects 1 "
+                   "--prob-points 1", ""),
+    "pretrain_sami": ("nuclei/images", "--teacher demo --teacher-weights none --model efficient_sam_vitt", None)}
+
+
+# --- The articles' ways: net, optimizer, loss of a batch, prediction of one where the article validates ---
+
+def train_unet(script, args):
+    model = script.create_model(args)[0]
+
+    def predict(batch):
+        return script.forward(model, batch[0], None)
+
+    def compute_loss(batch):
+        return script.criterion(predict(batch), batch[1], args.loss)
+
+    return model, script.create_optimizer(model, args), compute_loss, predict
+
+
+def train_deeplabv3(script, args):
+    build = getattr(torchvision.models.segmentation, f"deeplabv3_{args.model}")
+    model = build(weights=None, weights_backbone=None, num_classes=args.num_classes + 1, aux_loss=True)
+
+    def compute_loss(batch):
+        logits = model(batch[0])
+        out, aux = (F.cross_entropy(logits[name], batch[1].long(), ignore_index=255) for name in ("out", "aux"))
+        return out + 0.5 * aux
+
+    def predict(batch):
+        return model(batch[0])["out"].argmax(1)
+
+    return model, script.create_optimizer(model, args), compute_loss, predict
+
+
+def train_efficientsam(script, args):
+    model = script.create_model(args)[0]
+
+    def compute_loss(batch):
+        image, points, labels, masks, valid, _ = batch
+        with benchmark.replaced(F, "scaled_dot_product_attention", benchmark.written_out_attention):
+            logits, iou = model(image, points, labels, False)
+        logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic").unflatten(0, masks.shape[:2])
+        return script.criterion(logits, iou, masks, valid, args) / valid.sum()
+
+    return model, script.create_optimizer(model, args), compute_loss, None
+
+
+def finetune_sam_decoder(script, args):
+    model = script.create_model(args)[0]
+    items = script.create_loaders(args)[0].dataset.items
+
+    def compute_loss(batch):
+        return benchmark.article_loss(model, items[batch[-1][0]], None, args, CPU)
+
+    return model, script.create_optimizer(model, args), compute_loss, None
+
+
+def train_sam2(script, args):
+    model = script.create_model(args)[0]
+    weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight, args.score_weight])
+
+    def compute_loss(batch):
+        clips, losses = [clip for clip, index in zip(*batch) if script.teaches(clip)], 0
+        backbone = script.encode(model, torch.cat([clip.images for clip in clips]), None)
+        for videos, clip in script.group_clips(clips, CPU):
+            for t, outputs in benchmark.official_passes(model, backbone, videos, clip, args):
+                losses = losses + benchmark.official_losses(outputs, clip.masks[t], args)
+        return (weights * losses).sum()
+
+    return model, script.create_optimizer(model, args), compute_loss, None
+
+
+# --- Measuring ---
+
+class Clock:
+    """Counts the seconds of each part; what a part calls that is a part itself counts there alone."""
+
+    def __init__(self):
+        self.seconds, self.parts, self.since, self.trains = Counter(), ["start"], time.perf_counter(), False
+
+    def lap(self):
+        now = time.perf_counter()
+        self.seconds[self.parts[-1]] += now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def count(self, part):
+        self.lap()
+        self.parts.append(part)
+        try:
+            yield
+        finally:
+            self.lap()
+            self.parts.pop()
+
+    def counted(self, owner, name, part):
+        """A context in which calls of the function count as that part, before the first epoch as "start"."""
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            self.trains |= part == "training"
+            with self.count(part if self.trains or part == "encoding" else "start"):
+                return function(*args, **kwargs)
+
+        return benchmark.replaced(owner, name, timed)
+
+
+def run_ours(script, args, clock):
+    counted = {"training": [(script, "train_one_epoch")], "validation": [(script, "evaluate")],
+               "reading": [(dataloader._BaseDataLoaderIter, "__next__")],
+               "drawing": [(script, "draw_samples"), (utils.Run, "plot_curves")],
+               "saving": [(utils.Run, name) for name in ("save_last", "save_best", "save_plain", "end_epoch")],
+               "encoding": [(script, name) for name in ("cache_embeddings", "cache_features") if hasattr(script, name)]}
+    with contextlib.ExitStack() as stack:
+        for part, functions in counted.items():
+            for owner, name in functions:
+                stack.enter_context(clock.counted(owner, name, part))
+        script.main(args)
+
+
+def run_article(script, args, clock):
+    """Trains args.epochs epochs as the article does, in float32."""
+    loader, val_loader, *_ = script.create_loaders(args)
+    model, optimizer, compute_loss, predict = globals()[script.__name__](script, args)
+    benchmark.use_default_kind(optimizer)
+    clock.trains = True
+    with clock.counted(dataloader._BaseDataLoaderIter, "__next__", "reading"):
+        for epoch in range(args.epochs):
+            loader.sampler.set_epoch(epoch)
+            with clock.count("training"):
+                model.train()
+                for batch in loader:
+                    loss = compute_loss(batch)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+            if predict:
+                with clock.count("validation"), torch.no_grad():
+                    model.eval()
+                    for batch in val_loader:
+                        predict(batch)
+            with clock.count("saving"):
+                torch.save(model.state_dict(), Path(args.output_dir + ".pth"))
+
+
+def measure(run, name, options, args):
+    """Returns {part: seconds, of PARTS per epoch} of one way."""
+    script, clock = importlib.import_module(name), Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        run(script, script.get_args_parser().parse_args([
+            f"--data-path={Path(args.data, RUNS[name][0])}", f"--output-dir={folder}/run", f"--epochs={args.epochs}",
+            "--device=cpu", "--amp=off", "--workers=0", "--seed=0", *options.split()]), clock)
+        clock.lap()
+    return {part: seconds / (args.epochs if part in PARTS else 1) for part, seconds in clock.seconds.items()}
+
+
+def draw(path, results):
+    """Draws a bar per script: the shares of an epoch's parts."""
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.5 * len(results)), layout="constrained")
+    for i, seconds in enumerate(results.values()):
+        total, left = sum(seconds.get(part, 0) for part in PARTS), 0
+        for part, colour in zip(PARTS, plt.cm.tab10.colors):
+            share = seconds.get(part, 0) / total
+            axis.barh(i, share, left=left, color=colour, label=None if i else part)
+            left += share
+        axis.text(1.01, i, f"{total:.3g} s", va="center")
+    axis.set(yticks=range(len(results)), yticklabels=results, xlim=(0, 1), title="where an epoch's time goes")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axis.invert_yaxis()
+    figure.legend(ncols=len(PARTS), loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=os.environ.get("FLATSEG_DATA"), help="folder of tests/README.md")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="scripts (all)")
+    parser.add_argument("--epochs", type=int, default=2, help="of each script (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
+    parser.add_argument("--output", default="epoch.png", help="picture (%(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    columns, found = ("start", "encoding", *PARTS), {}
+    rows = []
+    for name in args.only:
+        _, options, of_article = RUNS[name]
+        ways = {"ours": measure(run_ours, name, options, args)}
+        if of_article is not None:
+            ways["article"] = measure(run_article, name, f"{options} {of_article}", args)
+        found[name] = ways["ours"]
+        for way, seconds in ways.items():
+            epoch = sum(seconds.get(part, 0) for part in PARTS)
+            numbers = [f"{seconds[part]:.3g}" if part in seconds else "" for part in columns]
+            rows.append([name, way, *numbers, f"{epoch:.3g}"])
+    print(benchmark.table(["script", "way", *columns, "epoch"], rows))
+    draw(args.output, found)
