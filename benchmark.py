@@ -79,8 +79,8 @@ def get_args_parser():
 
 
 def find_cases(text):
-    """Type of --cases: returns the names of all cases that begin with text."""
-    names = [name for name in CASES if name.startswith(text)]
+    """Type of --cases: returns the case of that name, or all that begin so."""
+    names = [text] if text in CASES else [name for name in CASES if name.startswith(text)]
     if not names:
         raise argparse.ArgumentTypeError(f"{text}: no case begins so; they are {', '.join(CASES)}")
     return names
@@ -170,7 +170,8 @@ def efficient_sam(setup, net, size, objects=1, plain=False, dtype=None):
     Article: attention with all weights in memory, torch's default optimizer. Ours: fused attention,
     fused optimizer. Own settings: article 1024 pixels, whatever the image's size, and float32; ours
     the case's size and bf16. Cases named objects: both ways are ours; the first encodes an image
-    for each of its objects, the second once for eight of them; own settings: bf16.
+    for each of its objects, the second once for eight of them; own settings: bf16. With a number
+    at the end: only ours, once for so many.
     """
     args = train_efficientsam.get_args_parser().parse_args(
         ["--model", net, "--weights", "none", f"--image-size={size}"])

@@ -861,9 +861,9 @@ def find_images(items, args, notes):
             notes.add("images that are not there, left out", item.file)
             continue
         view = find_view(item, size, args, notes)
-        if item.path and item.path in paths:
+        if item.path in paths:
             raise utils.InputError(f"{args.input}: two entries of {item.path}; make them one")
-        paths.add(item.path)
+        paths |= {item.path} - {None}
         name = output_name(item.name or file.with_suffix("").as_posix())
         while name.casefold() in names:
             name += "_2"

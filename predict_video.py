@@ -248,7 +248,7 @@ def lacks_frames(path, stated, rate, times):
         return True
     packets = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     undecoded = sum(iter(packets.grab, False)) - len(times)
-    if undecoded > 2 or whole is None and stated / rate - times[-1] > 3 / rate:
+    if undecoded > 2 or (whole is None and stated / rate - times[-1] > 3 / rate):
         return True
     print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
           "is longer")
@@ -626,9 +626,11 @@ def find_truth(args, video, train_sam2):
         t = indices.get(name, indices.get(plain(name)))
         if t is not None:
             truth.setdefault(t, []).extend(found)
-    for _, path in itertools.chain(*truth.values()):
-        if utils.image_size(path)[::-1] != video.size:
-            raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} pixels")
+    for found in truth.values():
+        for _, path in found:
+            if utils.image_size(path)[::-1] != video.size:
+                raise utils.InputError(f"{path}: is not of the video's {size_text(video.size)} pixels")
+        read_truth(found, train_sam2)  # what cannot be read is said before hours of tracking
     if len(truth) < 3:  # the last is not counted, nor are those with prompts
         raise utils.InputError(f"{folder}: has masks of {len(truth)} of the frames; give --eval "
                                "the folder that holds those of more")
@@ -658,7 +660,7 @@ def read_truth(masks, train_sam2):
     """Returns ids (H, W) of a frame's [(object id, path), ...]; where objects overlap, the last's."""
     ids = 0
     for object_id, path in masks:
-        if not object_id:
+        if object_id == train_sam2.IDS:
             return train_sam2.read_id_mask(path)
         ids = np.where(train_sam2.read_object(path), object_id, ids)
     return ids

@@ -641,17 +641,16 @@ def find_items(data_path, args, list_name=None, source=0):
     root, find, still = Path(data_path), find_videos, False
     if data_path not in args.data_path:  # of --val-path
         args = argparse.Namespace(**{**vars(args), "img_folder": None, "gt_folder": None})
-    years = [folder for folder in (root, *root.glob("VOC*"), *root.glob("VOCdevkit/VOC*"))
-             if (folder / "SegmentationObject").is_dir()]
     if any(root.glob("sa_*.json")):
         find, still = find_sa1b, True
     elif find_jsons(args.gt_folder or root):
         find = find_sav
-    elif len(years) > 1:
-        raise utils.InputError(f"{data_path}: holds {len(years)} folders of VOC; give --data-path one "
-                               f"of them, such as {years[0]}")
-    elif years:
+    elif years := [folder for folder in (root, *root.glob("VOC*"), *root.glob("VOCdevkit/VOC*"))
+                   if (folder / "SegmentationObject").is_dir()]:
         root, find, still = years[0], find_voc, True
+        if len(years) > 1:
+            raise utils.InputError(f"{data_path}: holds {len(years)} folders of VOC; give --data-path one "
+                                   f"of them, such as {root}")
     prefix = f"{source + 1}/" if source or len(args.data_path) > 1 else ""  # names may be the same
     items = []
     for name, images, masks in find(root, args, list_name):  # dicts by frame; some may have no masks
@@ -922,7 +921,7 @@ def keep_usable(items, part, num_frames, args):
 
 
 def find_groups(args):
-    """Yields the items of each --data-path to train on, or split, and those given for validation."""
+    """Yields, for each --data-path, the items to train on and those of --val-path or --val-set."""
     val_path_items = []
     for source, path in enumerate(args.val_path or []):
         val_path_items += find_items(path, args, args.val_set, source)
@@ -999,8 +998,8 @@ def sanity_check(train_set, val_set, args):
             sizes[f"{size[1]}x{size[0]}"] += 1
             objects.append(len(seen))
             lengths.append(len(item.images))
-        frames = np.dot(objects, lengths)  # of all objects
-        absent = (frames - len(shares)) / frames
+        frames = np.dot(objects, lengths)  # of the objects' videos
+        absent = 1 - len(shares) / frames
         common = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(5))
         print(f"{part}: {len(dataset.items)} videos and images, {common}, {min(lengths)} to "
               f"{max(lengths)} frames")

@@ -195,8 +195,8 @@ def run(main, parser):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(0)
     except (EOFError, ConnectionError):  # a batch was on its way
-        try:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises, even while we leave
+        try:  # torch's handler of the loader's end raises, even while we leave; Windows has none
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         finally:
             leave_without_loader(parser.prog)
     except OSError as error:  # a folder that cannot be written, a full disk: the OS's message

@@ -6,7 +6,8 @@
 Ours: each script's main, in float32, without loader processes, so that reading can be told from training. "start"
 checks files, makes nets and judges them; "encoding" keeps embeddings; both once per run, the rest per epoch. The
 article's way: our reading of the data, its nets, losses and steps as benchmark.py writes them, its validation (here
-the forward pass alone) where it has one, and the weights saved. The data sets are those of tests/README.md.
+the forward pass alone) where it has one, and what it saves. Where it does not validate, "training" is what compares.
+EfficientSAM's article trains one object per image at 1024 pixels, ours eight at 256. Data sets: tests/README.md.
 """
 import argparse
 import contextlib
@@ -16,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -44,7 +47,19 @@ RUNS = {  # script: its data set, options, the other options of the article's wa
     "pretrain_sami": ("nuclei/images", "--teacher demo --teacher-weights none --model efficient_sam_vitt", None)}
 
 
-# --- The articles' ways: net, optimizer, loss of a batch, prediction of one where the article validates ---
+# --- The articles' ways ---
+
+class Way(NamedTuple):
+    """What an article trains, and how. The loss is of a batch of our loader, or of a key if it reads the image."""
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    compute_loss: Callable
+    predict: Callable | None = None  # of a batch, where the article validates
+    keep: Callable = lambda key: True  # the entries of the net's state that are saved
+    saves_optimizer: bool = True
+    reads: bool = False
+    clip_grad: float = 0.0
+
 
 def train_unet(script, args):
     model = script.create_model(args)[0]
@@ -55,7 +70,7 @@ def train_unet(script, args):
     def compute_loss(batch):
         return script.criterion(predict(batch), batch[1], args.loss)
 
-    return model, script.create_optimizer(model, args), compute_loss, predict
+    return Way(model, script.create_optimizer(model, args), compute_loss, predict, saves_optimizer=False)
 
 
 def train_deeplabv3(script, args):
@@ -70,7 +85,7 @@ def train_deeplabv3(script, args):
     def predict(batch):
         return model(batch[0])["out"].argmax(1)
 
-    return model, script.create_optimizer(model, args), compute_loss, predict
+    return Way(model, script.create_optimizer(model, args), compute_loss, predict)
 
 
 def train_efficientsam(script, args):
@@ -83,17 +98,18 @@ def train_efficientsam(script, args):
         logits = F.interpolate(logits.flatten(0, 1), masks.shape[-2:], mode="bicubic").unflatten(0, masks.shape[:2])
         return script.criterion(logits, iou, masks, valid, args) / valid.sum()
 
-    return model, script.create_optimizer(model, args), compute_loss, None
+    return Way(model, script.create_optimizer(model, args), compute_loss)
 
 
 def finetune_sam_decoder(script, args):
     model = script.create_model(args)[0]
     items = script.create_loaders(args)[0].dataset.items
 
-    def compute_loss(batch):
-        return benchmark.article_loss(model, items[batch[-1][0]], None, args, CPU)
+    def compute_loss(key):
+        return benchmark.article_loss(model, items[key[1]], None, args, CPU)
 
-    return model, script.create_optimizer(model, args), compute_loss, None
+    return Way(model, script.create_optimizer(model, args), compute_loss, reads=True,
+               keep=lambda key: key.startswith("mask_decoder."), saves_optimizer=False)
 
 
 def train_sam2(script, args):
@@ -108,7 +124,7 @@ def train_sam2(script, args):
                 losses = losses + benchmark.official_losses(outputs, clip.masks[t], args)
         return (weights * losses).sum()
 
-    return model, script.create_optimizer(model, args), compute_loss, None
+    return Way(model, script.create_optimizer(model, args), compute_loss, clip_grad=args.clip_grad)
 
 
 # --- Measuring ---
@@ -135,12 +151,12 @@ class Clock:
             self.parts.pop()
 
     def counted(self, owner, name, part):
-        """A context in which calls of the function count as that part, before the first epoch as "start"."""
+        """A context in which calls of the function count as that part; before the first epoch, as their callers."""
         function = getattr(owner, name)
 
         def timed(*args, **kwargs):
             self.trains |= part == "training"
-            with self.count(part if self.trains or part == "encoding" else "start"):
+            with self.count(part if self.trains or part == "encoding" else self.parts[-1]):
                 return function(*args, **kwargs)
 
         return benchmark.replaced(owner, name, timed)
@@ -161,27 +177,32 @@ def run_ours(script, args, clock):
 
 def run_article(script, args, clock):
     """Trains args.epochs epochs as the article does, in float32."""
+    torch.use_deterministic_algorithms(False)  # which ours asks for on a CPU
     loader, val_loader, *_ = script.create_loaders(args)
-    model, optimizer, compute_loss, predict = globals()[script.__name__](script, args)
-    benchmark.use_default_kind(optimizer)
+    way = globals()[script.__name__](script, args)
+    benchmark.use_default_kind(way.optimizer)
     clock.trains = True
     with clock.counted(dataloader._BaseDataLoaderIter, "__next__", "reading"):
         for epoch in range(args.epochs):
             loader.sampler.set_epoch(epoch)
             with clock.count("training"):
-                model.train()
-                for batch in loader:
-                    loss = compute_loss(batch)
-                    optimizer.zero_grad()
+                way.model.train()
+                for batch in loader.sampler if way.reads else loader:
+                    loss = way.compute_loss(batch)
+                    way.optimizer.zero_grad()
                     loss.backward()
-                    optimizer.step()
-            if predict:
+                    if way.clip_grad:
+                        torch.nn.utils.clip_grad_norm_(way.model.parameters(), way.clip_grad)
+                    way.optimizer.step()
+            if way.predict:
                 with clock.count("validation"), torch.no_grad():
-                    model.eval()
+                    way.model.eval()
                     for batch in val_loader:
-                        predict(batch)
+                        way.predict(batch)
             with clock.count("saving"):
-                torch.save(model.state_dict(), Path(args.output_dir + ".pth"))
+                state = {key: value for key, value in way.model.state_dict().items() if way.keep(key)}
+                torch.save([state, way.optimizer.state_dict() if way.saves_optimizer else None],
+                           Path(args.output_dir + ".pth"))
 
 
 def measure(run, name, options, args):
@@ -209,12 +230,14 @@ def draw(path, results):
     axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axis.invert_yaxis()
     figure.legend(ncols=len(PARTS), loc="outside lower center", frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("FLATSEG_DATA"), help="folder of tests/README.md")
+    parser.add_argument("--data", default=os.environ.get("FLATSEG_DATA"), required="FLATSEG_DATA" not in os.environ,
+                        help="folder of tests/README.md (FLATSEG_DATA)")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="scripts (all)")
     parser.add_argument("--epochs", type=int, default=2, help="of each script (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
@@ -233,5 +256,6 @@ if __name__ == "__main__":
             epoch = sum(seconds.get(part, 0) for part in PARTS)
             numbers = [f"{seconds[part]:.3g}" if part in seconds else "" for part in columns]
             rows.append([name, way, *numbers, f"{epoch:.3g}"])
+            print(f"{name}, {way}: {epoch:.3g} s per epoch", flush=True)
     print(benchmark.table(["script", "way", *columns, "epoch"], rows))
     draw(args.output, found)

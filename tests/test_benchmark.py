@@ -1,5 +1,6 @@
 """benchmark.py: pairs are equal where they say so, figures come from steps really taken, the ways do as described."""
 import inspect
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import benchmark
+import epoch_times
+import train_sam2
 from benchmark import BF16, Case
 
 CPU, PLAIN = torch.device("cpu"), {"plain": True}
@@ -101,6 +104,7 @@ def test_without_bf16_instructions_all_is_float32(run, tmp_path, monkeypatch):
 
 def test_cases_are_found_by_how_they_begin(capsys):
     assert benchmark.find_cases("deeplabv3") == ["deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50"]
+    assert benchmark.find_cases("objects-256") == ["objects-256"]  # not those of more objects
     with pytest.raises(SystemExit):
         benchmark.get_args_parser().parse_args(["--cases", "UNet", "nothing"])
     assert "nothing: no case begins so" in capsys.readouterr().err
@@ -163,6 +167,28 @@ def test_the_official_way_on_videos_has_our_loss_and_gradient(build, frozen, obj
             torch.testing.assert_close(ours, official, rtol=1e-3, atol=1e-4 * official.abs().max().item() + 1e-5)
 
 
+@pytest.mark.parametrize("as_prompted", ["True", "False"])
+def test_the_official_way_tracks_masks_and_corrections_as_ours_does(as_prompted):
+    torch.manual_seed(0)
+    args = train_sam2.get_args_parser().parse_args([
+        "--model", "demo", "--weights", "none", "--image-size", "64", "--corrected-as-prompted", as_prompted])
+    model = train_sam2.create_model(args)[0].eval()
+    masks = torch.zeros(4, 2, 64, 64, dtype=torch.bool)
+    masks[:, 0, 8:30, 8:30] = masks[:, 1, 35:60, 20:50] = True
+    click = {"point_coords": torch.full((2, 1, 2), 20.0), "point_labels": torch.ones(2, 1, dtype=torch.int32)}
+    videos = torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        backbone = train_sam2.encode(model, torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8), None)
+        for prompts, corrected in (({0: {}}, ()), ({0: click, 2: click}, (0, 2, 3)), ({1: {}, 0: {}}, ())):
+            clip = train_sam2.Clip(None, masks, prompts, corrected, torch.rand(4, 2, 2))
+            ours = [(t, iou, score) for t, passes in train_sam2.track_clips(model, backbone, videos, clip, args, None)
+                    for _, iou, score in passes]
+            official = benchmark.official_passes(model, backbone, videos, clip, args)
+            assert [t for t, *_ in ours] == [t for t, _ in official]
+            for (_, iou, score), (_, outputs) in zip(ours, official):
+                assert torch.equal(iou, outputs[2]) and torch.equal(score, outputs[-1])
+
+
 def test_fine_tuning_encodes_each_image_in_the_first_epoch_alone(build, monkeypatch, capsys):
     calls, forward = [], benchmark.sam.ImageEncoder.forward
 
@@ -191,3 +217,14 @@ def test_a_large_data_set_is_drawn_once_and_linked(build, tmp_path, script, kind
         assert load() == 128  # 64 batches of 2
         counts = [len(next(tmp_path.rglob(f"{name}.txt")).read_text().split()) for name in ("train", "val")]
         assert counts == [240, 60]
+
+
+def test_whole_epochs_are_timed_part_by_part(cells, monkeypatch, capsys):
+    monkeypatch.setitem(epoch_times.RUNS, "train_unet", (".", None, None))
+    for way, parts in ((epoch_times.run_ours, {"start", *epoch_times.PARTS}),
+                       (epoch_times.run_article, {"start", *epoch_times.PARTS} - {"drawing"})):
+        started = time.perf_counter()
+        seconds = epoch_times.measure(way, "train_unet", "-b 2 --image-size 32", SimpleNamespace(data=cells, epochs=1))
+        passed = time.perf_counter() - started
+        assert {*seconds} == parts and min(seconds.values()) > 0
+        assert 0.8 * passed < sum(seconds.values()) < passed  # each second counts once
