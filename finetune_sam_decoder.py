@@ -653,7 +653,8 @@ def draw_samples(model, dataset, run):
     rows = {}
     for index in range(min(4, len(dataset))):
         image, (features, ids, _) = utils.read_image(dataset.items[index][1]), dataset[0, index]
-        numbers = torch.arange(1, min(ids.max(), 20) + 1)
+        ids = torch.where(ids <= 20, ids, 0)  # a crowd's first objects
+        numbers = torch.arange(1, ids.max() + 1)
         prompts = clear_prompts(ids == numbers[:, None, None])
         embedding = embed(model, features[None].to(run.device), run.dtype)
         kinds = torch.full((len(numbers),), BOTH)

@@ -514,6 +514,17 @@ def test_every_file_is_written_and_testing_repeats_the_figures(instances, tmp_pa
     assert losses[-1] < losses[0]
 
 
+def test_the_panel_shows_the_truth_of_those_that_it_prompts(instances, tmp_path, monkeypatch):
+    ids = np.zeros((64, 64), np.int64)
+    ids[:60, :60] = np.arange(1, 26).reshape(5, 5).repeat(12, 0).repeat(12, 1)
+    drawn = []
+    monkeypatch.setattr(script_, "read_ids", lambda item: ids)
+    monkeypatch.setattr(script_.utils, "overlay", lambda image, mask: drawn.append(mask > 0) or image)
+    train(instances, tmp_path / "run", "--epochs", 1, "--limit", 1)
+    truth, _, _ = drawn[-3:]  # by box, by click
+    assert np.array_equal(truth, (ids > 0) & (ids <= 20))
+
+
 def test_the_table_shows_a_last_epoch_that_did_not_beat_the_start_and_the_other_data(instances, tmp_path, capsys):
     """A rate that ruins the decoder: the best is what it began with."""
     import demo_data
