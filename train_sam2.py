@@ -1300,16 +1300,21 @@ def evaluate(model, loader, run, args):
     each object's mask on its first frame is given; val_click_...: a click in its middle instead;
     copied_...: that mask is copied to all frames, the baseline. Images: IoU by box and by click.
     per_video: the same of each video or image: {name: {"objects": 2, "val_jf": ...}}.
+    run.tracked keeps the masks of the videos that draw_samples shows, so that they are tracked once.
     """
     model.eval()
-    items, found = loader.dataset.items, {}
+    items, found, run.tracked = loader.dataset.items, {}, {}
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
         objects = masks[:-1] if items[index].still else masks % VOID_ID
         if objects.any():  # a large data set may hold items without, which the start has not read
-            scores = image_scores if items[index].still else video_scores
-            found[index] = scores(model, images, masks, run)
+            if items[index].still:
+                found[index] = image_scores(model, images, masks, run)
+                continue
+            found[index], by_mask = video_scores(model, images, masks, run)
+            if index in sample_videos(loader.dataset):
+                run.tracked[index] = by_mask
     utils.raise_if_stopped(run.device)
     found = utils.merge_over_ranks(found)
     figures, per_video = {}, {}
@@ -1326,7 +1331,7 @@ def evaluate(model, loader, run, args):
 
 
 def video_scores(model, images, ids, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W) of a video -> FIGURES of N objects, (N, 9) float64.
+    """Images (T, 3, S, S) uint8, ids (T, H, W) -> FIGURES of N objects, (N, 9) float64; ids by mask.
 
     Means over an object's frames without its first, which is given, and the video's last, as DAVIS
     has it: one that first appears on the last two has no row. Void pixels are left out.
@@ -1345,7 +1350,7 @@ def video_scores(model, images, ids, run):
             f = float(np.mean([contour_accuracy(*pair) for pair in pairs]))
             figures += [(j + f) / 2, j, f]
         rows.append(figures)
-    return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES))
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(FIGURES)), by_mask
 
 
 def image_scores(model, images, masks, run):
@@ -1473,6 +1478,11 @@ def write_videos(run, figures):
 
 
 @torch.no_grad()
+def sample_videos(dataset):
+    """Returns the indices of the videos that val_samples.png shows."""
+    return [i for i, item in enumerate(dataset.items) if not item.still][:3]
+
+
 def draw_samples(model, dataset, run):
     """Draws val_samples.png: six frames of three videos: image, truth, prediction by mask.
 
@@ -1480,9 +1490,11 @@ def draw_samples(model, dataset, run):
     """
     model.eval()
     rows = {}
-    for index in [i for i, item in enumerate(dataset.items) if not item.still][:3]:
+    for index in sample_videos(dataset):
         item, (images, ids, _) = dataset.items[index], dataset[0, index]
-        pred = track_video(model, images, ids, first_frames(ids), run)[0]
+        pred = run.tracked.get(index)
+        if pred is None:  # another process has tracked it, or it shows no object
+            pred = track_video(model, images, ids, first_frames(ids), run)[0]
         frames = np.linspace(0, len(item.images) - 1, 6).round().astype(int)
         shown = [utils.read_image(item.images[t]) for t in frames]
         rows[f"images {item.name}"] = shown

@@ -367,6 +367,7 @@ def test_figures_leave_out_the_given_and_the_last_frame_and_begin_where_an_objec
     # Copied: object 1: 1, 1, 1, 0; object 2: 1, 1
     assert figures["copied_j"] == (0.75 + 1) / 2
     assert figures["per_video"]["b"]["objects"] == 2 and figures["per_video"]["b"]["val_jf"] == 0.75
+    assert [*run.tracked] == [0, 1] and torch.equal(run.tracked[1], labels)
 
 
 def test_a_video_or_image_without_objects_counts_nothing(monkeypatch):
@@ -1204,7 +1205,7 @@ def test_255_beside_other_ids_is_void_in_videos_too(clips, capsys, monkeypatch):
     assert len(firsts) == 2
     pred = torch.where(ids == 255, 1, ids)
     monkeypatch.setattr(script_, "track_video", lambda *args: [pred, pred])
-    figures = script_.video_scores(None, None, ids, None)
+    figures, _ = script_.video_scores(None, None, ids, None)
     assert figures.shape == (2, 9) and (figures[:, :6] == 1).all() and (figures[:, 6:] < 1).any()
 
     class Loader(list):
@@ -1254,9 +1255,23 @@ def test_videos_without_objects_are_drawn_and_score_nothing(clips, tmp_path, mon
     paint(clips, np.zeros_like)
     args = options("--data-path", clips, *SMALL)
     videos = script_.VideoDataset(script_.find_items(str(clips), args), args, train=False, augment=False)
-    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"), dtype=None)
+    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"), dtype=None, tracked={})
     script_.draw_samples(script_.NETS["demo"](64), videos, run)
     assert (tmp_path / "val_samples.png").exists()
+
+
+def test_the_panel_shows_what_validation_has_tracked(clips, tmp_path, monkeypatch):
+    args, files = options("--data-path", clips, *SMALL), []
+    videos = script_.VideoDataset(script_.find_items(str(clips), args), args, train=False, augment=False)
+    run = SimpleNamespace(folder=tmp_path, device=torch.device("cpu"), dtype=None, tracked={})
+    model = script_.NETS["demo"](64)
+    real, tracked = script_.track_video, []
+    monkeypatch.setattr(script_, "track_video", lambda *args: tracked.append(real(*args)) or tracked[-1])
+    for _ in range(2):
+        script_.draw_samples(model, videos, run)
+        files.append((tmp_path / "val_samples.png").read_bytes())
+        run.tracked = dict(enumerate(by_mask for by_mask, _ in tracked))
+    assert len(tracked) == len(script_.sample_videos(videos)) and files[0] == files[1]
 
 
 def sampler(sizes, *more, images=(), rank=0, world_size=1, monkeypatch=None):
