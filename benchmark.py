@@ -215,7 +215,7 @@ def sam2(setup, net, size, frames=4, objects=1, frozen=False, checkpointing=Fals
     in the ratios. Ours: the losses are computed again in the backward pass, the last frame's memory
     is not encoded, fused AdamW. Own settings: bf16 in both, as in the official configuration.
     Cases named checkpointing: ours with --gradient-checkpointing. Cases named frozen: neither way
-    trains the image encoder. Other frames, objects and sizes are in the cases' names.
+    trains the image encoder. Other numbers of frames and objects are in the cases' names.
     """
     args = train_sam2.get_args_parser().parse_args([
         "--model", net, "--weights", "none", f"--image-size={size}", f"--num-frames={frames}",
@@ -596,9 +596,6 @@ CASES = {
     "sam2_tiny-frozen": Case(sam2, {**SAM2, "frozen": True}, own=BOTH_BF16),
     "sam2_tiny-8-frames": Case(sam2, {**SAM2, "frames": 8}, own=BOTH_BF16, steps=1),
     "sam2_tiny-3-objects": Case(sam2, {**SAM2, "objects": 3}, own=BOTH_BF16, steps=1),
-    "sam2_tiny-1024": Case(sam2, {**SAM2, "size": 1024}, own=BOTH_BF16, steps=1),
-    "sam2_tiny-1024-checkpointing": Case(
-        sam2, {**SAM2, "size": 1024}, ours={"checkpointing": True}, own=BOTH_BF16, steps=1),
     "decoder_vit_b": Case(decoder, {"net": "vit_b", "size": 1024}, batch=2, steps=2),
     "data-train_unet": Case(
         data, {"script": "train_unet", "kind": "cells"}, None, batch=16, steps=1, warm_up=0),

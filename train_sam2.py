@@ -1304,6 +1304,7 @@ def evaluate(model, loader, run, args):
     """
     model.eval()
     items, found, run.tracked = loader.dataset.items, {}, {}
+    shown = sample_videos(loader.dataset)
     for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
         if utils.stop_asked():  # all processes leave together, below
             break
@@ -1313,7 +1314,7 @@ def evaluate(model, loader, run, args):
                 found[index] = image_scores(model, images, masks, run)
                 continue
             found[index], by_mask = video_scores(model, images, masks, run)
-            if index in sample_videos(loader.dataset):
+            if index in shown:
                 run.tracked[index] = by_mask
     utils.raise_if_stopped(run.device)
     found = utils.merge_over_ranks(found)

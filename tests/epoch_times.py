@@ -7,8 +7,8 @@ Ours: each script's main, in float32, without loader processes, so that reading 
 checks files, makes nets and judges them; "encoding" keeps embeddings; both once per run, the rest per epoch. The
 article's way: our reading of the data, its nets, losses and steps as benchmark.py writes them, its validation (here
 the forward pass alone) where it has one, and what it saves. Where it does not validate, "training" is what compares.
-EfficientSAM's article trains one object per image at 1024 pixels (one image at a time: eight need
-more than 24 GB), ours up to eight at 256. Data sets: tests/README.md.
+EfficientSAM's article trains one object per image at 1024 pixels (one image at a time: four do
+not fit into 24 GB), ours up to eight at 256. Data sets: tests/README.md.
 """
 import argparse
 import contextlib
