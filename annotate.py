@@ -191,7 +191,7 @@ class Session:
                                            "objects of it; give another --output-dir")
             if name in self.earlier and not all(mask.exists() for mask in masks):
                 self.unsaved.add(name)
-        self.read = functools.lru_cache(2)(lambda index: predict.read_image(self.items[index].path))
+        self.read = functools.lru_cache(2)(lambda index: utils.read_image(self.items[index].path))
         self.embed = functools.lru_cache(16)(self.embed)
         self.cut_out = functools.lru_cache(600)(self.cut_out)
 

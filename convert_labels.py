@@ -46,7 +46,6 @@ from urllib.parse import unquote
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 import utils
 
@@ -426,8 +425,7 @@ def read_coco(args, notes):
 def read_labelme(args, notes):
     """Returns the names of the classes, sorted, and the Items of LabelMe's json files."""
     files, items, names = list_files(args.input, {".json"}), [], set()
-    for key, path in tqdm(files.items(), "reading", leave=False, disable=utils.hide_bar()):
-        utils.raise_if_stopped()
+    for key, path in utils.until_stopped(files.items(), "reading"):
         content = load_labelme(path)
         if content is None:
             notes.add("json files that are not LabelMe's, left out", path)
@@ -646,8 +644,7 @@ def read_dsb(args, notes):
         raise utils.InputError("--images: those of dsb are in INPUT; leave it out")
     folders = {path.parent for sub in ("images", "masks") for path in root.glob(f"*/{sub}")}
     folders = [folder for folder in sorted(folders) if folder.name[0] != "."]
-    for folder in tqdm(folders, "reading", leave=False, disable=utils.hide_bar()):
-        utils.raise_if_stopped()
+    for folder in utils.until_stopped(folders, "reading"):
         images = []
         if (folder / "images").is_dir():
             images = [*utils.list_images(folder / "images").values()]
@@ -852,8 +849,7 @@ def find_images(items, args, notes):
     """
     found, names, paths = {}, set(), set()
     items = sorted(items, key=lambda item: item.file)
-    for item in tqdm(items, "checking", leave=False, disable=utils.hide_bar()):
-        utils.raise_if_stopped()
+    for item in utils.until_stopped(items, "checking"):
         file, size = Path(item.file), item.size
         if item.path:
             file, size = file.with_name(item.path.name), utils.image_size(item.path)
@@ -939,9 +935,7 @@ def main(args):
     found = find_images(items, args, notes)
     check_targets(found, args)
     out, counts = Path(args.output_dir), Counter(dict.fromkeys(classes, 0))
-    bar = tqdm(found.items(), "converting", leave=False, disable=utils.hide_bar())
-    for name, (item, file, size, view) in bar:
-        utils.raise_if_stopped()
+    for name, (item, file, size, view) in utils.until_stopped(found.items(), "converting"):
         drawn = [*draw_objects(item, size, view, classes, notes)]
         objects = [obj for obj in drawn if obj[0] >= 0]
         counts.update(classes[class_id] for class_id, *_ in objects)

@@ -3,7 +3,8 @@
     python finetune_sam_decoder.py --demo
     python finetune_sam_decoder.py --data-path data --weights vit_b --epochs 20
 
-The image encoder is frozen: it looks at each image once, and its embedding is kept on disk.
+The image encoder is frozen, unless --train all: it looks at each image once (with --flip twice), and
+its embedding is kept on disk.
 Data:   DATA_PATH/VOCdevkit/VOC2007/ with JPEGImages/ID.jpg, SegmentationObject/ID.png (0 background,
         each other number one object, 255 void: ignored by prompts, loss and metrics), optionally
         SegmentationClass/ID.png and class_names.json for figures of each class, and
@@ -28,10 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import utils
+from nets.embeddings import keep_embeddings, load_embedding
 from nets.sam import BOTH, BOX, NETS, PIXEL_MEAN, PIXEL_STD, POINTS, WEIGHTS, decode, encode, enlarge
 from nets.sam import hash_frozen, preprocess, resized_size, two_passes
 from nets.weights import check_net, load_sam, load_weights
@@ -137,7 +139,7 @@ class VOCObjects(torch.utils.data.Dataset):
 
     def features(self, index, mirrored):
         if self.embeddings:
-            return utils.load_embedding(self.embeddings[index % len(self), mirrored])
+            return load_embedding(self.embeddings[index % len(self), mirrored])
         return read_input(self.items[index], mirrored, self.args)
 
     @staticmethod
@@ -175,7 +177,7 @@ def sample_prompts(ids, objects, args, vary):
             points[i, args.points:] = sample_points(beside, background)
         else:
             labels[i, args.points:] = -1  # padding
-        box = box_of(mask)
+        box = masks_to_boxes(torch.from_numpy(mask[None]))[0]
         if vary:
             inward = args.bbox_shift * max(ids.shape) / 256 * (2 * torch.rand(4) - 1)
             inward = inward.minimum((box[2:] - box[:2]).repeat(2) / 4)  # half of a small box stays
@@ -192,12 +194,6 @@ def sample_points(mask, count):
     inside = np.flatnonzero(mask)
     y, x = np.divmod(inside[torch.randint(len(inside), (count,)).numpy()], mask.shape[1])
     return torch.from_numpy(np.stack([x, y], 1)).float()
-
-
-def box_of(mask):
-    """Returns x0, y0, x1, y1 of the outermost pixels of a mask (H, W) bool."""
-    rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
-    return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
 
 
 def cover(ids, objects, args):
@@ -302,8 +298,11 @@ def find_class_names(root):
         if path.is_file():
             try:
                 ids = json.loads(path.read_text(encoding="utf-8"))
-                return {int(value): str(name) for name, value in ids.items()}
-            except (ValueError, TypeError, AttributeError) as error:
+                names = {int(value): str(name) for name, value in ids.items()}
+                if [*names] != [*ids.values()]:
+                    raise ValueError("ids are whole numbers, each once")
+                return names
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise utils.InputError(f'{path}: not like {{"name": id}} ({error}); fix or remove '
                                        'it') from None
     return {}
@@ -421,7 +420,7 @@ def create_model(args, checkpoint=None):
     model = NETS[args.model](args.image_size)
     args.base = args.weights
     if checkpoint:
-        args.base = checkpoint["args"].get("base", args.weights)
+        args.base = checkpoint["args"]["base"]
     if args.base != "none":
         args.base = load_sam(model, args.base)
     model.requires_grad_(args.train == "all")
@@ -455,8 +454,8 @@ def cache_embeddings(model, datasets, run, args):
         return f"{image} {args.base_hash} {args.image_size} {run.dtype} {mirrored} {PREPROCESS}"
 
     numbers = model.prompt_encoder.get_dense_pe().numel()  # of an embedding
-    utils.cache_embeddings(datasets, key, read_input, lambda images: encode(model, images, run.dtype),
-                           numbers, run)
+    keep_embeddings(datasets, key, read_input, lambda images: encode(model, images, run.dtype), numbers,
+                    run)
 
 
 # --- Loss ---
@@ -500,15 +499,12 @@ def evaluate(model, loader, run, args):
     """
     model.eval()
     found = {}  # index: figures and classes of 8 objects at a time
-    for features, ids, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for features, ids, (index,) in utils.until_stopped(loader, "validating", run.device):
         ids = ids[0]
         embedding = embed(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
         found[index] = [(judge(model, embedding, ids, numbers, run.dtype),
                          classes_of(loader.dataset.items[index], ids, numbers))
                         for numbers in torch.arange(1, ids.max() + 1).split(8)]  # to limit memory
-    utils.raise_if_stopped(run.device)
     parts = list(itertools.chain(*utils.merge_over_ranks(found).values()))
     rows = {name: torch.cat([figures[name] for figures, _ in parts]).double() for name in parts[0][0]}
     classes = itertools.chain(*[classes for _, classes in parts])
@@ -555,7 +551,7 @@ def clear_prompts(masks):
     """Masks (q, H, W) bool -> a click each, points (q, 1, 2) and labels (q, 1), and boxes (q, 4)."""
     points = torch.stack([middle(mask) for mask in masks])[:, None]
     labels = torch.ones(len(masks), 1, dtype=torch.long)
-    return points, labels, torch.stack([box_of(mask) for mask in masks])
+    return points, labels, masks_to_boxes(masks)
 
 
 def segment(model, embedding, size, points, labels, boxes, kind, low_logits, dtype):
@@ -674,10 +670,9 @@ def create_optimizer(model, args):
     """Returns AdamW; weight decay on matrices, not on norms, biases, tokens (article: on all)."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for name, p in model.named_parameters() if "pos" in name}  # position codes
-    decayed, others = [], []
-    for p in model.parameters():
-        if p.requires_grad:
-            (decayed if p.ndim > 1 and id(p) not in tables else others).append(p)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in tables]
+    others = [p for p in trained if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
 
@@ -713,7 +708,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_objects += len(owner)
-        if run.finish_gradient(optimizer, loss_sum, num_objects):  # now of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects):  # divides by num_objects; False: not finite
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -170,7 +170,7 @@ def read_batches(inputs, size, bad):
         while remaining or waiting:
             while remaining and len(waiting) <= size:  # this image and a batch ahead
                 name, path = remaining.popleft()
-                waiting.append((name, path, pool.submit(read_image, path)))
+                waiting.append((name, path, pool.submit(utils.read_image, path)))
             name, path, image = waiting.popleft()
             try:
                 batch.append((name, path, image.result()))
@@ -179,17 +179,6 @@ def read_batches(inputs, size, bad):
             if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch.clear()
-
-
-def read_image(path):
-    """Returns an image file or .npy array as RGB uint8 (H, W, 3); InputError whatever is wrong."""
-    try:
-        return utils.read_image(path)
-    except utils.InputError:
-        raise
-    except Exception as error:  # damaged or hostile bytes: a dozen types, MemoryError among them
-        raise utils.InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); replace "
-                               "it") from None
 
 
 # --- Model ---
@@ -442,7 +431,7 @@ def read_prompts(name, given, args, max_points):
 
 
 def read_entry(entry):
-    """Returns the queries of {"boxes": ..., "points": ...}, as read_prompts; or a ValueError ..."""
+    """Returns the queries of {"boxes": ..., "points": ...}; ValueError says what is wrong with it."""
     if entry.keys() - {"class", "boxes", "points"}:
         raise ValueError(f"it has {', '.join(entry)}")
     name = entry.get("class")

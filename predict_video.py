@@ -20,8 +20,9 @@ Writes:  OUTPUT_DIR/masks/FRAME.png (palette PNG of object ids; where objects ov
          masks/; score: probability that the frame shows it) and, with --coco, annotations.json.
 An object is tracked from its first prompt to the end and, unless --direction says otherwise, back to
 the start. Stopped (Ctrl-C, SIGTERM) and started again on the same folder, it continues. A frame that
-cannot be read is left out and named at the end, with exit status 2. If a video's size changes,
-OpenCV stretches the later frames to the first one's.
+cannot be read, in a video file also those after it, is left out and named at the end, with exit
+status 2. If a video's size changes, OpenCV stretches the later frames to the first one's, or they
+are left out.
 Copying: this script, utils.py and the folder nets/; for --coco convert_labels.py, for --eval
 train_sam2.py too.
 """
@@ -49,6 +50,7 @@ from nets.weights import load_weights, official_file, state_of
 
 SAVE_EVERY = 100     # frames after which the state is saved, should the process be killed
 MP4_BEGINS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # bytes 4 to 7
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 CHUNK_BYTES = 2**27  # of frames kept when a video is read backwards
 
 
@@ -119,8 +121,7 @@ class Folder:
         self.name, self.size = path.absolute().name, None
         self.names, self.paths, self.bad = [], [], []
         self.all_names = sorted(found, key=by_number)
-        for name in tqdm(self.all_names[::every], "reading", leave=False, disable=None):
-            utils.raise_if_stopped()
+        for name in utils.until_stopped(self.all_names[::every], "reading"):
             try:
                 image = utils.read_image(found[name])
                 self.size = self.size or image.shape[:2]
@@ -178,8 +179,11 @@ class VideoFile:
         if not self.checks:
             raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
         if not self.bad and lacks_frames(path, stated, rate, times):
-            self.bad.append(f"{path}: truncated or damaged: {self.place} of {stated} frames can be "
-                            f"read{missing_frames(self.place, stated)}")
+            missing = "the last ones perhaps in part"
+            if self.place < stated:
+                missing = f"frames {self.place} to {stated - 1} are missing"
+            self.bad.append(f"{path}: truncated or damaged: {self.place} of {stated} frames can be read; "
+                            f"{missing}")
         self.fps = frame_rate(rate, times) / every
         self.all_names = [f"{number:05d}" for number in range(self.place)]
         self.names = self.all_names[::every]
@@ -253,13 +257,6 @@ def lacks_frames(path, stated, rate, times):
     print(f"note: {path}: {len(times)} frames in {stated / rate:.1f} s, as its rate varies or its sound "
           "is longer")
     return False
-
-
-def missing_frames(count, stated):
-    """Returns the end of the line about a truncated video."""
-    if count < stated:
-        return f"; frames {count} to {stated - 1} are missing"
-    return ", the last ones perhaps in part"
 
 
 def is_whole(path, head):
@@ -337,6 +334,67 @@ def check_name(path):
     except UnicodeEncodeError:
         raise utils.InputError(f"{str(path)!r}: OpenCV takes no name of bytes that are no UTF-8; "
                                "rename it") from None
+
+
+def extract_frames(source, folder, args):
+    """Writes every --rate-th frame of a video into folder, of each in a folder into folder/VIDEO.
+
+    Returns {"frames": how many were written}. InputError at the end, after all other videos, if one
+    cannot be read, or not to its end.
+    """
+    source, folder = Path(source), Path(folder)
+    videos = find_video_files(source, folder) if source.is_dir() else {folder: source}
+    written, bad = 0, []
+    for target, path in videos.items():
+        try:
+            written += extract_video(path, target, args, skip_whole=source.is_dir())
+        except utils.InputError as error:
+            bad.append(str(error))
+    if bad:
+        more = f"; and {len(bad) - 10} more videos" if len(bad) > 10 else ""
+        raise utils.InputError("; ".join(bad[:10]) + more)
+    return {"frames": written}
+
+
+def find_video_files(source, folder):
+    """Returns {folder/VIDEO: path} of the videos in source, or of those in its folders."""
+    for pattern in ("*", "*/*"):
+        videos = {}
+        for path in sorted(source.glob(pattern)):
+            if path.suffix.lower() in VIDEOS and path.name[0] != "." and path.is_file():
+                target = (folder / path.relative_to(source)).with_suffix("")
+                if target in videos:
+                    raise utils.InputError(f"{path}: {videos[target].name} has the same name; rename one")
+                videos[target] = path
+        if videos:
+            return videos
+    raise utils.InputError(f"{source}: no videos ({' '.join(sorted(VIDEOS))}); give --extract-frames a "
+                           "video, or a folder of videos")
+
+
+def extract_video(path, folder, args, skip_whole):
+    """Writes folder/00000.jpg, 00004.jpg ..., numbers in the video; returns how many.
+
+    A hidden file marks the folder until the last frame is written; then skip_whole skips the video.
+    """
+    mark, names = folder / f".{path.name}.incomplete", {found.name for found in folder.glob("[!.]*")}
+    if names and not mark.exists() and not args.overwrite:
+        if skip_whole and names == {f"{args.rate * i:05d}.jpg" for i in range(len(names))}:
+            return 0
+        raise utils.InputError(f"{folder}: is not empty; give another folder, or --overwrite")
+    video = VideoFile(path, args.rate)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for found in [*folder.iterdir()]:  # of an earlier or another video
+        if re.fullmatch(r"[0-9]{5,}\.jpg|\..+\.incomplete", found.name) and found != mark:
+            found.unlink()
+    for t, name in enumerate(utils.until_stopped(video.names, "writing")):
+        (folder / f"{name}.jpg").write_bytes(cv2.imencode(".jpg", video.read(t)[..., ::-1])[1])
+    print(f"wrote {len(video.names)} of {len(video.all_names)} frames to {folder}")
+    if video.bad:
+        raise utils.InputError(video.bad[0])
+    mark.unlink()
+    return len(video.names)
 
 
 def by_number(name):
@@ -675,8 +733,7 @@ def evaluate(video, prompts, truth, folder, train_sam2, args):
     last, found, values = max(truth), set(), {}
     codes = set().union(*(np.unique(read_truth(masks, train_sam2)).tolist() for masks in truth.values()))
     binary = codes <= {0, 255}  # then 255 is the object
-    for t, masks in tqdm(sorted(truth.items()), "evaluating", leave=False, disable=None):
-        utils.raise_if_stopped()
+    for t, masks in utils.until_stopped(sorted(truth.items()), "evaluating"):
         true = read_truth(masks, train_sam2)
         ids = utils.read_mask(folder / f"masks/{video.names[t]}.png")
         if binary:
@@ -740,8 +797,7 @@ def write_outputs(video, prompts, state, folder, coco, args):
     rows, images, annotations = [], [], []
     writer = open_overlay(video, folder, args) if args.overlay else None
     scores = state["scores"].tolist()
-    for t, name in enumerate(tqdm(video.names, "writing", leave=False, disable=None)):
-        utils.raise_if_stopped()
+    for t, name in enumerate(utils.until_stopped(video.names, "writing")):
         ids = utils.read_mask(folder / f"masks/{name}.png")
         for k, score in zip(prompts, scores[t]):
             mask = ids == k

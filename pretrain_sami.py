@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import utils
 from nets import efficient_sam, sam
 from nets.efficient_sam import DecoderAttention, TransformerMLP
+from nets.embeddings import keep_embeddings, load_embedding
 from nets.weights import check_net, load_sam, load_weights, read_weights
 
 CROP_SCALE = (0.2, 1.0)  # share of the image that a crop covers, as MAE
@@ -63,8 +63,8 @@ def get_args_parser():
     add("--image-size", type=utils.number(int, 16), default=224,
         help="side in pixels at which the encoder sees an image (%(default)s)")
     add_switch("--crop", default=True,
-               help="train on random crops: SAM runs on each in each epoch. False: on whole images, once "
-                    "on each (--flip: twice), and as often 100 kB are kept; a line says the seconds")
+               help="train on random crops, on which SAM runs in every epoch; False: on whole images, whose "
+                    "features (100 kB each; with --flip twice) are made once and kept")
     add_switch("--flip", default=True, help="train on mirrored images half the time (%(default)s)")
     add("--cache-dir", help="folder of the kept features (embeddings/ beside --output-dir)")
     add_switch("--no-cache", help="keep no features without --crop either")
@@ -111,7 +111,7 @@ class UnlabelledImages(torch.utils.data.Dataset):
 
     def __init__(self, items, args, augment):
         self.items, self.args, self.augment = items, args, augment
-        self.embeddings = {}  # (index, mirrored): file, once utils.cache_embeddings has made it
+        self.embeddings = {}  # (index, mirrored): file, once cache_features has made it
 
     def __len__(self):
         return len(self.items)
@@ -126,7 +126,7 @@ class UnlabelledImages(torch.utils.data.Dataset):
             if self.augment and args.crop:
                 box = transforms.RandomResizedCrop.get_params(image, CROP_SCALE, (3 / 4, 4 / 3))
         if self.embeddings:
-            features = utils.load_embedding(self.embeddings[index % len(self), mirrored])
+            features = load_embedding(self.embeddings[index % len(self), mirrored])
         else:
             features = teacher_view(image, box, mirrored, args)
         image = resize(image, box, mirrored, args.image_size) / 255
@@ -373,7 +373,7 @@ def cache_features(teacher, datasets, run, args):
     def encode(images):
         return target_features(teacher, images, args, run.dtype)
 
-    utils.cache_embeddings(datasets, key, read_teacher_input, encode, args.teacher_dim * args.grid**2, run)
+    keep_embeddings(datasets, key, read_teacher_input, encode, args.teacher_dim * args.grid**2, run)
 
 
 # --- Loss ---
@@ -399,9 +399,7 @@ def evaluate(model, teacher, mean, loader, run, args):
     """
     model.eval()
     rows = {}  # index: (2, 4), figures of masked and of visible tokens
-    for *batch, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for *batch, (index,) in utils.until_stopped(loader, "validating", run.device):
         image, features, order = [part.to(run.device) for part in batch]
         target = as_tokens(target_features(teacher, features, args, run.dtype))
         pred = reconstruct(model, image, order, run.dtype, args)
@@ -412,7 +410,6 @@ def evaluate(model, teacher, mean, loader, run, args):
         found = torch.stack(found)[:, 0, order[0]].double().cpu()  # (4, N), in `order`
         visible, masked = found[:, :args.num_visible], found[:, args.num_visible:]
         rows[int(index)] = torch.stack([masked.mean(1), visible.mean(1)])
-    utils.raise_if_stopped(run.device)
     rows = torch.stack([*utils.merge_over_ranks(rows).values()]).mean(0)
     figures = {}
     for part, row in zip(("masked", "visible"), rows.tolist()):
@@ -439,12 +436,9 @@ def mean_features(teacher, dataset, run, args):
     """Returns the mean of SAM's features at each position over a data set's images, (D, E, E)."""
     loader = utils.create_loader(dataset, args, shuffle=False, batch_size=1)
     total = torch.zeros(args.teacher_dim, args.grid, args.grid, dtype=torch.float64)
-    for _, features, _, _ in tqdm(loader, "mean features", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for _, features, _, _ in utils.until_stopped(loader, "mean features", run.device):
         features = target_features(teacher, features.to(run.device), args, run.dtype)
         total += features[0].cpu().double()
-    utils.raise_if_stopped(run.device)
     return (sum(utils.merge_over_ranks({run.rank: total}).values()) / len(dataset)).float()
 
 
@@ -487,10 +481,9 @@ def draw_samples(model, teacher, dataset, run):
 
 def create_optimizer(model, args):
     """Returns AdamW; weight decay on matrices, as MAE, and not on position codes."""
-    decayed, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decayed if p.ndim > 1 and "pos_embed" not in name else others).append(p)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and "pos_embed" not in name]
+    others = [p for name, p in trained if p.ndim < 2 or "pos_embed" in name]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                              fused=True)
@@ -530,7 +523,7 @@ def train_one_epoch(model, teacher, loader, optimizer, run, args):
             num_images += valid.sum()
         epoch = run.progress["epoch"] + run.progress["step"] / run.steps_per_epoch
         set_learning_rate(optimizer, args, epoch)
-        if run.finish_gradient(optimizer, loss_sum, num_images):  # now of the mean over images
+        if run.finish_gradient(optimizer, loss_sum, num_images):  # divides by num_images; False: not finite
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -565,8 +558,8 @@ def print_cost(teacher, item, run, args):
     started = time.monotonic()
     target_features(teacher, features, args, run.dtype).cpu()
     seconds, size = time.monotonic() - started, 2 * args.teacher_dim * args.grid**2
-    print(f"SAM takes {seconds:.3g} s per image: by --crop in each epoch; by --crop False once (with "
-          f"--flip twice), and as often {size / 1e3:.0f} kB are kept")
+    print(f"SAM takes {seconds:.3g} s per image: with --crop in every epoch; with --crop False once "
+          f"(--flip: twice), and keeps {size / 1e3:.0f} kB each time")
 
 
 def prepare_demo(args):

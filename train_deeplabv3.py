@@ -9,7 +9,7 @@ Data:   DATA_PATH/VOCdevkit/VOC2012/ with JPEGImages/ID.jpg, SegmentationClass/I
         val.txt (one ID per line) and, optionally, class_names.json ({"name": id}).
 Writes: OUTPUT_DIR/best.pth (best val_miou), last.pth (for --resume), log.csv, curves.png,
         val_samples.png (image | truth | prediction), results*.txt (as the article), record_mAP.txt
-        (figures of each class), split.json, args.json.
+        (figures of each class; --test-only: record_mAP_test.txt), split.json, args.json.
 Parts:  the article's, and here: SegmentationPresetTrain = scale_flip_crop; SegmentationPresetEval =
         resize, normalize; ConfusionMatrix = count_pixels, scores, table; create_lr_scheduler =
         learning_rate; MetricLogger, SmoothedValue, init_distributed_mode = utils.Run; DeepLabV3,
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 import utils
 from nets.deeplabv3 import BACKBONES, COCO_WEIGHTS, PIXEL_MEAN, PIXEL_STD, VOC_CLASSES
@@ -201,26 +200,33 @@ def find_items(root, name):
     return [(item_id, images[item_id], labels[item_id]) for item_id in ids]
 
 
-def find_classes(root, num_classes):
-    """Returns the names of classes 0..num_classes: of class_names.json in root or above it, of VOC, or numbers."""
+def find_class_names(root):
+    """Returns {id: name} of class_names.json in root or above it; {} without one."""
     for folder in (root, root.parent, root.parent.parent):
         path = folder / "class_names.json"
-        if not path.is_file():
-            continue
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8"))
-            names = {int(value): str(name) for name, value in ids.items()}
-            if [*names] != [*ids.values()]:
-                raise ValueError("ids are whole numbers, each once")
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise utils.InputError(f'{path}: not like {{"name": id}} ({error}); fix or remove '
-                                   'it') from None
-        highest = max(set(names) - {VOID}, default=0)
-        if highest > num_classes:
-            raise utils.InputError(f"{path}: names class {highest}, but --num-classes is "
-                                   f"{num_classes} without the background; give a larger one")
-        return [names.get(k, "background" if k == 0 else str(k)) for k in range(num_classes + 1)]
-    return VOC_CLASSES if num_classes == 20 else [str(k) for k in range(num_classes + 1)]
+        if path.is_file():
+            try:
+                ids = json.loads(path.read_text(encoding="utf-8"))
+                names = {int(value): str(name) for name, value in ids.items()}
+                if [*names] != [*ids.values()]:
+                    raise ValueError("ids are whole numbers, each once")
+                return names
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise utils.InputError(f'{path}: not like {{"name": id}} ({error}); fix or remove '
+                                       'it') from None
+    return {}
+
+
+def find_classes(root, num_classes):
+    """Returns the names of classes 0..num_classes: of class_names.json, of VOC, or numbers."""
+    names = find_class_names(root)
+    if not names:
+        return VOC_CLASSES if num_classes == 20 else [str(k) for k in range(num_classes + 1)]
+    highest = max(set(names) - {VOID}, default=0)
+    if highest > num_classes:
+        raise utils.InputError(f"{root}: class_names.json: names class {highest}, but --num-classes is "
+                               f"{num_classes} without the background; give a larger one")
+    return [names.get(k, str(k) if k else "background") for k in range(num_classes + 1)]
 
 
 def check_item(item, whole, num_classes):
@@ -414,15 +420,12 @@ def evaluate(model, loader, run, args):
     num_classes = args.num_classes + 1
     losses = {}  # index: summed over labelled pixels
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=run.device)
-    for image, label, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for image, label, (index,) in utils.until_stopped(loader, "validating", run.device):
         image = image.to(run.device, non_blocking=run.pinned)
         label = label.to(run.device, non_blocking=run.pinned)
         logits = predict(model, image, run.dtype, label.shape[-2:])
         losses[int(index)] = criterion({"out": logits}, label) * (label != VOID).sum()
         counts += count_pixels(logits.argmax(1), label, num_classes)
-    utils.raise_if_stopped(run.device)
     counts = utils.sum_over_ranks(counts).cpu()
     if not counts.sum():
         raise utils.InputError(f"{args.val_set}.txt: none of its images has a labelled pixel; look at "
@@ -565,7 +568,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             num_labelled += labelled
-        if run.finish_gradient(optimizer, loss_sum, num_labelled):  # now of the mean over pixels
+        if run.finish_gradient(optimizer, loss_sum, num_labelled):  # divides by num_labelled; False: not finite
             run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -625,7 +628,7 @@ def main(args):
     print(text)
     write_record(run, "record_mAP.txt", text, figures)
     run.finish("val_miou")
-    if args.demo:
+    if args.data_path == str(run.folder / "data"):  # generated by --demo
         import demo_data
         train, val = ([read_item(item, args.num_classes) for item in part.items]
                       for part in (train_set, val_set))

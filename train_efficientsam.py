@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import utils
 from nets.efficient_sam import NETS, WEIGHTS, content_size, encode, predict_masks, preprocess
@@ -198,9 +197,9 @@ def read_item(item):
     if ids.shape != image.shape[:2]:
         raise utils.InputError(f"{path}: {ids.shape[1]}x{ids.shape[0]} pixels, but {image_path} "
                                f"has {image.shape[1]}x{image.shape[0]}; save both at one size")
-    if (ids.dtype.kind == "f" and (ids != np.round(ids)).any()) or ids.min() < 0:
-        raise utils.InputError(f"{path}: ids must be whole and not negative; 0 is background, each "
-                               "other number one object")
+    if ids.min() < 0:
+        raise utils.InputError(f"{path}: ids must not be negative; 0 is background, each other "
+                               "number one object")
     return image, ids.astype(np.int64)
 
 
@@ -311,7 +310,7 @@ def create_model(args, checkpoint=None):
     model = NETS[args.model](args.image_size)
     args.new_neck = False
     if checkpoint:
-        args.new_neck = checkpoint["args"].get("new_neck", False)
+        args.new_neck = checkpoint["args"]["new_neck"]
         check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
         load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":
@@ -367,9 +366,7 @@ def evaluate(model, loader, run, args):
     """
     model.eval()
     rows = {}  # index: figures of each object of an image
-    for batch in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for batch in utils.until_stopped(loader, "validating", run.device):
         image, points, labels, ids, valid = [part.to(run.device) for part in batch[:-1]]
         if not valid.any():
             continue
@@ -387,7 +384,6 @@ def evaluate(model, loader, run, args):
             figures = [chosen, 2 * chosen / (1 + chosen), iou.max(1).values, error, box_iou(truth)]
             found.append(torch.stack(figures, 1).cpu().double())
         rows[index] = torch.cat(found)
-    utils.raise_if_stopped(run.device)
     rows = utils.merge_over_ranks(rows).values()
     rows = torch.cat([torch.zeros(0, len(FIGURES), dtype=torch.float64), *rows])
     return dict(zip(FIGURES, (rows.sum(0) / len(rows)).tolist()))
@@ -432,10 +428,9 @@ def draw_samples(model, dataset, run):
 def create_optimizer(model, args):
     """Returns AdamW, weight decay on matrices only: embeddings of unused prompts would fade away."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    decayed, others = [], []
-    for p in model.parameters():
-        if p.requires_grad:
-            (decayed if p.ndim > 1 and id(p) not in embeddings else others).append(p)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
 
@@ -485,7 +480,7 @@ def main(args):
         raise utils.InputError("--decoder-weights: needs --weights encoder.pth, of pretrain_sami.py")
     if args.image_size % 16:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 16")
-    run = utils.Run(args, net="efficient_sam")  # joins torchrun's processes; seeds; device, precision
+    run = utils.Run(args, net="efficient_sam")  # joins torchrun; seeds; device, precision
     if args.deterministic and run.device.type == "cuda":
         raise utils.InputError("--deterministic: bicubic resizing has no deterministic gradient on "
                                "CUDA; leave it out")

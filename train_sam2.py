@@ -7,13 +7,14 @@
 
 Data:   DATA_PATH, which may be repeated; the layout is detected from the folder's contents. Videos:
         JPEGImages/VIDEO/00000.jpg ..., Annotations/VIDEO/00000.png of ids (0 background, each other
-        id one object; 255 is void if other ids occur), or Annotations/VIDEO/OBJECT/00000.png, one
-        folder per object; DAVIS' 480p/ in between is found. SA-V: VIDEO_manual.json with a folder
-        VIDEO of frames, which --extract-frames writes. Images: SA-1B's sa_N.jpg with sa_N.json; or
-        VOC's JPEGImages/ID.jpg with SegmentationObject/ID.png (255 void). Split 80:20, or by lists.
-Writes: OUTPUT_DIR/best.pth (best val_jf) and last.pth (for --resume), log.csv, curves.png,
-        val_videos.csv (figures of each video), val_samples.png (frames of a clip in a row:
-        image, truth, prediction), split.json, args.json.
+        id one object; in 8-bit masks 255 is void if other ids occur), or one folder per object,
+        Annotations/VIDEO/OBJECT/00000.png; DAVIS' 480p/ in between is found. SA-V: VIDEO_manual.json
+        with a folder VIDEO of frames, which --extract-frames writes. Images: SA-1B's sa_N.jpg with
+        sa_N.json; or VOC's JPEGImages/ID.jpg with SegmentationObject/ID.png (255 void). Split 80:20,
+        or by lists.
+Writes: OUTPUT_DIR/best.pth (best val_jf; of images alone best val_image_box_iou) and last.pth (for
+        --resume), log.csv, curves.png, val_videos.csv (figures of each video), val_samples.png
+        (frames of a clip in a row: image, truth, prediction), split.json, args.json.
 Parts:  the article's, and here: VOSDataset, RandomUniformSampler = VideoDataset; the raw data sets =
         find_items, find_videos, find_sav, find_sa1b; TorchTrainMixedDataset = MixSampler; transforms =
         change_clip; SAM2Train = simulate_prompts, track_clips; loss_fns.py = criterion, mask_losses;
@@ -24,9 +25,7 @@ import csv
 import functools
 import json
 import math
-import os
 import re
-import reprlib
 import shlex
 from collections import Counter
 from contextlib import suppress
@@ -39,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import masks_to_boxes, sigmoid_focal_loss
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import utils
 from nets.sam2 import NETS, PIXEL_MEAN, WEIGHTS, enlarge, normalize, resize_images, resize_mask
@@ -53,7 +52,6 @@ VOID = 0       # key of the void mask among objects, whose ids begin at 1
 VOID_ID = 255  # of void pixels in mask files and arrays of ids
 IDS, IDS_AND_VOID = 0, -1  # instead of an object's id: a file of many; 255 is an object, or void
 LOSSES = ("focal", "dice", "iou", "score")  # of criterion
-VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 PARTS = {  # of --freeze
     "image_encoder": ("image_encoder",),
     "memory": ("memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj",
@@ -187,7 +185,7 @@ def ratio(text):
     """Type of an option of whole numbers from 1 with colons between."""
     parts = text.split(":")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers from 1 with colons between")
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers from 1 with colons between")
     return [int(part) for part in parts]
 
 
@@ -230,9 +228,10 @@ class Clip(NamedTuple):
 class VideoDataset(torch.utils.data.Dataset):
     """Videos and images: [(epoch, index)] -> training: Clip, item; validation: images, masks, item.
 
-    Training: [list of keys] gives a list. The item is index modulo len(items), as an epoch may have
-    several clips of an item. A clip that cannot be loaded is reported and replaced by one of another
-    item of the same --data-path. What is random depends on (seed, epoch, index) alone.
+    Training: [list of keys] gives a list. index = item + len(items) * how often the epoch has had that
+    item before, so that each of its clips is another. A clip that cannot be loaded is reported and
+    replaced by one of another item of the same --data-path. What is random depends on (seed, epoch,
+    index) alone.
     Validation: images (T, 3, S, S) uint8; at the item's own size, of a video ids (T, H, W) uint8, 1 to
     N or 255 for void; of an image masks (N + 1, H, W) bool, the last its void pixels.
     """
@@ -283,7 +282,9 @@ class VideoDataset(torch.utils.data.Dataset):
         images, _, masks = zip(*[read_frame(images[t], masks[t], size, object_ids) for t in frames])
         if self.augment:
             images, masks = change_clip(images, masks, args)
-        images, masks = resize_images(images, args.image_size), resize_clip_masks(masks, args.image_size)
+        images = resize_images(images, args.image_size)
+        masks = v2.functional.resize(torch.from_numpy(np.stack(masks)), [args.image_size] * 2,
+                                     v2.InterpolationMode.NEAREST_EXACT) > 0
         masks, void = masks[:, :-1], masks[:, -1:]
         if not masks[0].any():
             raise utils.InputError(f"{item.masks[frames[0]][0][1]}: its objects vanish at --image-size "
@@ -399,14 +400,6 @@ def change_colours(images, args):
     return torch.stack([jitter(image) for image in images])
 
 
-def resize_clip_masks(masks, image_size):
-    """Masks (N, H, W) uint8 of each frame -> (T, N, S, S) bool, nearest-neighbour resized."""
-    def resize(mask):
-        return cv2.resize(np.ascontiguousarray(mask), (image_size, image_size),
-                          interpolation=cv2.INTER_NEAREST_EXACT)
-    return torch.from_numpy(np.stack([[resize(mask) for mask in frame] for frame in masks])) > 0
-
-
 def simulate_prompts(masks, args, void):
     """Masks (T, N, S, S) bool of a clip -> prompts, corrected, draws of Clip: what a user may do.
 
@@ -421,7 +414,8 @@ def simulate_prompts(masks, args, void):
         prompted = draw_int(1, prompted)
     others = (1 + torch.randperm(num_frames - 1)).tolist()
     frames, others = [0, *others[:prompted - 1]], others[prompted - 1:]
-    if not by_points:
+    if not by_points:  # on one frame the net finds the masks itself, or there would be no gradient
+        frames = frames[:num_frames - 1]
         return {t: {} for t in frames}, (), torch.zeros(num_frames, 0, num_objects)
     corrected = max(prompted, min(args.corrected_frames, num_frames))
     if args.vary_corrected:
@@ -434,7 +428,7 @@ def simulate_prompts(masks, args, void):
     draws = torch.rand(num_frames, args.num_correction_points, num_objects)
     for places in draws.flatten(0, 1):  # views: subtracting changes draws
         if happens(args.prob_click_truth):
-            places -= 1
+            places -= 1  # below 0: on the whole object, see next_clicks
     return prompts, (*frames, *others[:corrected - prompted]), draws
 
 
@@ -447,7 +441,7 @@ def draw_boxes(masks, void):
     coords, labels = F.pad(coords, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
     for i, mask in enumerate(masks):
         if mask.any():
-            box = box_of(mask)
+            box = masks_to_boxes(mask[None])[0]
             reach = (0.1 * (box[2:] - box[:2])).clamp(max=20).repeat(2)
             box = (box + (2 * torch.rand(4) - 1) * reach).clamp(0, mask.shape[1] - 1)
             coords[i], labels[i] = box.view(2, 2), torch.tensor([2, 3])
@@ -479,17 +473,11 @@ def next_clicks(masks, pred, draws, void):
     return torch.stack([place % side, place // side], 2).float(), labels
 
 
-def box_of(mask):
-    """Returns x0, y0, x1, y1 of the outermost pixels of a mask (H, W) bool."""
-    rows, columns = (np.asarray(mask).any(axis).nonzero()[0] for axis in (1, 0))
-    return torch.tensor([columns[0], rows[0], columns[-1], rows[-1]], dtype=torch.float32)
-
-
-@functools.lru_cache(maxsize=1)  # of a clip's first frame objects are drawn, then read
+@functools.lru_cache(maxsize=1)  # draw_objects and read_frame ask for a clip's first frame in turn
 def find_objects(sources):
     """((object_id, source), ...) of one frame -> {object_id: function returning its mask (H, W) bool}.
 
-    Void has the key VOID. Each mask is decoded once, when it is asked for.
+    Void has the key VOID. Each mask is decoded once, and only if it is asked for: not all are drawn.
     """
     found = {}
     for object_id, source in sources:
@@ -565,7 +553,7 @@ def decode_counts(text):
     for code in text.encode():
         code -= 48
         if not 0 <= code < 64 or shift > 40:
-            raise ValueError(f"{short(text)} are no run lengths")
+            raise ValueError(f"{text[:60]!r} are no run lengths")
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
@@ -573,13 +561,6 @@ def decode_counts(text):
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     return counts
-
-
-def short(value, length=60):
-    """Returns any value as one line of printable text."""
-    text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
-    text = text if len(text) <= length else text[:length] + " ..."
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def draw_objects(sources, most):
@@ -767,7 +748,7 @@ def find_videos(root, args, list_name):
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled, void = Counter(), []
-    for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
+    for name in utils.until_stopped(names, "reading"):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         check_pairs(images_root / name, images, masks)
         if len(images) > len(masks):
@@ -831,16 +812,17 @@ def find_masks(folder):
 
 @functools.lru_cache(maxsize=None)
 def first_ids(paths):
-    """Returns the ids, without 0, of a video's masks; stops at the first with another id than 255.
+    """Returns the ids, without 0, of a video's masks, as far as the first that has another than 255.
 
-    None of 16-bit masks, in which 255 is an id like any other.
+    Stops before 16-bit masks, in which 255 is an id like any other.
     """
     ids = set()
     for path in paths:
         with suppress(utils.InputError):  # raised where the mask is used
             mask = utils.read_mask(path)
-            if mask.itemsize == 1:
-                ids |= {*np.unique(mask).tolist()} - {0}
+            if mask.itemsize > 1:
+                break
+            ids |= {*np.unique(mask).tolist()} - {0}
         if ids - {VOID_ID}:
             break
     return ids
@@ -860,10 +842,7 @@ def select(list_name, root, known):
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise utils.InputError(f"{list_name}: no such list, nor {paths[1]}; write one with one video per line")
-    try:
-        names = utils.read_lines(path)
-    except OSError as error:
-        raise utils.InputError(f"{path}: no list that can be read ({error}); write one name per line") from None
+    names = utils.read_lines(path)
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
     known = {*known}  # spaces around a name are kept if it is known so
@@ -976,8 +955,9 @@ def check_mix(args):
     for option, numbers in (("--mix", args.mix), ("--multiplier", several)):
         if numbers and len(numbers) != paths:
             raise utils.InputError(f"{option}: {len(numbers)} numbers for {paths} --data-path; give one for each")
-    if args.split and (args.val_set or args.train_set):
-        raise utils.InputError("--split: takes the place of --train-set and --val-set; give one or the other")
+    if args.split and (args.val_set or args.train_set or args.val_path):
+        raise utils.InputError("--split: takes the place of --train-set, --val-set and --val-path; give "
+                               "one or the other")
     if paths > 1 and (args.img_folder or args.gt_folder):
         raise utils.InputError("--img-folder, --gt-folder: are of a single --data-path; leave them out")
 
@@ -1042,85 +1022,6 @@ def paint_clip(clip):
             cv2.rectangle(image, (0, 0), (side, side), (255, 0, 0), size)
         painted.append(image)
     return painted
-
-
-def extract_frames(source, folder, args):
-    """Writes every --rate-th frame of a video into folder, of each in a folder into folder/VIDEO.
-
-    Returns {"frames": how many were written}. InputError at the end, after all other videos, if one
-    cannot be read, or not to its end.
-    """
-    source, folder = Path(source), Path(folder)
-    videos = find_video_files(source, folder) if source.is_dir() else {folder: source}
-    written, bad = 0, []
-    for target, path in videos.items():
-        try:
-            written += extract_video(path, target, args, skip_whole=source.is_dir())
-        except utils.InputError as error:
-            bad.append(str(error))
-    if bad:
-        more = f"; and {len(bad) - 10} more videos" if len(bad) > 10 else ""
-        raise utils.InputError("; ".join(bad[:10]) + more)
-    return {"frames": written}
-
-
-def find_video_files(source, folder):
-    """Returns {folder/VIDEO: path} of the videos in source, or of those in its folders."""
-    for pattern in ("*", "*/*"):
-        videos = {}
-        for path in sorted(source.glob(pattern)):
-            if path.suffix.lower() in VIDEOS and path.name[0] != "." and path.is_file():
-                target = (folder / path.relative_to(source)).with_suffix("")
-                if target in videos:
-                    raise utils.InputError(f"{path}: {videos[target].name} has the same name; rename one")
-                videos[target] = path
-        if videos:
-            return videos
-    raise utils.InputError(f"{source}: no videos ({' '.join(sorted(VIDEOS))}); give --extract-frames a "
-                           "video, or a folder of videos")
-
-
-def extract_video(path, folder, args, skip_whole):
-    """Writes folder/00000.jpg, 00004.jpg ..., numbers in the video; returns how many.
-
-    A hidden file marks the folder until the last frame is written; then skip_whole skips the video.
-    """
-    predict_video = utils.import_script("predict_video", "--extract-frames")
-    predict_video.check_name(path)
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said in one line
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    video, mark = cv2.VideoCapture(str(path)), folder / f".{path.name}.incomplete"
-    if not path.is_file() or not video.isOpened():
-        raise utils.InputError(f"{path}: not a video that can be read; give --extract-frames a file, then a folder")
-    names = {found.name for found in folder.glob("[!.]*")}
-    if names and not mark.exists() and not args.overwrite:
-        if skip_whole and names == {f"{args.rate * i:05d}.jpg" for i in range(len(names))}:
-            return 0
-        raise utils.InputError(f"{folder}: is not empty; give another folder, or --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    for found in [*folder.iterdir()]:  # of an earlier or another video
-        if re.fullmatch(r"[0-9]{5,}\.jpg|\..+\.incomplete", found.name) and found != mark:
-            found.unlink()
-    times = []
-    while video.grab():
-        utils.raise_if_stopped()
-        if len(times) % args.rate == 0:
-            decoded, image = video.retrieve()
-            if not decoded:
-                break
-            (folder / f"{len(times):05d}.jpg").write_bytes(cv2.imencode(".jpg", image)[1])
-        times.append(video.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    count, stated = len(times), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    if not count:
-        raise utils.InputError(f"{path}: no frame can be read; convert it to mp4 (H.264)")
-    written = math.ceil(count / args.rate)
-    print(f"wrote {written} of {count} frames to {folder}")
-    if predict_video.lacks_frames(path, stated, video.get(cv2.CAP_PROP_FPS), times):
-        raise utils.InputError(f"{path}: truncated or damaged: {count} of {stated} frames can be read"
-                               f"{predict_video.missing_frames(count, stated)}")
-    mark.unlink()
-    return written
 
 
 # --- Model ---
@@ -1260,8 +1161,8 @@ def criterion(low_res, ious, score, masks, args, void=None):
     error = error.mean(1) if args.supervise_all_iou else error[rows, best]
     wrong = torch.zeros_like(score)
     if args.pred_obj_scores:
-        wrong = focal_loss(score, present.float(), args.focal_alpha_obj_score,
-                           args.focal_gamma_obj_score)
+        wrong = sigmoid_focal_loss(score, present.float(), args.focal_alpha_obj_score,
+                                   args.focal_gamma_obj_score)
     return torch.stack([(focal * counts).sum(), (dice * counts).sum(), (error * counts).sum(),
                         wrong.sum()])
 
@@ -1273,21 +1174,11 @@ def mask_losses(low_res, masks, args, void=None):
     if void is not None:  # contributes nothing to any of the three
         logits = logits.masked_fill(void, -100)
     target, pred = masks.float(), logits.detach() > 0
-    focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
+    focal = sigmoid_focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
     prob = logits.sigmoid()
     overlap, total = (prob * target).sum((1, 2)), prob.sum((1, 2)) + target.sum((1, 2))
     iou = (pred & masks).sum((1, 2)) / (pred | masks).sum((1, 2)).clamp(min=1)
     return focal, 1 - (2 * overlap + 1) / (total + 1), iou
-
-
-def focal_loss(logits, target, alpha, gamma):
-    """Returns each logit's focal loss (Lin et al. 2017): target 1 weighs alpha, 0 the rest."""
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    if gamma:
-        loss = loss * (logits.sigmoid() - target).abs() ** gamma
-    if alpha >= 0:
-        loss = loss * (alpha * target + (1 - alpha) * (1 - target))
-    return loss
 
 
 # --- Evaluation ---
@@ -1305,9 +1196,7 @@ def evaluate(model, loader, run, args):
     model.eval()
     items, found, run.tracked = loader.dataset.items, {}, {}
     shown = sample_videos(loader.dataset)
-    for images, masks, (index,) in tqdm(loader, "validating", leave=False, disable=utils.hide_bar()):
-        if utils.stop_asked():  # all processes leave together, below
-            break
+    for images, masks, (index,) in utils.until_stopped(loader, "validating", run.device):
         objects = masks[:-1] if items[index].still else masks % VOID_ID
         if objects.any():  # a large data set may hold items without, which the start has not read
             if items[index].still:
@@ -1316,7 +1205,6 @@ def evaluate(model, loader, run, args):
             found[index], by_mask = video_scores(model, images, masks, run)
             if index in shown:
                 run.tracked[index] = by_mask
-    utils.raise_if_stopped(run.device)
     found = utils.merge_over_ranks(found)
     figures, per_video = {}, {}
     for names, still in ((FIGURES, False), (IMAGE_FIGURES, True)):
@@ -1332,7 +1220,7 @@ def evaluate(model, loader, run, args):
 
 
 def video_scores(model, images, ids, run):
-    """Images (T, 3, S, S) uint8, ids (T, H, W) -> FIGURES of N objects, (N, 9) float64; ids by mask.
+    """Images (T, 3, S, S) uint8, ids (T, H, W) -> FIGURES of N objects (N, 9) float64; ids by mask.
 
     Means over an object's frames without its first, which is given, and the video's last, as DAVIS
     has it: one that first appears on the last two has no row. Void pixels are left out.
@@ -1379,7 +1267,7 @@ def predict_image(model, images, masks, prompt, run):
 
 def box_prompt(mask, scale):
     """Returns the box of a mask (H, W) bool as a prompt, in pixels of the net's square."""
-    corners = box_of(mask).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # edges of pixels
+    corners = masks_to_boxes(mask[None]).view(2, 2) + torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # edges
     return {"point_coords": corners * scale - 0.5, "point_labels": torch.tensor([2, 3])}
 
 
@@ -1397,7 +1285,7 @@ def first_frames(ids):
 
 
 def track_video(model, images, ids, firsts, run):
-    """Tracks objects 1 to N of ids (T, H, W) from their first frames -> (2, T, H, W): by mask, click."""
+    """Tracks objects 1 to N of ids (T, H, W) from their first frames -> (2, T, H, W): mask, click."""
     by_mask, by_click = [], []
     for k, first in enumerate(firsts, 1):
         mask = ids[first] == k
@@ -1478,12 +1366,12 @@ def write_videos(run, figures):
             writer.writerow({"video": name, **{key: round(row[key], 4) for key in row}})
 
 
-@torch.no_grad()
 def sample_videos(dataset):
     """Returns the indices of the videos that val_samples.png shows."""
     return [i for i, item in enumerate(dataset.items) if not item.still][:3]
 
 
+@torch.no_grad()
 def draw_samples(model, dataset, run):
     """Draws val_samples.png: six frames of three videos: image, truth, prediction by mask.
 
@@ -1565,8 +1453,8 @@ def train_one_epoch(model, loader, optimizer, run, args):
         loss_sum, num_objects = 0.0, 0
         sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64)
         for clips, indices in batches:
-            clips = [clip for clip, index in zip(clips, indices) if index >= 0 and teaches(clip)]
-            if not clips:  # they only fill up, or teach nothing
+            clips = [clip for clip, index in zip(clips, indices) if index >= 0]
+            if not clips:  # they only fill up
                 continue
             images = torch.cat([clip.images.to(run.device, non_blocking=run.pinned) for clip in clips])
             backbone, losses = encode(model, images, run.dtype), 0.0
@@ -1583,7 +1471,7 @@ def train_one_epoch(model, loader, optimizer, run, args):
             sums[:-1] += losses.detach().cpu()
         if args.world_size > 1:
             sums = utils.sum_over_ranks(sums.to(run.device)).cpu()
-        if run.finish_gradient(optimizer, loss_sum, num_objects, args.clip_grad):  # of the mean over objects
+        if run.finish_gradient(optimizer, loss_sum, num_objects, args.clip_grad):  # mean over objects
             run.scaler.step(optimizer)
             run.progress["passes"] += sums
         run.scaler.update()
@@ -1592,17 +1480,13 @@ def train_one_epoch(model, loader, optimizer, run, args):
     return {f"pass_{name}": value / (count or math.nan) for name, value in zip(LOSSES, sums)}
 
 
-def teaches(clip):
-    """Returns whether a clip has a gradient: not if masks are given on all of its frames."""
-    return any(clip.prompts.get(t) != {} for t in range(len(clip.masks)))
-
-
 # --- Main ---
 
 def main(args):
     """Trains as the options say; returns the last figures, those before training and the best."""
     if args.extract_frames:
-        return extract_frames(*args.extract_frames, args)
+        reader = utils.import_script("predict_video", "--extract-frames")
+        return reader.extract_frames(*args.extract_frames, args)
     args.weights = args.weights or (args.model if args.model in WEIGHTS else "none")
     if args.image_size % 32:
         raise utils.InputError(f"--image-size {args.image_size}: must be a multiple of 32")

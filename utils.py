@@ -1,16 +1,4 @@
-"""What every script needs and no article teaches. Data, losses, metrics and loops are in the scripts.
-
-Command line    ArgumentParser  Obsolete  number  numbers  run  import_script  InputError  Stopped
-A training run  Run: device, precision, seeds, resume, gradients, checkpoints, log, signals
-Data            split_items  check_items  create_loader  seeded  draw_demo
-Checkpoints     load_checkpoint  save_checkpoint
-Embeddings      cache_embeddings  load_embedding
-Images          list_images  read_lines  nfc  file_part  read_image  read_mask  read_binary_mask
-                image_size  save_image  save_mask  tints  class_tints  overlay  save_panel
-Processes       ranks  sum_over_ranks  merge_over_ranks  wait_for_ranks  first_rank_first
-                stop_asked  raise_if_stopped  hide_bar
-Internals       scripts call a few
-"""
+"""What every script needs and no article teaches. Data, losses, metrics and loops are in the scripts."""
 import argparse
 import contextlib
 import copy
@@ -27,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -35,7 +22,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -96,8 +82,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--device", default="auto",
                           help="auto, cpu, cuda, cuda:N, N or mps (%(default)s)")
         self.add_argument("--amp", nargs="?", const="auto", default="auto", type=amp_mode, metavar="MODE",
-                          help="precision: auto (bf16 on CUDA devices that support it, else off), "
-                               "bf16, fp16 or off (%(default)s)")
+                          help="precision: auto (bf16 on CUDA devices that support it, with --demo on CPUs "
+                               "too, else off), bf16, fp16 or off (%(default)s)")
 
     def add_run_options(self, output_dir):
         """Adds the options shared by all training scripts."""
@@ -265,20 +251,16 @@ class Run:
         fast = args.demo and args.amp == "auto" and has_bf16(self.device)
         self.dtype, self.scaler = pick_precision("bf16" if fast else args.amp, self.device)
         self.pinned = self.device.type == "cuda"  # the loader's memory, so that copies need not block
-        if args.resume and args.overwrite:
-            raise InputError("--overwrite: has no effect beside --resume; give one of them")
-        self.checkpoint = find_checkpoint(args.resume, self.folder)
-        position = 0  # must be equal on all ranks
+        self.checkpoint, position = find_checkpoint(args.resume, self.folder), None
         if self.checkpoint:
-            position = 1 + self.checkpoint["epoch"] * 10**9 + self.checkpoint["step"]
+            position = self.checkpoint["epoch"], self.checkpoint["step"]
             args.weights = self.checkpoint["args"]["weights"]  # those that the run started from
-        total = sum_over_ranks(torch.tensor(position, device=self.device)).item()
-        if total != position * args.world_size:
+        if len({*merge_over_ranks({self.rank: position}).values()}) > 1:
             raise InputError(f"--resume {args.resume}: the processes do not see the same last.pth; all "
                              "hosts need the same --output-dir")
 
     def describe(self, name, model, train_set, val_set):
-        """Sets args.data_hash and prints the start line: parameters, images, device."""
+        """Prints the start line: parameters, images, device; sets args.data_hash."""
         self.args.data_hash = f"{data_hash(train_set.items)}+{data_hash(val_set.items)}"
         precision = str(self.dtype or torch.float32)
         if self.dtype is None and self.args.amp == "auto" and has_bf16(self.device):
@@ -328,8 +310,7 @@ class Run:
                 except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                     raise InputError(f"--resume {self.args.resume}: its {name} does not fit ({error}); "
                                      "start a new run from it with --weights") from None
-            # lr_scheduler: a part that only some scripts have
-            others = self.checkpoint.keys() - {*self.head, *self.parts, "lr_scheduler", "args"}
+            others = self.checkpoint.keys() - {*self.head, *self.parts, "args"}
             self.progress.update({key: self.checkpoint[key] for key in others})
             print(f"resumed in epoch {self.progress['epoch'] + 1} after step {self.progress['step']}")
         if self.args.world_size > 1:  # the same weights in all processes, whatever machine drew them
@@ -403,7 +384,7 @@ class Run:
                 p.grad = torch.zeros_like(p)
         parameters = [p for p in trained if p.grad is not None]
         gradients = [p.grad for p in parameters]
-        self.scaler.scale(torch.zeros((), device=self.device))  # makes the scale if nothing counted yet
+        self.scaler.scale(torch.zeros((), device=self.device))  # or unscale_ fails if nothing counted yet
         self.scaler.unscale_(optimizer)
         sums = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
                 for value in (loss_sum, count, len(self.items))]
@@ -480,7 +461,7 @@ class Run:
         self.save_plain(name, {**self.head, **states, "args": vars(self.args), **self.progress})
 
     def save_plain(self, name, state):
-        """Writes a file that the article's script leaves: U-Net's model.pth, SAM's decoder.pth."""
+        """Writes state, of any form, to a file in the run's folder; the first process does."""
         if self.rank == 0:
             save_checkpoint(self.folder / name, state)
 
@@ -588,12 +569,9 @@ def check_items(check, items, args):
         num_workers=args.workers if len(tasks) > 1000 else 0, worker_init_fn=ignore_group_signals,
         generator=torch.Generator())
     results = []
-    for batch in tqdm(loader, "checking", leave=False, disable=hide_bar()):
-        if stop_asked():  # all processes leave together, below
-            break
-        results += batch
     nccl = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
-    raise_if_stopped("cuda" if nccl else "cpu")
+    for batch in until_stopped(loader, "checking", "cuda" if nccl else "cpu"):
+        results += batch
     found = dict(zip(range(rank, len(items), world_size), results))
     return list(merge_over_ranks(found).values())
 
@@ -696,104 +674,6 @@ def save_checkpoint(path, state):
         raise InputError(f"{path}: cannot be written ({error.strerror}): {needed:.1f} MB needed, "
                          f"{free:.1f} MB free; the previous file is intact (make room, then "
                          "--resume auto)") from None
-
-
-# --- Embeddings ---
-
-@torch.no_grad()
-def cache_embeddings(datasets, key, read_input, encode, numbers, run):
-    """Makes the embeddings of the data sets' images that are not yet on disk; each process its part.
-
-    A file is named by key(hash of the image's bytes, mirrored), a text of all that the embedding
-    depends on: none is ever taken for another. Each data set gets embeddings {(index, mirrored): file};
-    mirrored ones too, if it has `augment` and --flip is on. read_input(item, mirrored, args) -> what
-    the encoder sees; encode(batch) -> embeddings (B, D, E, E) of `numbers` numbers each. Damaged ones
-    are made again. Stopped and started again, it goes on.
-    """
-    args = run.args
-    folder = Path(args.cache_dir or Path(args.output_dir).parent / "embeddings")
-    folder.mkdir(parents=True, exist_ok=True)
-    rank, world_size = ranks()
-    images = {}  # path of each embedding: its image and whether that is mirrored
-    for dataset in datasets:
-        hashes = {}
-        for index in tqdm(range(rank, len(dataset), world_size), "embeddings", leave=False,
-                          disable=hide_bar()):
-            if stop_asked():  # all processes leave together
-                break
-            hashes[index] = hashlib.sha256(dataset.items[index][1].read_bytes()).hexdigest()
-        raise_if_stopped(run.device)
-        for index, image in merge_over_ranks(hashes).items():
-            for mirrored in (False, True) if dataset.augment and args.flip else (False,):
-                name = hashlib.sha256(key(image, mirrored).encode()).hexdigest()[:32]
-                path = folder / f"{name}.pth"
-                dataset.embeddings[index, mirrored] = path
-                images[path] = dataset.items[index], mirrored
-    missing = []
-    for path in [*images][rank::world_size]:
-        if stop_asked():
-            break
-        if not is_whole(path):
-            missing.append(path)
-    raise_if_stopped(run.device)
-    count = int(sum_over_ranks(torch.tensor(float(len(missing)), device=run.device)))
-    needed, free = 2 * numbers * count / 1e9, shutil.disk_usage(folder).free / 1e9
-    if count:
-        print(f"making {count} embeddings, {needed:.2f} GB, in {folder}")
-    if needed > free:
-        raise InputError(f"{folder}: {needed:.2f} GB needed, {free:.2f} GB free; free space, give "
-                         "another --cache-dir, or --no-cache")
-    loader = torch.utils.data.DataLoader(
-        [images[path] for path in missing], batch_size=1 if run.device.type == "cpu" else 8,
-        collate_fn=functools.partial(read_inputs, read_input, args), num_workers=args.workers,
-        worker_init_fn=ignore_group_signals, pin_memory=run.device.type == "cuda")
-    paths = iter(missing)
-    with tqdm(total=len(missing), desc="encoding", leave=False, disable=hide_bar()) as bar:
-        for batch in loader:
-            embeddings = encode(batch.to(run.device, non_blocking=run.pinned))
-            for embedding in embeddings.half().cpu():
-                save_checkpoint(next(paths), {"embedding": embedding.clone()})
-            bar.update(len(batch))
-            if stop_asked():  # all processes leave together, below
-                break
-    raise_if_stopped(run.device)
-    wait_for_ranks()
-    if not all(path.exists() for path in images):
-        raise InputError(f"{folder}: holds this host's embeddings alone; give all hosts one "
-                         "--cache-dir")
-
-
-def read_inputs(read_input, args, images):
-    """Runs in loader processes, as collate_fn of cache_embeddings: images are (item, mirrored)."""
-    return torch.stack([read_input(item, mirrored, args) for item, mirrored in images])
-
-
-def is_whole(path):
-    """Returns whether there is a good embedding; a damaged one is reported."""
-    if not path.exists():
-        return False
-    try:
-        read_embedding(path)
-    except InputError as error:
-        print(f"note: {error}: made again")
-        return False
-    return True
-
-
-def load_embedding(path):
-    """Returns an embedding (D, E, E) in half precision, of a file of cache_embeddings."""
-    try:
-        return read_embedding(path)
-    except InputError as error:  # damaged since then
-        raise InputError(f"{error}: --resume auto makes it again") from None
-
-
-def read_embedding(path):
-    found = load_checkpoint(path)
-    embedding = found.get("embedding") if isinstance(found, dict) else None
-    if getattr(embedding, "dtype", None) != torch.float16 or embedding.ndim != 3:
-        raise InputError(f"{path}: not an embedding")
-    return embedding
 
 
 # --- Images ---
@@ -1055,26 +935,16 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-def sum_gradients(parameters, bucket_size=2**23):
-    """Replaces each gradient by its sum over processes, one collective per bucket of 8M numbers.
-
-    A parameter that no process has used keeps no gradient, as in a single process; a process that has
-    not used it adds zeros.
-    """
+def sum_gradients(parameters):
+    """Replaces each gradient by its sum over processes; one that no process has stays None."""
     used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    used = sum_over_ranks(used).tolist()
-    parameters = [p for p, processes in zip(parameters, used) if processes]
-    bucket, filled = [], 0
+    parameters = [p for p, processes in zip(parameters, sum_over_ranks(used).tolist()) if processes]
     for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        filled += p.numel()
-        if filled >= bucket_size or p is parameters[-1]:
-            flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in bucket]))
-            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
-                gradient.copy_(part.view_as(gradient))
-            bucket, filled = [], 0
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if parameters:
+        flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(part.view_as(p))
 
 
 def merge_over_ranks(found):
@@ -1120,12 +990,24 @@ def raise_if_stopped(device=None):
         raise Stopped
 
 
+def until_stopped(items, title, device=None):
+    """Yields items under a progress bar; once a signal has come it ends, and all processes leave.
+
+    device: as in raise_if_stopped, which it calls at the end.
+    """
+    for item in tqdm(items, title, leave=False, disable=hide_bar()):
+        if stop_asked():
+            break
+        yield item
+    raise_if_stopped(device)
+
+
 def hide_bar():
     """Returns tqdm's `disable`: a bar only on the first rank, and where stderr is a terminal."""
     return True if os.environ.get("RANK", "0") != "0" else None
 
 
-# --- Internals; scripts call a few ---
+# --- Details of the above ---
 
 def switch(text):
     """Returns the value of an on/off option: to Python, bool("False") is True."""
@@ -1226,7 +1108,7 @@ def pick_device(text):
 
 def has_bf16(device):
     """Returns whether device is a CPU whose bf16 instructions PyTorch uses."""
-    asked = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile")]
+    asked = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile")]
     return device.type == "cpu" and any(supported() for supported in asked)
 
 
@@ -1297,7 +1179,7 @@ def find_checkpoint(resume, output_dir):
 def check_resume(checkpoint, args):
     """Checks that the options that shape the run, all but MAY_CHANGE, are as they were."""
     for key, value in json.loads(json.dumps(vars(args))).items():
-        before = json.loads(json.dumps(checkpoint["args"].get(key, value)))  # an option may be new
+        before = json.loads(json.dumps(checkpoint["args"].get(key, value)))
         if key not in MAY_CHANGE and before != value:
             raise InputError(f"--resume {args.resume}: trained with {option_of(key)} {before}, now "
                              f"{value}; give the same, or start a new run from it with --weights")
@@ -1335,7 +1217,7 @@ def prepare_folder(args, split):
     if any((folder / name).exists() for name in ("last.pth", "best.pth")) and not resumed:
         with contextlib.suppress(OSError, ValueError, KeyError):
             earlier = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
-            args.overwrite |= args.demo and earlier["demo"]
+            args.overwrite |= args.demo and earlier["demo"]  # a demo may replace a demo
         if not args.overwrite:
             raise InputError(f"{folder}: there is a run here; continue it with --resume auto, replace "
                              "it with --overwrite, or give another --output-dir")
@@ -1375,7 +1257,7 @@ def log_row(path, row):
                              "auto") from None
     rows.append({key: f"{value:.6g}" if isinstance(value, float) else str(value)
                  for key, value in row.items()})
-    columns = dict.fromkeys(key for row in reversed(rows) for key in row)  # of older versions too
+    columns = dict.fromkeys(key for row in reversed(rows) for key in row)
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -1398,8 +1280,11 @@ def open_image(path):
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; save it as .npy, or in parts") from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise InputError(f"{path}: truncated or unreadable ({error}); replace it") from None
+    except InputError:
+        raise
+    except Exception as error:  # PIL raises a dozen types on damaged or hostile bytes, MemoryError too
+        raise InputError(f"{path}: truncated or unreadable ({type(error).__name__}: {error}); replace "
+                         "it") from None
 
 
 def read_file(path):

@@ -3,7 +3,7 @@
 Keys, shapes and outputs match torchvision.models.segmentation (read at 0.29.2), whose code the
 article shows, so the official COCO files load strictly. The backbones are torchvision's own, but for
 a small one that --demo uses; ASPP and the two heads are written here. As there, and unlike the
-paper: no multi-grid, and an auxiliary FCN head. Left out on purpose: nothing.
+paper: no multi-grid, and an auxiliary FCN head. Left out: downloads by torchvision.
 """
 import torch
 import torch.nn.functional as F

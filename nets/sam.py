@@ -3,7 +3,7 @@
 Keys, shapes and outputs match github.com/facebookresearch/segment-anything (commit dca509f, folder
 segment_anything/modeling), whose files sam_vit_*.pth load strictly. Attention is fused, position codes
 stay in float32 under autocast, and one call decodes several images with several prompts each.
-Left out on purpose: options that no published build uses.
+Left out on purpose: options that no published build uses, and the forward pass of a batch of dicts.
 
 Frames of coordinates: a script resizes the image so that its longest side is image_size, preprocess
 pads it to a square at the right and the bottom. Points and boxes are in pixels of that square, the
@@ -12,12 +12,13 @@ Letters: B images, P prompts (each the prompt of one object), N points of a prom
 C width of the ViT, D width of the decoder, E = image_size / 16, S side of what attention is over.
 """
 import hashlib
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
+
+from nets.efficient_sam import LayerNorm2d, PositionEmbeddingRandom
 
 PATCH_SIZE = 16
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -33,21 +34,6 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # Im
 
 
 # --- Small blocks ---
-
-# Same as nets/efficient_sam.py
-class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of (B, C, H, W)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = 1e-6
-
-    def forward(self, x):
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
 
 class MLPBlock(nn.Module):
     """The feed-forward part of a transformer block: (..., dim) -> (..., dim)."""
@@ -199,21 +185,6 @@ class ImageEncoder(nn.Module):
 
 
 # --- Prompt encoder ---
-
-# Same as nets/efficient_sam.py
-class PositionEmbeddingRandom(nn.Module):
-    """Random Fourier features: coordinates (..., 2) in 0..1, x first -> (..., D)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
-
-    def forward(self, coords):
-        # Not a matrix product: autocast would do it in bfloat16, which cannot tell pixels apart
-        matrix, coords = self.positional_encoding_gaussian_matrix, 2 * coords - 1
-        angle = 2 * math.pi * (coords[..., :1] * matrix[0] + coords[..., 1:] * matrix[1])
-        return torch.cat([angle.sin(), angle.cos()], -1)
-
 
 class PromptEncoder(nn.Module):
     """Points, boxes, masks of B objects, each optional -> tokens (B, N, D), dense (B, D, E, E).

@@ -3,7 +3,7 @@
 Keys, shapes and outputs match UNet and NestedUNet of github.com/4uiiurz1/pytorch-nested-unet
 (commit 557ea02), the code behind the article, so its weights load strictly. As there, and unlike
 the 2015 paper: padded 3x3 convolutions with batch norm, half the channels, bilinear upsampling with
-align_corners=True. Left out on purpose: nothing.
+align_corners=True.
 """
 import torch
 import torch.nn.functional as F

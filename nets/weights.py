@@ -1,4 +1,4 @@
-"""Fetches, reads, checks and loads weights. Of the files of nets/, this one alone needs utils.py."""
+"""Fetches, reads, checks and loads weights. In nets/, this and embeddings.py need utils.py."""
 import hashlib
 import os
 import sys
@@ -70,7 +70,8 @@ def read_weights(path, wanted, free=()):
 def state_of(checkpoint):
     """Returns the state dict inside a loaded checkpoint; {} if there is none.
 
-    Strips the prefixes that DistributedDataParallel, torch.compile and Lightning put before every key.
+    Strips the prefixes that wrappers (DistributedDataParallel, torch.compile, Lightning) put before
+    every key, twice, as one wrapper may stand in another.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     for key in ("model", "state_dict", "model_state_dict", "net"):
@@ -184,7 +185,7 @@ def load_sam(model, path, base=None):
                              "base, or predict.py the --base weights")
         if base not in ("none", *sam.WEIGHTS) and not Path(base).exists():
             raise InputError(f"{path}: its decoder was trained on {base}, which is not "
-                             "there; give predict.py the --base weights")
+                             "there; put it back, or give predict.py the --base weights")
     if base != "none":
         base = load_sam(model, base)
     # The hash is of the base at the image size of training; for another size that net is made too

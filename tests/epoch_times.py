@@ -118,7 +118,7 @@ def train_sam2(script, args):
     weights = torch.tensor([args.focal_weight, args.dice_weight, args.iou_weight, args.score_weight])
 
     def compute_loss(batch):
-        clips, losses = [clip for clip, index in zip(*batch) if script.teaches(clip)], 0
+        clips, losses = batch[0], 0
         backbone = script.encode(model, torch.cat([clip.images for clip in clips]), None)
         for videos, clip in script.group_clips(clips, CPU):
             for t, outputs in benchmark.official_passes(model, backbone, videos, clip, args):

@@ -344,7 +344,7 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
         image, ids = voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")
         ids = script_.read_ids((name, image, ids))
         truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
-        prompts[name] = {"boxes": [script_.box_of(mask).tolist() for mask in truth[name][0]]}
+        prompts[name] = {"boxes": script_.masks_to_boxes(torch.stack(truth[name][0])).tolist()}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
     ious = []
     for name in names:  # one object at a time, as in the mask of ids a later one lies above
@@ -634,7 +634,7 @@ def test_batches_give_what_single_images_give(two, scenes_run, kind):
 
 def test_images_are_read_a_batch_ahead_and_no_further(tmp_path, monkeypatch):
     read, bad = [], []
-    monkeypatch.setattr(predict, "read_image", lambda path: read.append(path) or np.zeros((2, 2, 3), np.uint8))
+    monkeypatch.setattr(utils, "read_image", lambda path: read.append(path) or np.zeros((2, 2, 3), np.uint8))
     done = 0
     for batch in predict.read_batches([(str(k), tmp_path / str(k)) for k in range(11)], 3, bad):
         done += len(batch)
@@ -668,7 +668,7 @@ def test_a_list_file_names_images_beside_it_or_here(tiny, tmp_path, monkeypatch)
     (np.array([[False, True]]), [[0, 255]]), (np.full((1, 2, 4), 7, np.uint8), np.full((1, 2, 3), 7))])
 def test_arrays_are_images_of_their_own_range(tmp_path, array, expected):
     np.save(tmp_path / "x.npy", array)
-    image, expected = predict.read_image(tmp_path / "x.npy"), np.array(expected)
+    image, expected = utils.read_image(tmp_path / "x.npy"), np.array(expected)
     assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
     assert (image == (expected if expected.ndim == 3 else expected[..., None])).all()
 
@@ -680,7 +680,7 @@ def test_arrays_are_images_of_their_own_range(tmp_path, array, expected):
 def test_arrays_that_are_no_images(tmp_path, array, words):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(utils.InputError, match=f"x.npy: {words}"):
-        predict.read_image(tmp_path / "x.npy")
+        utils.read_image(tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize("files, names", [
@@ -741,13 +741,13 @@ def test_a_file_that_vanishes_or_is_too_large_is_one_of_the_errors_and_many_are_
     (tmp_path / "in").mkdir()
     for k in range(14):
         Image.fromarray(noise(20, 20)).save(tmp_path / f"in/p{k:02}.png")
-    theirs = predict.read_image
+    theirs = utils.read_image
 
     def read(path):
         if path.name not in ("p05.png", "p13.png"):
             path.unlink()
         return theirs(path)
-    monkeypatch.setattr(predict, "read_image", read)
+    monkeypatch.setattr(utils, "read_image", read)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # p05 and p13 are bombs now
     with pytest.raises(utils.InputError) as error:
         run("--weights", tiny, tmp_path / "in", "--output-dir", tmp_path / "out")

@@ -190,7 +190,7 @@ def test_imports_are_the_listed_packages_and_nets_import_nothing_of_ours(path):
     foreign = modules - set(sys.stdlib_module_names) - ours - ALLOWED
     assert not foreign
     if path.parent.name == "nets":
-        ours = {"nets", "utils"} if path.stem == "weights" else {"nets"}
+        ours = {"nets", "utils"} if path.stem in ("weights", "embeddings") else {"nets"}
         assert modules - set(sys.stdlib_module_names) <= {"torch", "torchvision", "numpy", *ours}
     if path.name == "utils.py":
         assert not any(name.startswith("nets") for name in modules)
