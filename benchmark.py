@@ -33,6 +33,7 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +189,7 @@ def efficient_sam(setup, net, size, objects=1, plain=False, dtype=None):
 
     def forward():
         with (torch.autocast(device.type, dtype, enabled=dtype is not None),
-              replaced(F, "scaled_dot_product_attention", attention)):
+              mock.patch.object(F, "scaled_dot_product_attention", attention)):
             logits, iou = model(image, points, labels, False)
         logits = logits.float().flatten(0, 1)
         if logits.shape[-2:] != masks.shape[-2:]:
@@ -400,17 +401,6 @@ def use_default_kind(optimizer):
         group["fused"] = None
 
 
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    """Replaces an attribute of a module or class within the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def written_out_attention(q, k, v, attn_mask=0):
     """Computes attention as EfficientSAM's authors wrote it: all weights, (N, N), in memory."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -470,7 +460,7 @@ def official_losses(outputs, masks, args):
 def encode_image(model, image, dtype, plain):
     """Returns the embedding of a normalised image; plain: attention as SAM's authors arrange it."""
     attention = official_attention if plain else sam.Attention.forward
-    with replaced(sam.Attention, "forward", attention):
+    with mock.patch.object(sam.Attention, "forward", attention):
         return sam.encode(model, image, dtype)
 
 

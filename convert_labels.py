@@ -3,15 +3,14 @@
     python convert_labels.py coco annotations.json --images images --to voc --output-dir data
     python convert_labels.py labelme labels --to masks voc npy --classes cat,dog --output-dir data
     python convert_labels.py yolo dataset --to npy --output-dir data
-    python convert_labels.py masks out --to coco --output-dir out-coco
+    python convert_labels.py masks data --to coco --output-dir out-coco
 
 Reads:  coco     a json file: polygons, run lengths (compressed or not), crowds
         labelme  a folder of json files: polygons, rectangles, circles, ellipses, masks; shapes of
                  one label and one group_id are one object; __ignore__ is void in voc, no class
         yolo     a folder with labels/*.txt (class x y x y ... in 0..1) and images/; names of the
                  classes in classes.txt or data.yaml, else in --classes
-        masks    a folder with images/ and masks/ (0 and 255), or an --output-dir of predict.py:
-                 each connected part of a class is an object
+        masks    a folder with images/ and masks/ (0 and 255): each connected part is an object
         dsb      a folder per image, as the 2018 Data Science Bowl has them: ID/images/ID.png and
                  ID/masks/*.png (0 and 255), each mask a nucleus; NAME is ID
 Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), masks/classes.txt
@@ -19,7 +18,6 @@ Writes: masks    images/NAME.*, masks/0/NAME.png ... (0 and 255; may overlap), m
                  ImageSets/Segmentation/train.txt and val.txt, class_names.json
         npy      imgs/NAME.npy, gts/NAME.npy (one number per object)
         coco     annotations.json: polygons, which cannot represent holes, or with --rle run lengths
-        check_LAYOUT.png: the first images with their classes and objects
 NAME is the image's path without its ending: sub_a for sub/a.jpg. Images are copied unchanged.
 A pixel belongs to a polygon if its centre (0.5, 0.5 for the first) is inside, by the even-odd rule.
 An object is the union of its shapes, without what lies outside the image. In voc and npy smaller
@@ -30,15 +28,13 @@ area, a missing image ...) is counted at the end, and the first two are named.
 """
 import base64
 import contextlib
-import csv
 import errno
-import io
 import json
 import math
 import os
 import re
 import reprlib
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -265,16 +261,6 @@ class Item(NamedTuple):
     name: str = ""  # in the layouts, if it is not that of the file
 
 
-class Notes(dict):
-    """{what is odd or left out: [how often, the first, the second]}"""
-
-    def add(self, what, where):
-        entry = self.setdefault(what, [0])
-        entry[0] += 1
-        if len(entry) < 3:
-            entry.append(short(where, 200))
-
-
 def short(value, length=60):
     """Returns any value as one line of printable text."""
     text = str(value) if isinstance(value, (str, Path)) else reprlib.repr(value)
@@ -295,16 +281,15 @@ def reading(place, remedy="correct it, or export it again"):
     """Turns any error from bad values inside the block into one InputError naming `place`."""
     try:
         yield
-    except (*BAD_VALUES, OSError, RecursionError, csv.Error) as error:
+    except (*BAD_VALUES, OSError, RecursionError) as error:
         raise utils.InputError(f"{short(place, 200)}: {reason(error)}; {remedy}") from None
 
 
-def read_text(path, errors="strict"):
-    """Returns the text of a UTF-8 file; `errors` is what bytes.decode does with other bytes."""
+def read_text(path):
     with reading(path, "give one file that can be read"):
         data = Path(path).read_bytes()
     with reading(path, "give a file of UTF-8 text"):
-        return data.decode("utf-8-sig", errors)
+        return data.decode("utf-8-sig")
 
 
 def read_json(path):
@@ -332,7 +317,7 @@ def number_names(names, notes):
     for class_id, name in enumerate(names):
         if not name.strip():
             name = f"class {class_id}"
-            notes.add("classes without a name", name)
+            notes["classes without a name"].append(name)
         numbered.append(class_name(name))
     return numbered
 
@@ -409,7 +394,7 @@ def read_coco(args, notes):
                 category_id = as_number(annotation["category_id"])
                 where = f"annotation {short(annotation.get('id', f'[{i}]'))}"
                 if image_id not in items or category_id not in names:
-                    notes.add("annotations of an unknown image or category, left out", where)
+                    notes["annotations of an unknown image or category, left out"].append(where)
                     continue
                 shapes = annotation.get("segmentation")
                 shapes = shapes if shapes and isinstance(shapes, list) else [shapes]
@@ -428,7 +413,7 @@ def read_labelme(args, notes):
     for key, path in utils.until_stopped(files.items(), "reading"):
         content = load_labelme(path)
         if content is None:
-            notes.add("json files that are not LabelMe's, left out", path)
+            notes["json files that are not LabelMe's, left out"].append(path)
             continue
         objects, image, size = content
         names |= {obj.name for obj in objects}
@@ -440,7 +425,7 @@ def read_labelme(args, notes):
     used = {item.path.resolve() for item in items if item.path}
     for path in sorted(Path(args.images or args.input).rglob("*")):
         if path.suffix.lower() in utils.IMAGES and path.resolve() not in used:
-            notes.add("images without a json file, left out", path)
+            notes["images without a json file, left out"].append(path)
     return sorted(names), items
 
 
@@ -476,7 +461,7 @@ def read_yolo(args, notes):
         check_parts(root, "labels")
     for key, path in images.items():
         if key not in labels:
-            notes.add("images without a .txt, left out (an empty one says: no object)", path)
+            notes["images without a .txt, left out (an empty one says: no object)"].append(path)
     return names, [Item(key, images.get(key), (None, None), partial(load_yolo, path, names, notes))
                    for key, path in labels.items() if path.name != "classes.txt"]
 
@@ -553,21 +538,17 @@ def load_yolo(path, names, notes):
             draws = [] if is_box else [partial(draw_yolo, values)]
             objects.append(Object(names[int(class_id)], where, draws))
         elif word:
-            notes.add(f"lines without a class of 0 to {len(names) - 1}, left out", f"{where}: {line}")
+            notes[f"lines without a class of 0 to {len(names) - 1}, left out"].append(f"{where}: {line}")
     return objects
 
 
 def read_masks(args, notes):
-    """Returns the names of the classes and the Items of a folder of masks, or of predict.py's."""
+    """Returns the names of the classes and the Items of a folder of masks."""
     root = Path(args.input)
-    if (root / "masks").is_dir():
-        names, layers = find_masks(root / "masks", notes)
-    elif (root / "areas.csv").is_file():
-        names, layers = find_predictions(root)
-    else:
+    if not (root / "masks").is_dir():
         check_parts(root, "masks")
-        raise utils.InputError(f"{root}: has neither masks/ nor areas.csv; give a folder with "
-                               "images/ and masks/, or one that predict.py wrote")
+        raise utils.InputError(f"{root}: has no masks/; give a folder with images/ and masks/")
+    names, layers = find_masks(root / "masks", notes)
     folder, images = args.images or root / "images", {}
     if os.path.isdir(folder):
         images = list_files(folder, utils.IMAGES, wanted={utils.nfc(key) for key in layers})
@@ -576,12 +557,12 @@ def read_masks(args, notes):
         size = utils.image_size(found[0][1])
         items.append(Item(key, images.pop(utils.nfc(key), None), size, partial(load_masks, found)))
     for path in images.values():
-        notes.add("images without a mask, left out", path)
+        notes["images without a mask, left out"].append(path)
     return names, items
 
 
 def find_masks(folder, notes):
-    """Returns the names of the classes and {image: [(class, path of its mask, None)]} of masks/."""
+    """Returns the names of the classes and {image: [(class, path of its mask)]} of masks/."""
     folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
     folders = folders or [folder]
@@ -590,48 +571,24 @@ def find_masks(folder, notes):
         names = number_names(parse_lines(read_text(folder / "classes.txt")), notes)
         named = [folder / str(number) for number in range(len(names))]
         for path in sorted({*folders} - {*named, folder}):
-            notes.add("folders that masks/classes.txt does not name, left out", path)
+            notes["folders that masks/classes.txt does not name, left out"].append(path)
         folders = named
     for name, folder in zip(names, folders):
         for key, path in list_files(folder, utils.IMAGES).items():
-            layers.setdefault(key, []).append((name, path, None))
+            layers.setdefault(key, []).append((name, path))
     return names, layers
-
-
-def find_predictions(root):
-    """Returns the names of the classes and {image: [(class, path of its mask, id)]} of predict.py.
-
-    The id is None where each class has a mask of its own, as their areas may overlap.
-    """
-    layers = {}
-    remedy = "run predict.py again, or give a folder that it wrote, or one with masks/"
-    with reading(root / "areas.csv", remedy):
-        text = read_text(root / "areas.csv", "surrogateescape")  # a file name may be any bytes
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            key, number, name = row["image"], int(row["id"] or 0), class_name(row["class"])
-            own_mask = root / f"{key}_mask_{utils.file_part(row['class'])}.png"
-            if own_mask.is_file():
-                layer = name, own_mask, None
-            else:  # a net with prompts numbers its objects
-                name = "object" if name == f"object {number}" else name
-                layer = name, root / f"{key}_mask.png", number
-            if number:  # not the background, or one of --all-masks
-                layers.setdefault(key, []).append(layer)
-    names = dict.fromkeys(name for found in layers.values() for name, *_ in found)
-    return [*names], layers
 
 
 def load_masks(layers):
     """Returns the Objects of an image: each connected part of a class."""
-    objects, shapes, previous = [], {}, None
-    for name, path, number in layers:
-        if path != previous:
-            mask = utils.read_binary_mask(path) if number is None else utils.read_mask(path)
-            previous, shapes[mask.shape] = path, path
+    objects, shapes = [], {}
+    for name, path in layers:
+        mask = utils.read_binary_mask(path)
+        shapes[mask.shape] = path
         if len(shapes) > 1:
             raise utils.InputError(f"{' and '.join(map(str, shapes.values()))} differ in size; "
                                    "save them at one size")
-        for (rows, columns), part in connected_parts(mask if number is None else mask == number):
+        for (rows, columns), part in connected_parts(mask):
             draw = partial(draw_part, columns.start, rows.start, part)
             objects.append(Object(name, path, [draw]))
     return objects
@@ -649,7 +606,7 @@ def read_dsb(args, notes):
         if (folder / "images").is_dir():
             images = [*utils.list_images(folder / "images").values()]
         if not (folder / "masks").is_dir():
-            notes.add("images without masks/, left out (an empty one says: no object)", folder)
+            notes["images without masks/, left out (an empty one says: no object)"].append(folder)
             continue
         masks = utils.list_images(folder / "masks").values()
         path = images[0] if images else None
@@ -732,7 +689,7 @@ def draw_objects(item, size, view, classes, notes):
     for obj in item.load():
         is_ignored = obj.name == IGNORED
         if obj.name not in classes and not is_ignored:
-            notes.add("objects of other classes, left out", obj.name)
+            notes["objects of other classes, left out"].append(obj.name)
             continue
         mask, errors = np.zeros(size[::-1], bool), []
         for draw in obj.shapes:
@@ -742,11 +699,11 @@ def draw_objects(item, size, view, classes, notes):
                 errors.append(error)
         window, part = crop(mask)
         if not obj.shapes:
-            notes.add(BOXES.format(obj.name), obj.where)
+            notes[BOXES.format(obj.name)].append(obj.where)
         elif errors:
-            notes.add("objects with shapes that cannot be used", f"{obj.where}: {reason(errors[0])}")
+            notes["objects with shapes that cannot be used"].append(f"{obj.where}: {reason(errors[0])}")
         elif not part.size:
-            notes.add("objects that cover no pixel, left out", obj.where)
+            notes["objects that cover no pixel, left out"].append(obj.where)
         if part.size:
             number = -1 if is_ignored else classes.index(obj.name)
             yield number, obj.crowd or is_ignored, window, part.copy()
@@ -788,7 +745,7 @@ def write_voc(out, name, path, label, ids, notes):
     file = out / VOC / f"SegmentationObject/{name}.png"
     if ids.max() > VOID:
         write(file, utils.save_image, ids.astype(np.uint16))
-        notes.add("images with more than 254 objects, SegmentationObject as 16-bit PNG", file)
+        notes["images with more than 254 objects, SegmentationObject as 16-bit PNG"].append(file)
     else:
         write(file, utils.save_mask, ids)
     copy_image(path, out / VOC / "JPEGImages" / name)
@@ -797,29 +754,17 @@ def write_voc(out, name, path, label, ids, notes):
 def write_npy(out, name, path, ids):
     ids = np.where(ids == VOID, 0, ids)
     write(out / f"gts/{name}.npy", np.save, ids.astype(np.min_scalar_type(ids.max())))
-    write(out / f"imgs/{name}.npy", np.save, read_image(path))
-
-
-def read_image(path):
-    with reading(path, "replace it"):  # damaged bytes raise more than utils expects
-        return utils.read_image(path)
+    write(out / f"imgs/{name}.npy", np.save, utils.read_image(path))
 
 
 def copy_image(path, target):
     """Copies an image to target, with its ending; as PNG if the scripts do not read that ending."""
     if path.suffix.lower() not in utils.IMAGES:
-        return write(Path(f"{target}.png"), utils.save_image, read_image(path))
+        return write(Path(f"{target}.png"), utils.save_image, utils.read_image(path))
     with reading(path, "replace it"):
         data = path.read_bytes()
     write(Path(f"{target}{path.suffix}"), Path.write_bytes, data)
 
-
-def preview(path, label, ids):
-    """Returns the image, its classes and its objects, small enough to keep them in memory."""
-    image = read_image(path)
-    shown = [image, utils.overlay(image, label % VOID), utils.overlay(image, ids % VOID)]
-    size = [max(1, round(side * 512 / max(512, *label.shape))) for side in label.shape[::-1]]
-    return [cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) for pixels in shown]
 
 
 # --- Main ---
@@ -854,7 +799,7 @@ def find_images(items, args, notes):
         if item.path:
             file, size = file.with_name(item.path.name), utils.image_size(item.path)
         elif args.kind != "masks" or args.to != ["coco"]:
-            notes.add("images that are not there, left out", item.file)
+            notes["images that are not there, left out"].append(item.file)
             continue
         view = find_view(item, size, args, notes)
         if item.path in paths:
@@ -882,7 +827,7 @@ def find_view(item, size, args, notes):
         with utils.open_image(item.path) as image:
             orientation = image.getexif().get(0x0112)
         if orientation in STORED:
-            notes.add("images annotated before EXIF rotation, masks turned", item.file)
+            notes["images annotated before EXIF rotation, masks turned"].append(item.file)
             return STORED[orientation]
     annotated = " x ".join(map(short, item.size))
     raise utils.InputError(
@@ -929,7 +874,7 @@ def write_lists(out, names, classes, args):
 
 def main(args):
     """Converts all images; returns {"images": how many, "objects": {class: how many}}."""
-    notes, images, annotations, panel = Notes(), [], [], {}
+    notes, images, annotations = defaultdict(list), [], []
     names, items = READERS[args.kind](args, notes)
     classes = choose_classes(names, args)
     found = find_images(items, args, notes)
@@ -941,7 +886,7 @@ def main(args):
         counts.update(classes[class_id] for class_id, *_ in objects)
         label, ids = paint(drawn, size)
         if not objects:
-            notes.add("images without an object", file)
+            notes["images without an object"].append(file)
         if "masks" in args.to:
             write_masks(out, name, item.path, drawn, label, len(classes))
         if "voc" in args.to:
@@ -954,23 +899,17 @@ def main(args):
             for class_id, is_crowd, window, part in objects:
                 annotate_part(annotations, "rle" if args.rle else "polygon", len(images),
                               class_id + 1, window, part, size[::-1], is_crowd)
-        if item.path and len(panel) < 8:
-            panel[name] = preview(item.path, label, ids)
     write_lists(out, found, classes, args)
     if "coco" in args.to:
         write_coco(out / "annotations.json", images, dict(enumerate(classes, 1)), annotations)
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{len(found)} images, {counts.total()} objects ({shown}) in {out}")
-    if panel:
-        check = out / f"check_{'_'.join(args.to)}.png"
-        legend = utils.class_tints(classes, 1)
-        write(check, utils.save_panel, panel, ["image", "classes", "objects"], legend)
-        print(f"look at {check}: the first images, their classes and objects")
     for name in classes:
         if not counts[name]:
-            notes.add("classes without an object", name)
-    for what, (count, *first) in notes.items():
-        print(f"note: {what}: {count} ({'; '.join(first)}{'; ...' if count > 2 else ''})")
+            notes["classes without an object"].append(name)
+    for what, places in notes.items():
+        first = "; ".join(short(place, 200) for place in places[:2])
+        print(f"note: {what}: {len(places)} ({first}{'; ...' if len(places) > 2 else ''})")
     boxes = [name for name in classes if not counts[name] and BOXES.format(name) in notes]
     if boxes:
         raise utils.InputError(f"{args.input}: {', '.join(boxes)}: has only boxes, no polygons; export "

@@ -359,8 +359,6 @@ def target_features(teacher, features, args, dtype):
     if features.dtype == torch.float16:  # kept ones
         return features.float()
     features = sam.encode(teacher, features, dtype)
-    if features.shape[-1] == args.grid:
-        return features
     return F.interpolate(features, (args.grid, args.grid), mode="bilinear", antialias=True)
 
 
