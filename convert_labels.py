@@ -766,7 +766,6 @@ def copy_image(path, target):
     write(Path(f"{target}{path.suffix}"), Path.write_bytes, data)
 
 
-
 # --- Main ---
 
 def choose_classes(names, args):

@@ -3,8 +3,8 @@
     python finetune_sam_decoder.py --demo
     python finetune_sam_decoder.py --data-path data --weights vit_b --epochs 20
 
-The image encoder is frozen, unless --train all: it looks at each image once (with --flip twice), and
-its embedding is kept on disk.
+The image encoder is frozen, unless --train all: it looks at each image once (with --flip twice),
+and its embedding is kept on disk.
 Data:   DATA_PATH/VOCdevkit/VOC2007/ with JPEGImages/ID.jpg, SegmentationObject/ID.png (0 background,
         each other number one object, 255 void: ignored by prompts, loss and metrics), optionally
         SegmentationClass/ID.png and class_names.json for figures of each class, and
@@ -40,7 +40,7 @@ from nets.weights import check_net, load_sam, load_weights
 
 VOID = 255
 PREPROCESS = "antialiased"  # change it when `preprocess` changes: embeddings are then made again
-CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for
+CLICKS = (1, 3, 5)  # how many clicks the figures of evaluate are for; main names some of them
 PROMPT_COLOURS = {"box": (255, 255, 0), "click on the object": (0, 255, 0),
                   "click on the background": (255, 0, 0)}
 DEMO = {"model": "demo", "amp": "off", "image_size": 192, "lr": 1e-3, "epochs": 10, "batch_size": 4,
@@ -420,7 +420,7 @@ def create_model(args, checkpoint=None):
     model = NETS[args.model](args.image_size)
     args.base = args.weights
     if checkpoint:
-        args.base = checkpoint["args"]["base"]
+        args.base = checkpoint["args"].get("base", args.weights)
     if args.base != "none":
         args.base = load_sam(model, args.base)
     model.requires_grad_(args.train == "all")
@@ -489,7 +489,7 @@ def soft_iou(pred, masks, weight):
 
 @torch.no_grad()
 def evaluate(model, loader, run, args):
-    """Returns means over all objects, in [0, 1], at the images' own size; prompts are unperturbed.
+    """Returns means of judge's figures over all objects, at the images' own size, without perturbation.
 
     val_box_iou, val_box_biou (IoU of the boundaries): by box; val_click1_iou, 3, 5: after 1, 3, 5 clicks,
     the first where the object's edge is farthest, each next in the middle of the largest wrong region;

@@ -176,6 +176,8 @@ def read_batches(inputs, size, bad):
                 batch.append((name, path, image.result()))
             except utils.InputError as error:
                 bad.append(str(error))
+            except MemoryError:
+                bad.append(f"{path}: memory is too small for it; cut it")
             if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch.clear()

@@ -341,7 +341,10 @@ def create_model(args, checkpoint=None):
 
 
 def create_teacher(args, device):
-    """Returns SAM at --teacher-size with --teacher-weights; its image encoder alone is used."""
+    """Returns SAM at --teacher-size with --teacher-weights.
+
+    Of it are used: image_encoder, (B, 3, T, T) -> (B, D, E, E), and prompt_encoder.dim, which is D.
+    """
     teacher = sam.NETS[args.teacher](args.teacher_size)
     weights = args.teacher_weights or args.teacher
     if weights != "none":
@@ -567,10 +570,11 @@ def prepare_demo(args):
     if not args.data_path:
         names = [f"object_{i:04d}" for i in range(HELD_OUT + UNLABELLED)]
         utils.draw_demo("objects", folder / "data", len(names))
-        args.data_path, args.split = str(folder / "data/imgs"), str(folder / "unlabelled.json")
+        args.data_path, split = str(folder / "data/imgs"), str(folder / "unlabelled.json")
+        args.split = None if args.val_path else split
         val, train = names[:HELD_OUT], names[HELD_OUT:]  # neither part trains on those held out
         with utils.first_rank_first():
-            write_split(args.split, [f"{name}.npy" for name in train], [f"{name}.npy" for name in val])
+            write_split(split, [f"{name}.npy" for name in train], [f"{name}.npy" for name in val])
             write_split(folder / "labelled.json", 10 * train[:LABELLED], val)
     if args.teacher_weights:
         return

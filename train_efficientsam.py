@@ -310,7 +310,7 @@ def create_model(args, checkpoint=None):
     model = NETS[args.model](args.image_size)
     args.new_neck = False
     if checkpoint:
-        args.new_neck = checkpoint["args"]["new_neck"]
+        args.new_neck = checkpoint["args"].get("new_neck", False)
         check_net(checkpoint, f"--resume {args.resume}", {"net": "efficient_sam", **arch})
         load_weights(model, checkpoint["model"], f"--resume {args.resume}")
     elif args.weights != "none":

@@ -38,8 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import masks_to_boxes, sigmoid_focal_loss
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import utils
 from nets.sam2 import NETS, PIXEL_MEAN, WEIGHTS, enlarge, normalize, resize_images, resize_mask
@@ -80,7 +81,7 @@ def get_args_parser():
     add("--phases", "--phases-per-epoch", type=positive, default=1,
         help="epochs that the data is divided over: with 2 each has one half (%(default)s)")
     add("--ann-every", type=positive, default=4,
-        help="SA-V: the videos have masks on every N-th frame (%(default)s)")
+        help="SA-V: how its json was made: masks on every N-th frame (%(default)s)")
     add("--img-folder", help="folder of the videos' images, instead of DATA_PATH/JPEGImages")
     add("--gt-folder", help="folder of the videos' masks, instead of DATA_PATH/Annotations")
     add("--train-set", "--file-list-txt",
@@ -94,7 +95,7 @@ def get_args_parser():
         help="side in pixels of the square that the net sees, a multiple of 32 (%(default)s)")
     add("--num-frames", type=positive, default=8, help="frames of a clip (%(default)s)")
     add("--stride", "--sample-rate", type=positive, default=1,
-        help="a clip takes every N-th frame of the video (%(default)s)")
+        help="a clip takes every N-th annotated frame (%(default)s)")
     add("--max-objects", "--max-num-objects", type=positive, default=3,
         help="most objects per clip, of those on its first frame (%(default)s)")
     add("--multiplier", type=ratio, default=[2],
@@ -192,7 +193,7 @@ def ratio(text):
 # --- Data ---
 
 class Item(NamedTuple):
-    """A video, or an image: a video of one frame. All frames are annotated."""
+    """The annotated frames of a video, or an image: a video of one frame."""
     name: str
     images: tuple  # a path of each frame
     masks: tuple   # ((object_id, path or JsonFrame), ...) of each frame, see find_objects
@@ -405,7 +406,7 @@ def simulate_prompts(masks, args, void):
 
     void (T, 1, S, S): where nothing is clicked. Masks are given on one or two frames; or clicks and
     boxes there, and clicks on what is then wrong, on these and other frames. A clip of one frame is
-    clicked or boxed. All as in the official training.
+    clicked or boxed. All as in the official training, but for masks on all frames, which teach nothing.
     """
     num_frames, num_objects = masks.shape[:2]
     by_points = happens(args.prob_points) or num_frames == 1
@@ -748,7 +749,7 @@ def find_videos(root, args, list_name):
     if not names:
         raise utils.InputError(f"{images_root}: no folders; put the frames of each video into one")
     unlabelled, void = Counter(), []
-    for name in utils.until_stopped(names, "reading"):
+    for name in tqdm(names, "reading", leave=False, disable=utils.hide_bar()):
         images, masks = utils.list_images(images_root / name), find_masks(masks_root / name)
         check_pairs(images_root / name, images, masks)
         if len(images) > len(masks):
@@ -1161,8 +1162,8 @@ def criterion(low_res, ious, score, masks, args, void=None):
     error = error.mean(1) if args.supervise_all_iou else error[rows, best]
     wrong = torch.zeros_like(score)
     if args.pred_obj_scores:
-        wrong = sigmoid_focal_loss(score, present.float(), args.focal_alpha_obj_score,
-                                   args.focal_gamma_obj_score)
+        wrong = focal_loss(score, present.float(), args.focal_alpha_obj_score,
+                           args.focal_gamma_obj_score)
     return torch.stack([(focal * counts).sum(), (dice * counts).sum(), (error * counts).sum(),
                         wrong.sum()])
 
@@ -1174,11 +1175,21 @@ def mask_losses(low_res, masks, args, void=None):
     if void is not None:  # contributes nothing to any of the three
         logits = logits.masked_fill(void, -100)
     target, pred = masks.float(), logits.detach() > 0
-    focal = sigmoid_focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
+    focal = focal_loss(logits, target, args.focal_alpha, args.focal_gamma).mean((1, 2))
     prob = logits.sigmoid()
     overlap, total = (prob * target).sum((1, 2)), prob.sum((1, 2)) + target.sum((1, 2))
     iou = (pred & masks).sum((1, 2)) / (pred | masks).sum((1, 2)).clamp(min=1)
     return focal, 1 - (2 * overlap + 1) / (total + 1), iou
+
+
+def focal_loss(logits, target, alpha, gamma):
+    """Returns each logit's focal loss (Lin et al. 2017): target 1 weighs alpha, 0 the rest."""
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if gamma:
+        loss = loss * (logits.sigmoid() - target).abs() ** gamma
+    if alpha >= 0:
+        loss = loss * (alpha * target + (1 - alpha) * (1 - target))
+    return loss
 
 
 # --- Evaluation ---

@@ -251,6 +251,8 @@ class Run:
         fast = args.demo and args.amp == "auto" and has_bf16(self.device)
         self.dtype, self.scaler = pick_precision("bf16" if fast else args.amp, self.device)
         self.pinned = self.device.type == "cuda"  # the loader's memory, so that copies need not block
+        if args.resume and args.overwrite:
+            raise InputError("--overwrite: has no effect beside --resume; give one of them")
         self.checkpoint, position = find_checkpoint(args.resume, self.folder), None
         if self.checkpoint:
             position = self.checkpoint["epoch"], self.checkpoint["step"]
@@ -1280,9 +1282,9 @@ def open_image(path):
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; save it as .npy, or in parts") from None
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except Exception as error:  # PIL raises a dozen types on damaged or hostile bytes, MemoryError too
+    except Exception as error:  # PIL raises a dozen types on damaged or hostile bytes
         raise InputError(f"{path}: truncated or unreadable ({type(error).__name__}: {error}); replace "
                          "it") from None
 

@@ -1,9 +1,7 @@
 """SAM against numbers of the official classes (tests/fixtures/sam, weights drawn from key names)."""
-import ast
 import hashlib
 import inspect
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -257,20 +255,6 @@ def test_eps_of_every_norm(runs):
         if isinstance(module, (nn.LayerNorm, LayerNorm2d)):
             exact = name.startswith("image_encoder") or isinstance(module, LayerNorm2d)
             assert module.eps == (1e-6 if exact else 1e-5), name
-
-
-def test_blocks_shared_with_efficient_sam_are_the_same_code():
-    def classes(name):
-        text = (ROOT / f"nets/{name}.py").read_text()
-        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-        return text, {node.name: node for node in nodes}
-    text, ours = classes("sam")
-    _, theirs = classes("efficient_sam")
-    marked = re.findall(r"^# Same as nets/efficient_sam.py\nclass (\w+)", text, re.M)
-    assert marked == ["LayerNorm2d", "PositionEmbeddingRandom"]
-    assert text.count("# Same as") == len(marked)
-    for name in marked:
-        assert ast.unparse(ours[name]) == ast.unparse(theirs[name]), name
 
 
 # --- Beyond the official classes ---

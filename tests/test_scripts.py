@@ -130,6 +130,20 @@ def test_pictures_say_what_their_colours_mean(name, tmp_path, monkeypatch):
     assert len(panels) == 2 and len(without) == (name == "train_sam2")  # draws no prompts on its val_samples.png
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_of_another_net_cannot_be_continued(name, tmp_path):
+    import demo_data
+    demo_data.write(DATA_KIND[name], tmp_path / "data", 6)
+    utils.save_checkpoint(tmp_path / "last.pth", {
+        "format": utils.FORMAT, "net": "other", "arch": {}, "model": {}, "optimizer": {}, "args": {"weights": "none"},
+        "epoch": 0, "step": 0})
+    words = ["--data-path", tmp_path / "data", "--output-dir", tmp_path / "run", "--device", "cpu", "-j", 0, *SMALL[name],
+             "--resume", tmp_path / "last.pth"]
+    script = import_module(name)
+    with pytest.raises(utils.InputError, match="--resume .*: holds net other"):
+        script.main(script.get_args_parser().parse_args([str(word) for word in words]))
+
+
 @pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("train_unet", "pretrain_sami")])
 def test_from_scratch_a_rate_for_official_weights_is_noted(name, tmp_path, capsys):
     import demo_data

@@ -433,7 +433,7 @@ def test_object_arrays_are_refused_without_unpickling(objects):
     ("imgs", np.zeros((48, 48, 2), np.uint8), "has shape (48, 48, 2)"), ("imgs", np.zeros(5), "has shape (5,)"),
     ("gts", np.zeros((48, 40), np.uint8), "40x48 pixels, but"), ("gts", np.zeros((48, 48, 1), np.uint8), "has shape"),
     ("imgs", np.full((48, 48, 3), np.nan), "not finite"), ("imgs", np.full((48, 48, 3), -1.0), "floats from -1 to -1"),
-    ("gts", np.full((48, 48), 0.5), "whole"), ("gts", np.full((48, 48), -1), "not negative"),
+    ("gts", np.full((48, 48), 0.5), "whole"), ("gts", np.full((48, 48), -1), "not be negative"),
     ("imgs", np.array(["a"]), "not an array of numbers"), ("imgs", np.zeros((0, 4, 3)), "not an array of numbers")])
 def test_arrays_that_cannot_be(objects, sub, array, words):
     np.save(objects / sub / "o1.npy", array)

@@ -2,11 +2,8 @@
 import csv
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import cv2

@@ -743,11 +743,11 @@ def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkey
     state = {"format": utils.FORMAT, "model": {}, "optimizer": {}, "args": {"weights": "none"}, "epoch": 2, "step": 5}
     utils.save_checkpoint(tmp_path / "last.pth", state)
     monkeypatch.setattr(utils, "ranks", lambda: (0, 2))
-    monkeypatch.setattr(utils, "sum_over_ranks", lambda place: place + others * (place - 1))
+    monkeypatch.setattr(utils, "merge_over_ranks", lambda found: {**found, 1: [None, (2, 4)][others]})
     args = run_options(tmp_path, resume="auto")
     with pytest.raises(utils.InputError, match="the processes do not see the same last.pth"):
         utils.Run(args, "linear")
-    monkeypatch.setattr(utils, "sum_over_ranks", lambda place: 2 * place)
+    monkeypatch.setattr(utils, "merge_over_ranks", lambda found: {**found, 1: (2, 5)})
     assert utils.Run(args, "linear").checkpoint["epoch"] == 2
 
 
