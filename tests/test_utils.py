@@ -737,6 +737,18 @@ def test_a_gradient_that_is_not_finite_is_not_used_even_if_the_loss_is(tmp_path)
         run.finish_gradient(optimizer, 1.0, 1)
 
 
+def test_a_loop_over_items_ends_after_the_one_in_which_a_signal_came(monkeypatch):
+    monkeypatch.setattr(utils, "_signals", [])
+    assert [*utils.until_stopped(range(3), "reading")] == [0, 1, 2]
+    seen = []
+    with pytest.raises(utils.Stopped):
+        for item in utils.until_stopped(range(5), "reading"):
+            seen.append(item)
+            if item == 2:
+                utils._signals.append(15)
+    assert seen == [0, 1, 2]
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_processes_that_do_not_see_the_same_checkpoint_are_told(tmp_path, monkeypatch, others):
     """Two ranks: this one has a last.pth, the other none or one of another step."""
