@@ -344,7 +344,7 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
         image, ids = voc(folder, f"JPEGImages/{name}.jpg"), voc(folder, f"SegmentationObject/{name}.png")
         ids = script_.read_ids((name, image, ids))
         truth[name] = [ids == k for k in range(1, ids.max() + 1)], ids >= 0
-        prompts[name] = {"boxes": script_.masks_to_boxes(torch.stack(truth[name][0])).tolist()}
+        prompts[name] = {"boxes": script_.masks_to_boxes(torch.from_numpy(np.stack(truth[name][0]))).tolist()}
     (tmp_path / "prompts.json").write_text(utils.json.dumps(prompts))
     ious = []
     for name in names:  # one object at a time, as in the mask of ids a later one lies above
