@@ -137,8 +137,8 @@ def test_a_run_of_another_net_cannot_be_continued(name, tmp_path):
     utils.save_checkpoint(tmp_path / "last.pth", {
         "format": utils.FORMAT, "net": "other", "arch": {}, "model": {}, "optimizer": {}, "args": {"weights": "none"},
         "epoch": 0, "step": 0})
-    words = ["--data-path", tmp_path / "data", "--output-dir", tmp_path / "run", "--device", "cpu", "-j", 0, *SMALL[name],
-             "--resume", tmp_path / "last.pth"]
+    words = ["--data-path", tmp_path / "data", "--output-dir", tmp_path / "run", "--device", "cpu", "-j", 0,
+             *SMALL[name], "--resume", tmp_path / "last.pth"]
     script = import_module(name)
     with pytest.raises(utils.InputError, match="--resume .*: holds net other"):
         script.main(script.get_args_parser().parse_args([str(word) for word in words]))
