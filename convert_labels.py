@@ -159,7 +159,7 @@ def decode_counts(text):
     for code in text.encode():
         code -= 48
         if not 0 <= code < 64 or shift > 40:
-            raise ValueError(f"{short(text)} are no run lengths")
+            raise ValueError(f"{text[:60]!r} are no run lengths")
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:

@@ -177,7 +177,7 @@ def read_batches(inputs, size, bad):
             except utils.InputError as error:
                 bad.append(str(error))
             except MemoryError:
-                bad.append(f"{path}: memory is too small for it; cut it")
+                bad.append(f"{path}: too large for the memory here; cut it into parts")
             if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch.clear()
