@@ -28,6 +28,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import threading
 import time
 import traceback
@@ -519,8 +520,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(*error.args)
         except utils.InputError as error:
             self.send_error(422, str(error))
-        except ConnectionError:  # the page was closed
-            pass
+        except ConnectionError:  # the page was closed; Server.handle_error ends it
+            raise
         except Exception as error:
             traceback.print_exc()
             line = f"{type(error).__name__} in annotate.py, its terminal says more"
@@ -612,10 +613,19 @@ class Handler(BaseHTTPRequestHandler):
         """Prints no line per request: it would hold the key."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections that wait; of Python's 5 Linux resets some of 20 at once
+
+    def handle_error(self, *args):
+        """Prints a traceback, but not for a page that was closed before its answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*args)
+
+
 def create_server(args):
     """Returns a server on 127.0.0.1 with .url, .key and .session."""
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+        server = Server(("127.0.0.1", args.port), Handler)
     except OSError as error:
         raise utils.InputError(f"--port {args.port}: {error.strerror}; give another, or "
                                "none") from None
