@@ -310,9 +310,11 @@ def find_class_names(root):
 
 def check_item(item, whole):
     """Returns whether there is an object; if not `whole`, True if the sizes agree. InputError if bad."""
-    if not whole and utils.image_size(item[1]) == utils.image_size(item[2]):
+    if not whole and len({utils.image_size(path) for path in item[1:] if path}) == 1:
         return True
-    return bool(read_ids(item).max() > 0)
+    ids = read_ids(item)
+    classes_of(item, ids, [])
+    return bool(ids.max() > 0)
 
 
 def keep_items(items, part, args):
@@ -361,6 +363,8 @@ def create_loaders(args):
 def sanity_check(train_set, val_set, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_set), ("val", val_set)):
+        if not dataset.items:  # of a test
+            continue
         sizes, objects, shares, widths, void = Counter(), [], [], [], []
         for item in dataset.items:
             ids = read_ids(item)
@@ -501,11 +505,16 @@ def evaluate(model, loader, run, args):
     found = {}  # index: figures and classes of 8 objects at a time
     for features, ids, (index,) in utils.until_stopped(loader, "validating", run.device):
         ids = ids[0]
+        if ids.max() < 1:  # the start reads not all of many images
+            continue
         embedding = embed(model, features.to(run.device, non_blocking=run.pinned), run.dtype)
         found[index] = [(judge(model, embedding, ids, numbers, run.dtype),
                          classes_of(loader.dataset.items[index], ids, numbers))
                         for numbers in torch.arange(1, ids.max() + 1).split(8)]  # to limit memory
     parts = list(itertools.chain(*utils.merge_over_ranks(found).values()))
+    if not parts:
+        raise utils.InputError(f"{loader.dataset.items[0][2].parent}: no mask of a validation image has an "
+                               "object; look at them")
     rows = {name: torch.cat([figures[name] for figures, _ in parts]).double() for name in parts[0][0]}
     classes = itertools.chain(*[classes for _, classes in parts])
     per_class = defaultdict(list)
@@ -758,7 +767,7 @@ def main(args):
 
     model, arch = create_model(args, run.checkpoint)
     # best.pth holds the decoder alone: the hash tells predict.py whether the base is the right one
-    args.base_hash = None if args.train == "all" else hash_frozen(model)
+    args.base_hash = None if args.train == "all" and not args.test_only else hash_frozen(model)
     model = model.to(run.device)
     run.describe(args.model, model, train_set, val_set)
     keeps = not args.no_cache and args.train != "all"  # embeddings

@@ -60,7 +60,7 @@ def get_args_parser():
     add("--data-path", help="folder of images, in folders of any depth; no labels")
     add("--val-path", help="another such folder to validate on, instead of splitting")
     add("--split", help="split.json of another run to use, instead of splitting by --seed")
-    add("--image-size", type=utils.number(int, 16), default=224,
+    add("--image-size", type=utils.number(int, 32), default=224,
         help="side in pixels at which the encoder sees an image (%(default)s)")
     add_switch("--crop", default=True,
                help="train on random crops, on which SAM runs in every epoch; False: on whole images, whose "
@@ -408,7 +408,7 @@ def evaluate(model, teacher, mean, loader, run, args):
         found = [(guess - target).square().mean(2)
                  for guess in (pred, positions.mean(1, keepdim=True), positions)]
         found.append(F.cosine_similarity(pred, target, dim=2))
-        found = torch.stack(found)[:, 0, order[0]].double().cpu()  # (4, N), in `order`
+        found = torch.stack(found)[:, 0, order[0]].cpu().double()  # (4, N), in `order`
         visible, masked = found[:, :args.num_visible], found[:, args.num_visible:]
         rows[int(index)] = torch.stack([masked.mean(1), visible.mean(1)])
     rows = torch.stack([*utils.merge_over_ranks(rows).values()]).mean(0)

@@ -293,6 +293,8 @@ def count_trained(num_images, args):
 def sanity_check(train_set, val_set, args):
     """Prints what is in the data and draws what training sees."""
     for part, dataset in (("train", train_set), ("val", val_set)):
+        if not dataset.items:  # of a test
+            continue
         sizes, empty = Counter(), 0
         pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)  # by label
         for item in dataset.items:

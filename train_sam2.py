@@ -137,8 +137,8 @@ def get_args_parser():
     add("--weights", help=f"none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
     add("--freeze", choices=list(PARTS), nargs="+", default=["none"],
         help="parts that are not trained: less memory (%(default)s)")
-    add_switch("--gradient-checkpointing", help="less memory, a third more time")
-    add("--drop-path", "--drop-path-rate", type=share, default=0.1,
+    add_switch("--gradient-checkpointing", help="less memory, half more time")
+    add("--drop-path", "--drop-path-rate", type=utils.number(float, 0, 0.99), default=0.1,
         help="share of the image encoder's last block skipped in training (%(default)s)")
     add("--dropout", type=share, default=0.1, help="of the memory attention (%(default)s)")
 
@@ -846,8 +846,12 @@ def select(list_name, root, known):
     names = utils.read_lines(path)
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
-    known = {*known}  # spaces around a name are kept if it is known so
-    return [*dict.fromkeys(name if name in known else name.strip() for name in names)]
+    known, chosen = {*known}, {}
+    for line in names:  # names may hold spaces, also at their ends; some lists have two columns
+        readings = [line, line.strip(), line.split()[0]]
+        readings += map(utils.nfc, readings)
+        chosen[next((name for name in readings if name in known), line.strip())] = True
+    return [*chosen]
 
 
 def check_item(frame, whole):

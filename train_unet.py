@@ -218,8 +218,8 @@ def name_classes(root, folders):
             raise utils.InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
         names = {str(k): line.strip() for k, line in enumerate(lines) if line.strip()}
     names = [names.get(folder.name, folder.name) for folder in folders]
-    files = Counter(map(utils.file_part, names))  # predict.py writes one for each
-    clashing = [name for name in names if files[utils.file_part(name)] > 1]
+    files = [utils.nfc(utils.file_part(name)).casefold() for name in names]  # predict.py writes one each
+    clashing = [name for name, file in zip(names, files) if files.count(file) > 1]
     if clashing:
         raise utils.InputError(f"{path}: classes {' and '.join(clashing)} have one name in predict.py's "
                                "files; give each another")

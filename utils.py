@@ -283,8 +283,8 @@ class Run:
             checkpoint = load_checkpoint(args.weights) if Path(args.weights).is_file() else {}
         trained_with = checkpoint.get("args", {})
         for key in same:
-            now, before = getattr(args, key), trained_with.get(key, getattr(args, key))
-            if json.dumps(now) != json.dumps(before):
+            now, before = getattr(args, key), trained_with.get(key)
+            if before is not None and json.dumps(now) != json.dumps(before):
                 raise InputError(f"{option_of(key)} {now}: trained with {before}; give that")
         before = trained_with.get("data_hash", args.data_hash)
         if before.partition("+")[2] != args.data_hash.partition("+")[2]:  # of the validation images
@@ -323,7 +323,20 @@ class Run:
             self.lock = lock_folder(self.folder)  # held while this object lives
             prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
                                        "val": [item[0] for item in val_set.items]})
+            if self.checkpoint:
+                self.bring_best()
         return self.progress
+
+    def bring_best(self):
+        """Copies the best weights so far from the folder of a run that is continued in another."""
+        source = Path(self.args.resume)
+        source = source if source.is_dir() else source.parent
+        best, ours = source / "best.pth", self.folder / "best.pth"
+        if self.args.resume != "auto" and best.exists() and not ours.exists():
+            if load_checkpoint(best)["best"] == self.progress["best"]:
+                for path in (best, *[source / f"{name}.pth" for name in ("model", "decoder", "encoder")]):
+                    if path.exists():
+                        shutil.copyfile(path, self.folder / path.name)
 
     def is_over(self):
         """Returns whether --epochs are done or --early-stopping ends the run."""
@@ -739,6 +752,7 @@ def read_image(path):
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
         raise InputError(f"{path}: has shape {pixels.shape}; an image is (H, W, 3) or (H, W)")
+    pixels = pixels[..., :3]  # the alpha channel has a range of its own
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
         if is_array and pixels.dtype.kind == "f":
@@ -750,7 +764,7 @@ def read_image(path):
         pixels = (pixels + 0.5).astype(np.uint8)
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, 2)
-    return np.ascontiguousarray(pixels[..., :3])
+    return np.ascontiguousarray(pixels)
 
 
 def read_mask(path, lossy=False):
@@ -765,10 +779,11 @@ def read_mask(path, lossy=False):
             raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
     else:
         with open_image(path) as image:
-            if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP") and not lossy:
-                raise InputError(f"{path}: {image.format} can change ids near edges; {remedy}")
             mode, mask = image.mode, read_deep(path, image)
             if mask is None:
+                changed = None if lossy else find_changed_ids(image)
+                if changed:
+                    raise InputError(f"{path}: {changed}; {remedy}")
                 mask = np.array(ImageOps.exif_transpose(image))
     if mode == "LA" or (mode != "CMYK" and mask.ndim == 3 and mask.shape[2] == 4):
         if (mask[..., -1] != mask[0, 0, -1]).any():
@@ -783,6 +798,24 @@ def read_mask(path, lossy=False):
             raise InputError(f"{path}: ids must be whole numbers; save it as integers")
         mask = mask.astype(np.int64)
     return mask
+
+
+def find_changed_ids(image):
+    """Returns why an opened 8-bit file's values may not be the ids that were saved; None if they are."""
+    raw = image.tile[0][3] if image.tile else ""  # what PIL decodes from, as "L;4" or ("L", 7)
+    if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP"):
+        return f"{image.format} can change ids near edges"
+    if image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):  # of TIFF
+        return "its compression can change ids near edges"
+    if raw in ("L;2", "L;4") or image.format == "PPM" and isinstance(raw, tuple) and raw[1] < 255:
+        return "greys of less than 8 bits are read as multiples of their values"
+    if image.mode == "P":
+        used = [k for k, count in enumerate(image.histogram()) if count]
+        colours = [tuple(image.getpalette("RGB")[3 * k:3 * k + 3]) for k in used]
+        greys = {(k, colour[0]) for k, colour in zip(used, colours) if len({*colour}) == 1}
+        if len(greys) == len(used) and any(k != grey for k, grey in greys - {(0, 0), (1, 255)}):
+            return "its palette has greys other than its indices: either may be the ids"
+    return None
 
 
 def read_binary_mask(path):

@@ -435,7 +435,7 @@ POINTS, BOX, BOTH = range(3)  # kinds of prompt
 def resized_size(height, width, image_size):
     """(height, width) after resizing the longest side to image_size, rounded as published."""
     scale = image_size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def preprocess(image, image_size, mirrored=False):

@@ -85,6 +85,8 @@ def test_boxes_move_both_ways_and_half_of_a_small_one_stays():
         assert 0 <= x0 and x1 <= 29 and 0 <= y0 and y1 <= 19 and x1 - x0 >= 7 and y1 - y0 >= 3
         seen.add("in" if x0 > 6 else "out")
     assert seen == {"in", "out"}
+    boxes = torch.stack([script_.sample_prompts(ids, [1], options("--bbox-shift", 12), True)[2][0] for _ in range(200)])
+    assert 1.2 < (boxes[:, 0] - 6).abs().max() <= 12 * 30 / 256  # of an image of 256 pixels
 
 
 def test_either_kind_of_prompt_is_left_out_as_often():
@@ -158,6 +160,9 @@ def test_images_are_prepared_as_the_official_class_prepares_them(instances):
     model = script_.NETS["demo"](64)
     theirs = model.preprocess(torch.from_numpy(utils.read_image(item[1]).transpose(2, 0, 1).copy()).float())
     torch.testing.assert_close(script_.read_input(item, False, options(*SMALL)), theirs, atol=1e-5, rtol=1e-5)
+    stripes = (torch.arange(60) % 2 * 255).byte().expand(3, 40, 60)  # become grey as they shrink, as by PIL
+    shrunk = sam.preprocess(stripes, 20)
+    assert shrunk.shape == (3, 20, 20) and shrunk[:, :13].std((1, 2)).max() < 0.5 and not shrunk[:, 13:].any()
 
 
 @pytest.mark.parametrize("shape, side, least", [((50, 64), 64, 0.95), ((170, 256), 256, 0.99)])
@@ -282,6 +287,13 @@ def test_boundaries_of_hand_worked_masks():
     pred[0, 10:20, 19] = False                    # 36 true, 34 predicted, 26 of them the same
     assert script_.boundary_iou(pred, truth, labelled).item() == pytest.approx(26 / (36 + 34 - 26))
     assert script_.mask_iou(pred, truth, labelled).item() == pytest.approx(0.9)
+    truth, labelled = torch.zeros(1, 120, 160).bool(), torch.ones(120, 160).bool()  # diagonal 200: four pixels
+    truth[0, 10:60, 10:60] = True
+    pred, ring = truth.clone(), 50**2 - 42**2
+    pred[0, 14:56, 14:56] = False                 # the ring of four pixels alone
+    assert script_.boundary_iou(pred, truth, labelled).item() == 1
+    pred[0, 13:57, 13:57] = False                 # of three
+    assert script_.boundary_iou(pred, truth, labelled).item() == pytest.approx((50**2 - 44**2) / ring)
 
 
 class Copy(torch.nn.Module):
@@ -308,14 +320,16 @@ def test_figures_of_a_hand_worked_image(monkeypatch):
     rows = script_.judge(Copy(), torch.zeros(1, 4, 4, 4), ids, torch.tensor([1, 2]), None)
     assert list(rows) == ["val_box_iou", "val_box_biou", "val_click1_iou", "val_click3_iou", "val_click5_iou",
                           "val_iou_error", "box_iou", "disc_iou"]
-    box, _, click1, click3, click5, error, filled, disc = rows.values()
+    box, rim, click1, click3, click5, error, filled, disc = rows.values()
+    assert rim.tolist() == pytest.approx([78 / (156 + 92 - 78), 0])  # pixels of both rims, of 64x16 and of 32x16
     assert box.tolist() == click1.tolist() == click3.tolist() == click5.tolist() == [0.5, 0]
     assert error.tolist() == [0.25, 0.75] and filled.tolist() == [1, 1]
     assert disc.tolist() == pytest.approx([0.38, 0.19], abs=0.02)
 
 
 def test_the_second_pass_gets_the_best_mask_of_each_object(monkeypatch):
-    first, iou = torch.arange(6.0).reshape(2, 3, 1, 1), torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
+    first = torch.arange(6.0).reshape(2, 3, 1, 1).requires_grad_()
+    iou = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
     calls = []
 
     def decode(model, embeddings, points, labels, boxes, kinds, low_logits, multimask, dtype):
@@ -326,6 +340,7 @@ def test_the_second_pass_gets_the_best_mask_of_each_object(monkeypatch):
     script_.two_passes(None, None, None, None, None, None, None)
     assert [multimask for _, multimask in calls] == [True, False] and calls[0][0] is None
     assert calls[1][0].flatten().tolist() == [1, 3]  # mask 1 of the first object, mask 0 of the second
+    assert not calls[1][0].requires_grad  # the second pass trains no first one
 
 
 def test_the_mask_prompt_reaches_the_prompt_encoder():
@@ -506,9 +521,12 @@ def test_every_file_is_written_and_testing_repeats_the_figures(instances, tmp_pa
     printed = capsys.readouterr().out
     assert "kept, before" in printed and "blob" in printed and "disc_iou" in printed
     assert set(figures["class_box_iou"]) == {"blob"} and figures["class_box_iou"]["blob"][1] >= 4
+    assert figures["class_box_iou"]["blob"][0] == pytest.approx(figures["val_box_iou"])
     for weights in (["--resume", tmp_path / "run/last.pth"], ["--weights", tmp_path / "run/last.pth"]):
         tested = train(instances, tmp_path / "x", "--test-only", *weights)
         assert tested == {key: figures[key] for key in tested}
+    with pytest.raises(utils.InputError, match="--masks class: trained with object"):
+        train(instances, tmp_path / "x", "--test-only", *weights, "--masks", "class")
     rows = (tmp_path / "run/log.csv").read_text().splitlines()
     losses = [float(row.split(",")[rows[0].split(",").index("loss")]) for row in rows[1:]]
     assert losses[-1] < losses[0]
@@ -631,6 +649,44 @@ def test_an_empty_mask_found_later_does_no_harm(instances, tmp_path, monkeypatch
     figures = train(instances, tmp_path / "run", "-b", 1)
     assert math.isfinite(figures["val_box_iou"])
     assert "skipped" not in (tmp_path / "run/log.csv").read_text().splitlines()[1]
+
+
+def test_validation_images_without_an_object_found_later_count_for_nothing(instances, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "READ_WHOLE", 1)
+    first, second = voc(instances, "ImageSets/Segmentation/val.txt").read_text().split()
+    more = "--test-only", "--limit", 2, "--weights", tmp_path / "run/best.pth"
+    train(instances, tmp_path / "run")
+    path = voc(instances, f"SegmentationObject/{second}.png")
+    for value in (0, 255):  # nothing, void alone
+        save_grey(path, np.full((64, 64), value, np.uint8))
+        figures = train(instances, tmp_path / "x", *more)
+        assert figures == train(instances, tmp_path / "x", *more[:2], 1, *more[3:])
+    monkeypatch.setattr(utils, "READ_WHOLE", 0)
+    save_grey(voc(instances, f"SegmentationObject/{first}.png"), np.zeros((64, 64), np.uint8))
+    with pytest.raises(utils.InputError, match="no mask of a validation image has an object"):
+        train(instances, tmp_path / "x", *more)
+
+
+def test_a_whole_net_is_tested_without_saying_how_it_was_trained(instances, tmp_path):
+    figures = train(instances, tmp_path / "run", "--train", "all")
+    more = "--test-only", "--weights", tmp_path / "run/last.pth"
+    assert train(instances, tmp_path / "x", *more, "--train", "all")["val_box_iou"] == figures["val_box_iou"]
+    assert train(instances, tmp_path / "x", *more)["val_box_iou"] == pytest.approx(figures["val_box_iou"], abs=0.02)
+    assert train(instances, tmp_path / "x", *more, "--sanity-check")["train"] == 0
+
+
+def test_classes_are_checked_before_training(instances):
+    name = voc(instances, "ImageSets/Segmentation/val.txt").read_text().split()[0]
+    path = voc(instances, f"SegmentationClass/{name}.png")
+    save_grey(path, np.zeros((64, 60), np.uint8))
+    refuses(instances, f"{name}.png: 60x64 pixels, but")
+    utils.save_image(path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    refuses(instances, f"SegmentationClass/{name}.png: colour-coded mask")
+
+
+def test_a_line_of_pixels_has_a_size():
+    assert script_.resized_size(1, 300, 64) == (1, 64)
+    assert sam.preprocess(torch.zeros(3, 1, 300, dtype=torch.uint8), 64).shape == (3, 64, 64)
 
 
 def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch):

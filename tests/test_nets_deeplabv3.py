@@ -65,6 +65,14 @@ def test_keys_shapes_types_and_order_equal_the_official_manifest():
         assert ours == tensors and list(ours) == list(tensors), name
 
 
+def test_dropout_is_the_official_one():
+    ours, theirs = deeplabv3("mobilenet_v3_large"), official("mobilenet_v3_large", 21, True)
+    for head in ("classifier", "aux_classifier"):
+        found = [[layer.p for layer in getattr(net, head).modules() if isinstance(layer, nn.Dropout)]
+                 for net in (ours, theirs)]
+        assert found[0] == found[1] != []
+
+
 def test_parameter_counts_are_the_official_ones():
     counts = {name: sum(p.numel() for p in deeplabv3(name).parameters()) for name in BACKBONES}
     assert counts.pop("demo") < 4_000_000  # the only one that is not torchvision's

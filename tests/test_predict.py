@@ -192,6 +192,21 @@ def test_flip_makes_a_mirrored_image_give_the_mirrored_mask_and_scales_change_it
     assert one.shape == both.shape == (1 if kind == "unet" else 4, 60, 90) and not torch.allclose(one, both, atol=1e-3)
 
 
+def test_sizes_and_scales_reach_the_nets(trained, scenes_run, monkeypatch):
+    image, seen = np.zeros((60, 90, 3), np.uint8), []
+    args = predict.get_args_parser().parse_args(["x", "--weights", str(trained / "run/best.pth")])
+    loaded = predict.load_model(args)
+    loaded.args.image_size = (192, 128)  # width, height
+    monkeypatch.setattr(predict.unet, "forward", lambda model, images, dtype: seen.append(images.shape) or [images])
+    predict.predict_unet(loaded, [image], 0.5)
+    args.weights = str(scenes_run[0] / "run/last.pth")
+    loaded = predict.load_model(args)
+    loaded.args.base_size = 80
+    loaded = loaded._replace(model=lambda images: seen.append(images.shape) or {"out": images})
+    predict.predict_deeplabv3(loaded, [image], 0.5)
+    assert seen == [(1, 3, 64, 96), (1, 3, 40, 60)]
+
+
 def test_official_files_need_the_nets_name(tmp_path):
     import torchvision
     build = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large
@@ -357,6 +372,16 @@ def test_boxes_give_what_sams_validation_scored(sam_run, tmp_path):
     assert np.mean(ious) == pytest.approx(figures["val_box_iou"], abs=0.01) and figures["val_box_iou"] > 0.02
 
 
+def test_a_decoder_of_drawn_weights_finds_them_by_its_seed(sam_run, tmp_path):
+    import finetune_sam_decoder
+    finetune_sam_decoder.main(finetune_sam_decoder.get_args_parser().parse_args(
+        ["--data-path", str(sam_run[0]), "--output-dir", str(tmp_path / "run"), "--model", "demo", "--image-size", "64",
+         "--weights", "none", "--seed", "3", "-j", "0", "--epochs", "1", "--device", "cpu", "--year", "2012",
+         "--limit", "2"]))
+    image = next(voc(sam_run[0], "JPEGImages").iterdir())
+    run("--weights", tmp_path / "run/last.pth", image, "--box", "1,1,9,9", "--output-dir", tmp_path / "out")
+
+
 def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tmp_path, monkeypatch):
     folder, _ = sam_run
     image = voc(folder, "JPEGImages/blob_0000.jpg")
@@ -390,6 +415,10 @@ def test_a_decoder_alone_needs_its_base_and_an_official_file_nothing(sam_run, tm
         assert torch.equal(value, theirs.model.state_dict()[key])
     args.weights, args.base = str(folder / "base.pth"), None
     assert predict.load_model(args).name == "sam"
+    monkeypatch.undo()
+    args.weights, args.model = str(folder / "run/best.pth"), "vit_b"  # which is not of 1024 pixels
+    with pytest.raises(utils.InputError, match="best.pth: names its own net; leave --model out"):
+        predict.load_model(args)
 
 
 def test_options_that_are_not_for_sam(sam_run, tiny, tmp_path):

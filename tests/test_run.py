@@ -9,6 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
+from argparse import Namespace
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import torch
 import train_unet
 import utils
 from test_resume import assert_same
-from test_train_unet import SMALL, refuses, thin, train  # noqa: F401 (thin: a fixture of all tests)
+from test_train_unet import SMALL, Scaler, refuses, thin, train  # noqa: F401 (thin: a fixture of all tests)
 
 
 def test_early_stopping_counts_from_the_best_epoch(cells, tmp_path, capsys):
@@ -44,6 +47,39 @@ def test_ten_nan_losses_in_a_row_end_the_run_naming_the_images(cells, tmp_path, 
     monkeypatch.setattr(train_unet, "criterion", lambda *a: true_criterion(*a) * float("nan"))
     with pytest.raises(utils.InputError, match=r"ten times in a row, last on cell_\d"):
         train(cells, tmp_path / "run", "--epochs", 9, "-b", 4)  # two steps an epoch: the count goes on across epochs
+
+
+def test_gradients_are_those_of_the_mean_then_clipped_and_a_falling_scale_is_no_bad_step():
+    model = torch.nn.Linear(2, 1, bias=False)
+    run = SimpleNamespace(parts={"model": model}, progress=Counter(), args=Namespace(world_size=1), items=[("x",)],
+                          buffers=[], device=torch.device("cpu"), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    optimizer = torch.optim.SGD(model.parameters(), 1)
+    for clip_grad, expected in ((0, [3, 4]), (10, [3, 4]), (1, [0.6, 0.8])):
+        model.weight.grad = torch.tensor([[6.0, 8.0]])
+        assert utils.Run.finish_gradient(run, optimizer, 5.0, 2, clip_grad)
+        assert model.weight.grad[0].tolist() == pytest.approx(expected, rel=1e-4)
+    run.scaler = Scaler()  # of fp16: too large a scale makes gradients infinite, not the loss
+    for loss, bad_steps in ((5.0, 0), (math.nan, 1)):
+        model.weight.grad = torch.tensor([[math.inf, 8.0]])
+        assert not utils.Run.finish_gradient(run, optimizer, loss, 2) and run.progress["bad_steps"] == bad_steps
+
+
+def test_a_stop_among_accumulated_batches_resumes_to_the_same_bits(cells, tmp_path, monkeypatch):
+    more = ["--epochs", 1, "-b", 1, "--accumulate", 2]  # four steps
+    train(cells, tmp_path / "a", *more)
+    finish_gradient = utils.Run.finish_gradient
+
+    def stop(run, *args):
+        if run.progress["step"] == 1:
+            utils.remember_signal(signal.SIGTERM, None)
+        return finish_gradient(run, *args)
+    with monkeypatch.context() as patch, pytest.raises(utils.Stopped):
+        patch.setattr(utils.Run, "finish_gradient", stop)
+        train(cells, tmp_path / "b", *more)
+    utils._signals.clear()
+    assert torch.load(tmp_path / "b/last.pth", weights_only=True)["step"] == 2
+    train(cells, tmp_path / "b", *more, "--resume", "auto")
+    assert_same(*[torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab"])
 
 
 def test_an_earlier_run_is_not_overwritten_unless_asked(cells, tmp_path):
@@ -79,6 +115,19 @@ def test_resuming_from_bare_weights_or_into_another_run(cells, tmp_path):
     with pytest.raises(utils.InputError, match="there is a run here"):
         train(cells, tmp_path / "b", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
     train(cells, tmp_path / "c", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
+
+
+def test_the_best_so_far_comes_along_into_another_folder(cells, tmp_path):
+    train(cells, tmp_path / "a", "--epochs", 1, "--lr", 0)
+    best = torch.load(tmp_path / "a/best.pth", weights_only=True)
+    for source in ("a/last.pth", "a"):
+        output = tmp_path / source.replace("/", "_")
+        train(cells, output, "--epochs", 1, "--lr", 0, "--resume", tmp_path / source)
+        assert_same(best, torch.load(output / "best.pth", weights_only=True))
+        assert (output / "model.pth").read_bytes() == (tmp_path / "a/model.pth").read_bytes()
+    torch.save({**best, "best": 2.0}, tmp_path / "a/best.pth")  # of another run
+    train(cells, tmp_path / "b", "--epochs", 1, "--lr", 0, "--resume", tmp_path / "a")
+    assert not (tmp_path / "b/best.pth").exists()
 
 
 def test_a_last_pth_of_format_1_is_refused_in_one_line_and_its_weights_load(cells, tmp_path):

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import train_deeplabv3
+import train_unet
+import utils
 from conftest import ROOT
 from test_resume import SMALL, TIMES, assert_runs_equal
 
@@ -107,6 +109,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_processes, name, mo
 def log_rows(folder):
     with open(folder / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_images_that_cannot_be_shared_out_are_left_out(monkeypatch):
+    """U-Net: no process may have a step more than another, which would wait for it."""
+    monkeypatch.setattr(utils, "ranks", lambda: (0, 2))
+    args = train_unet.get_args_parser().parse_args(["--data-path", "x"])
+    assert [train_unet.count_trained(count, args) for count in (8, 9)] == [8, 8]
 
 
 @pytest.mark.parametrize("name", CASES)

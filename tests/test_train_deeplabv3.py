@@ -111,6 +111,12 @@ def test_images_are_judged_at_their_own_size_and_void_does_not_count():
     label[..., :3, :] = 255
     figures = script_.evaluate(Copy(), [(image, label, [0])], CPU, Namespace(num_classes=2, val_set="val"))
     assert figures["val_miou"] == 1 and figures["counts"] == [[156, 0, 0], [0, 0, 0], [0, 0, 156]]
+    labels = torch.cat([label, torch.where(label == 2, label, 1)])  # the second image has more labelled pixels
+    labels[1, :3] = 0
+    batches = [(image, labels[k:k + 1], [k]) for k in (0, 1)]
+    found = script_.evaluate(Copy(), batches, CPU, Namespace(num_classes=2, val_set="val"))["val_loss"]
+    logits = script_.predict(Copy(), image, None, (16, 24)).expand(2, -1, -1, -1)
+    assert found == pytest.approx(script_.criterion({"out": logits}, labels).item(), rel=1e-5)
     with pytest.raises(utils.InputError, match="val.txt: none of its images has a labelled pixel"):
         script_.evaluate(Copy(), [(image, torch.full_like(label, 255), [0])], CPU,
                          Namespace(num_classes=2, val_set="val"))
@@ -157,6 +163,22 @@ def test_image_and_label_are_scaled_flipped_and_cropped_together(scenes):
     assert min(agree) > 0.9 and np.mean(agree) > 0.95 and len(seen) > 15
 
 
+def test_scales_flips_and_crops_are_the_articles():
+    """An image whose red and green are its columns and rows tells what was done with it."""
+    image = torch.stack([*torch.meshgrid(torch.arange(64), torch.arange(64), indexing="xy"), torch.zeros(64, 64)]) * 3
+    args, found = options("--base-size", 64, "--crop-size", 32), []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        crop, _ = script_.scale_flip_crop(image.byte(), torch.zeros(1, 64, 64, dtype=torch.uint8), args, augment=True)
+        across, down = crop[0, 16, 26] / 3. - crop[0, 16, 6] / 3., crop[1, 26, 16] / 3. - crop[1, 6, 16] / 3.
+        top = (crop[1, 16, 16] / 3 + 0.5) * 20 / down - 16.5
+        found.append([20 / across.item(), 20 / down.item(), top.item()])
+    across, down, top = np.array(found).T
+    assert 0.48 <= down.min() < 0.56 and 1.85 < down.max() <= 2.1 and np.abs(np.abs(across) - down).max() < 0.2
+    assert 70 < (across < 0).sum() < 130  # half of them mirrored, none upside down
+    assert top.min() < 1 and top.max() > 60 and len({*top.round()}) > 40
+
+
 @pytest.mark.parametrize("side", [33, 100])
 def test_labels_are_scaled_without_a_shift_against_the_image(side):
     """On average over the places of a square; torch's "nearest" would be up to half a small pixel off."""
@@ -171,12 +193,15 @@ def test_labels_are_scaled_without_a_shift_against_the_image(side):
 
 
 def test_the_eval_preset_makes_the_shorter_side_base_size_and_keeps_the_label(scenes):
-    Image.new("RGB", (90, 60)).save(voc(scenes, "JPEGImages/s8.jpg"))
-    save_grey(voc(scenes, "SegmentationClass/s8.png"), np.ones((60, 90), np.uint8))
+    stripes = np.zeros((120, 180, 3), np.uint8)
+    stripes[:, ::2] = 255  # become grey as they shrink, not black and white
+    Image.fromarray(stripes).save(voc(scenes, "JPEGImages/s8.png"))
+    voc(scenes, "JPEGImages/s8.jpg").unlink()
+    save_grey(voc(scenes, "SegmentationClass/s8.png"), np.ones((120, 180), np.uint8))
     dataset = script_.VOCSegmentation(script_.find_items(voc(scenes), "val"), [], options("--base-size", 40), False,
                                       False)
     image, label, _ = dataset[0, 0]
-    assert image.shape == (3, 40, 60) and label.shape == (60, 90)
+    assert image.shape == (3, 40, 60) and label.shape == (120, 180) and image.std() < 0.5
 
 
 def test_lists_with_crlf_blank_lines_and_two_columns(scenes):
@@ -264,6 +289,9 @@ def test_results_txt_is_the_articles_an_entry_an_epoch_even_when_resumed(scenes,
     entries = path.read_text().split("\n\n")
     assert len(entries) == 4 and entries[2].startswith("[epoch: 2]") and path.read_text().startswith(first)
     assert entries[2].splitlines()[6] == f"mean IoU: {100 * figures['val_miou']:.1f}"
+    assert entries[2].splitlines()[3] == f"global correct: {100 * figures['val_accuracy']:.1f}"
+    lines = script_.table("", {**figures, "class_iou": [0.5], "class_dice": [0.6], "class_accuracy": [0.7]}, ["cat"])
+    assert lines.splitlines()[-1].split()[:4] == ["cat", "50.00", "60.00", "70.00"]
 
 
 @pytest.mark.parametrize("more", [
@@ -319,6 +347,9 @@ def test_the_auxiliary_head_learns_ten_times_as_fast(scenes, tmp_path):
     train(scenes, tmp_path / "run", "--epochs", 1)
     groups = torch.load(tmp_path / "run/last.pth", weights_only=True)["optimizer"]["param_groups"]
     assert len(groups) == 2 and groups[1]["lr"] == pytest.approx(10 * groups[0]["lr"])
+    train(scenes, tmp_path / "more", "--epochs", 1, "--limit", 2, "--wd", 0.25, "--momentum", 0.5)
+    groups = torch.load(tmp_path / "more/last.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["momentum"]) for group in groups] == [(0.25, 0.5)] * 2
 
 
 @pytest.mark.parametrize("batch, counted", [(3, 8), (7, 7), (2, 8)])
@@ -479,6 +510,7 @@ def test_a_test_needs_no_training_images(scenes, tmp_path):
     voc(scenes, "ImageSets/Segmentation/train.txt").unlink()
     tested = train(scenes, tmp_path / "x", "--test-only", "--resume", tmp_path / "run/last.pth")
     assert str(tested) == str({key: figures[key] for key in tested})
+    assert train(scenes, tmp_path / "y", "--test-only", "--sanity-check")["train"] == 0
     assert not (tmp_path / "x/record_mAP.txt").exists() and (tmp_path / "x/record_mAP_test.txt").exists()
 
 

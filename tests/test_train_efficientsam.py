@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_efficientsam as script_
 import utils
-from nets import weights
+from nets import efficient_sam, weights
 
 SMALL = ["--model", "demo", "--image-size", "64", "-b", "2", "-j", "0", "--device", "cpu", "--lr", "0.001"]
 
@@ -82,6 +82,10 @@ def test_loss_of_hand_worked_masks():
     assert script_.criterion(logits, wrong, truth, valid, args).item() == pytest.approx(1, rel=1e-5)
     args = options("--multimask", "all", "-seg_loss_weight", 2, "-ce_loss_weight", 0, "-iou_loss_weight", 0)
     assert script_.criterion(logits, iou, truth, valid, args).item() == pytest.approx(2 * sum(dice) / 3, rel=1e-5)
+    unsure = script_.criterion(0 * logits, iou, truth, valid, args).item()  # sigmoid 0.5: its square counts
+    assert unsure == pytest.approx(2 * (1 - 2 * 0.5 * 8 / (0.25 * 16 + 8)), rel=1e-5)
+    args = options("-seg_loss_weight", 0, "-ce_loss_weight", 0)  # what is covered by less than half is no object
+    assert script_.criterion(logits, iou, truth.float().clamp(min=0.4), valid, args).item() == 0
 
 
 def test_only_the_best_mask_is_trained_and_filled_up_queries_are_not():
@@ -116,6 +120,25 @@ def test_prompts_of_a_hand_drawn_mask():
         assert (points[1] - points[0] >= [7, 3]).all()  # half of it at least
         seen |= {("in" if points[0, 0] > 6 else "out"), points[0, 0].item()}
     assert {"in", "out"} <= seen and len(seen) > 30  # both ways, which the article's are not
+    moved = [script_.draw_prompt(mask, options("-bbox_shift", 12), vary=True)[0][0, 0] - 6 for _ in range(200)]
+    assert 1.2 < max(np.abs(moved)) <= 12 * 30 / 256  # of an image of 256 pixels
+    clicks = {tuple(script_.draw_prompt(mask, options("--prompt", "point"), vary=True)[0][0]) for _ in range(200)}
+    assert len(clicks) > 60 and all(mask[int(y), int(x)] for x, y in clicks)
+
+
+def test_image_masks_and_prompts_are_mirrored_together(objects):
+    ids = np.zeros((64, 64), np.uint16)
+    ids[5:20, 10:50] = 300
+    np.save(objects / "gts/o0.npy", ids)
+    np.save(objects / "imgs/o0.npy", np.dstack([(ids > 0) * np.uint8(255)] * 3))
+    args, places = options("--image-size", 64, "-bbox_shift", 0), set()
+    dataset = script_.NpyDataset(script_.find_items(objects), args, train=True, augment=True)
+    for epoch in range(20):
+        image, points, _, masks, *_ = dataset[epoch, 0]
+        (x0, y0), (x1, y1) = points[0].int().tolist()
+        assert torch.equal(image[0], masks[0]) and masks[0, y0:y1 + 1, x0:x1 + 1].all() and masks.sum() == 600
+        places.add((x0, y0))
+    assert places == {(10, 5), (14, 5), (10, 44), (14, 44)}
 
 
 def test_points_follow_the_image_into_the_nets_square(objects):
@@ -167,6 +190,29 @@ def test_what_the_articles_preprocessing_pads_is_cut_off_again(shape):
                                        torch.zeros(11, 2), shape, "article", None))
     logits = torch.cat([logits for _, logits, _ in parts])
     assert [first for first, _, _ in parts] == [0, 8] and logits.shape == (11, 3, *shape) and (logits > 0).all()
+
+
+def test_masks_are_enlarged_bicubically_as_by_the_official_class():
+    edge = torch.tensor([-1.0, -1, -1, -1, 1, 1, 1, 1]).expand(1, 1, 8, 8)
+    for mode in ("official", "article"):
+        large = efficient_sam.enlarge(edge, (32, 32), 8, mode)
+        assert 1.05 < large.max() < 1.3  # beside an edge it overshoots, which linear interpolation does not
+
+
+def test_the_articles_preprocessing_stretches_the_contrast():
+    image = torch.full((3, 20, 40), 60, dtype=torch.uint8)
+    image[:, :, 10:], image[1, :, 20:] = 110, 160
+    seen = script_.preprocess(image, 40, "article")
+    assert seen.unique().tolist() == pytest.approx([0, 0.5, 1], abs=1e-6) and not seen[:, 20:].any()
+    assert script_.preprocess(image, 40, "official").unique().tolist() == pytest.approx([v / 255 for v in (60, 110, 160)])
+    small = script_.preprocess(image, 20, "article")  # linear: it stays between the two
+    assert small.min() == 0 and small.max() == 1
+
+
+def test_training_compares_masks_of_256_pixels_at_most():
+    mask = torch.ones(1, 20, 20, dtype=torch.bool)
+    sides = [script_.resize_masks(mask, options("--image-size", side)).shape[-1] for side in (128, 256, 1024)]
+    assert sides == [128, 256, 256]
 
 
 def test_every_object_of_validation_and_at_most_max_objects_of_training(objects):
@@ -288,6 +334,32 @@ def test_the_gradient_is_the_mean_over_objects_however_they_lie_in_batches(objec
     close = all(torch.allclose(a["model"][key], b["model"][key], atol=1e-4) for key in a["model"]
                 if "k_proj.bias" not in key and "qkv.bias" not in key)  # whose true gradient is 0
     assert close == ("--accumulate" in more)  # three and one are two steps: the comparison can fail
+
+
+def test_weight_decay_is_on_matrices_alone_and_the_cosine_falls():
+    model, args = script_.NETS["demo"](64), options("--weight-decay", 0.25, "--lr", 2, "--epochs", 4)
+    decayed, others = script_.create_optimizer(model, args).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.25, 0)
+    assert {p.ndim for p in decayed["params"]}.isdisjoint({0, 1})
+    embeddings = [id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    assert {*embeddings} <= {id(p) for p in others["params"]}
+    assert [script_.learning_rate(args, epoch) for epoch in range(4)] == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+
+
+def test_the_rate_falls_by_a_tenth_after_six_epochs_without_a_lower_loss(objects, tmp_path, monkeypatch):
+    losses, figures = iter([1.0, 0.5, *[0.6] * 8]), dict.fromkeys(script_.FIGURES, 0.5)
+    monkeypatch.setattr(script_, "evaluate", lambda *_: figures)
+    monkeypatch.setattr(script_, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(utils.Run, "mean_loss", lambda _: current[0])
+    current, end_epoch = [next(losses)], utils.Run.end_epoch
+
+    def end(run, *args, **more):
+        end_epoch(run, *args, **more)
+        current[0] = next(losses)
+    monkeypatch.setattr(utils.Run, "end_epoch", end)
+    train(objects, tmp_path / "run", "--epochs", 9, "--limit", 2, "--scheduler", "plateau")
+    rates = [float(line.split(",")[2]) for line in (tmp_path / "run/log.csv").read_text().splitlines()[1:]]
+    assert rates == pytest.approx([1e-3] * 8 + [9e-4])
 
 
 def test_prompts_that_are_never_given_and_the_mask_never_asked_for_stay_as_they_are(objects, tmp_path):

@@ -295,13 +295,11 @@ def test_f_of_hand_worked_masks():
     one = blocks((20, 40, 20, 40), size=size)
     assert script_.contour_accuracy(one, one) == 1
     assert script_.contour_accuracy(blocks((22, 42, 20, 40), size=size), one) == 1   # moved by 2
-    # Moved by 3: of the 80 boundary pixels (a square of side 21 without its inside) all of the two sides along
-    # the way and those near the ends of the others match
+    # Moved by 3, of the 80 boundary pixels (a square of side 21 without its inside):
     moved, ring = blocks((23, 43, 20, 40), size=size), 80
     assert script_.boundary(one).sum() == ring
-    matched = 2 * 21 - 2 * 3 + 2 * 2 + 4  # see the brute force below
-    assert script_.contour_accuracy(moved, one) == pytest.approx(brute_force(moved, one, 2))
-    assert matched and script_.contour_accuracy(moved, one) < 1
+    matched = 2 * 20 + 4  # all but the last of either side, and the first line's next two pixels at either end
+    assert script_.contour_accuracy(moved, one) == pytest.approx(matched / ring)
     empty = blocks(size=size)
     assert script_.contour_accuracy(empty, empty) == 1
     assert script_.contour_accuracy(one, empty) == script_.contour_accuracy(empty, one) == 0
@@ -492,6 +490,24 @@ def test_all_frames_are_transformed_alike_and_masks_with_them(tmp_path):
     assert len({masks.numpy().tobytes() for masks in seen}) == 8
 
 
+def test_colours_change_alike_in_all_frames_then_in_each():
+    frames = torch.tensor([90, 130, 170], dtype=torch.uint8)[None, :, None, None].expand(3, 3, 8, 8)
+
+    def changed(count=40, **options):
+        args = SimpleNamespace(**{"jitter": [0.0] * 3, "frame_jitter": [0.0] * 3, "gray_prob": 0.0, **options})
+        found = [script_.change_colours(frames, args) for _ in range(count)]
+        alike = [torch.equal(clip[0], clip[1]) and torch.equal(clip[0], clip[2]) for clip in found]
+        grey = [torch.equal(clip[:, 0], clip[:, 1]) for clip in found]
+        return len({clip[0].numpy().tobytes() for clip in found}), all(alike), sum(grey)
+    torch.manual_seed(0)
+    assert changed() == (1, True, 0)
+    assert changed(gray_prob=1.0) == (1, True, 40) and 0 < changed(gray_prob=0.1)[2] < 15
+    kinds, alike, _ = changed(jitter=[0.3, 0.0, 0.0])
+    assert kinds > 20 and alike
+    kinds, alike, _ = changed(frame_jitter=[0.3, 0.0, 0.0])
+    assert kinds > 20 and not alike
+
+
 @pytest.mark.parametrize("kind", ["ids", "sav"])
 def test_masks_of_a_frame_are_decoded_once(tmp_path, kind, clips, monkeypatch):
     name, folder = "read_mask", clips
@@ -525,6 +541,9 @@ def test_rotation_turns_as_said_and_is_left_out_where_an_object_would_vanish():
         with utils.seeded(seed):
             kept += np.array_equal(script_.change_clip([image], [corner], args)[1][0], corner)
     assert kept >= 8
+    with utils.seeded(3):
+        (filled,), _ = script_.change_clip([255 + 0 * image], [np.stack([ids, 0 * ids])], args)
+    assert np.abs(filled[0, 0] - (124, 116, 104)).max() <= 1  # ImageNet's mean, as the official transform
     args.hflip_prob = 1.0
     args.degrees = 0.0
     mirrored = script_.change_clip([image], [np.stack([ids, ids])], args)[1][0]
@@ -911,6 +930,21 @@ def test_masks_are_never_given_on_all_frames_of_a_clip(clips):
         return [t for t, prompt in clip.prompts.items() if prompt == {}]
     assert given() == [0] and len(given("--num-frames", 3)) == 2
     assert given("--prob-points", 1) == [] and given("--num-frames", 1) == []  # clicked
+
+
+def test_dropout_and_drop_path_are_where_they_belong():
+    model, _ = script_.create_model(options(*SMALL, "--dropout", 0.25, "--drop-path", 0.5))
+    memory = [m.p for m in model.memory_attention.modules() if isinstance(m, torch.nn.Dropout)]
+    paths = [m.drop_path for m in model.image_encoder.modules() if hasattr(m, "drop_path")]
+    assert {*memory} == {0.25} and (min(paths), max(paths)) == (0, 0.5)
+
+
+def test_the_rate_is_set_before_each_step_by_the_share_of_the_run_that_is_done(clips, tmp_path, monkeypatch):
+    seen, set_rate = [], script_.set_learning_rate
+    monkeypatch.setattr(script_, "set_learning_rate", lambda optimizer, args, done: (
+        seen.append(done), set_rate(optimizer, args, done)))
+    train(clips, tmp_path / "run", "--epochs", 2, "--limit", 2, "--multiplier", 1)
+    assert seen == pytest.approx([k / len(seen) for k in range(len(seen))]) and len(seen) >= 2
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "memory", "prompt"])
@@ -1489,6 +1523,9 @@ def test_spaces_around_the_names_of_a_list(clips, tmp_path):
     (tmp_path / "train.txt").write_text("clip_0001 \n  clip_0003\t\nclip_0004\r\nclip_0003\n")
     items = script_.find_items(str(clips), options("--data-path", clips), str(tmp_path / "train.txt"))
     assert [item.name for item in items] == ["clip_0001 ", "clip_0003", "clip_0004"]
+    (tmp_path / "list.txt").write_text("caf\u0065\u0301\n2007_000032  1\nnone such\n")
+    assert script_.select(tmp_path / "list.txt", "", ["2007_000032", "caf\u00e9", "b"]) == [
+        "caf\u00e9", "2007_000032", "none such"]
 
 
 def test_a_single_video_can_be_overfitted(clips, tmp_path):

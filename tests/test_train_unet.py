@@ -1,4 +1,5 @@
 """train_unet.py: data, losses and metrics against numbers worked by hand and official ones; training; bad input."""
+import csv
 import json
 import math
 import shutil
@@ -62,7 +63,7 @@ def test_losses_and_their_gradients_equal_the_official_ones(case):
     assert torch.allclose(logits.grad, grad, rtol=1e-4, atol=1e-7)
 
 
-def test_pixel_counts_give_the_official_pooled_iou_and_dice():
+def test_pixel_counts_give_the_official_pooled_iou():
     """The official iou_score pools the batch: our counts, summed over images and classes, must give the same."""
     with np.load(FIXTURES / "metrics.npz", allow_pickle=False) as reference:
         cases = {key.split("/")[0] for key in reference.files if key.startswith("m_")}
@@ -72,9 +73,6 @@ def test_pixel_counts_give_the_official_pooled_iou_and_dice():
             both, pred, true = train_unet.count_pixels(logits > 0, target > 0.5).sum(0).tolist()
             iou = (both + 1e-5) / (pred + true - both + 1e-5)
             assert iou == pytest.approx(float(reference[f"{case}/iou"]), abs=1e-6), case
-            prob = logits.sigmoid()
-            dice = (2 * (prob * target).sum() + 1e-5) / (prob.sum() + target.sum() + 1e-5)
-            assert dice == pytest.approx(float(reference[f"{case}/dice"]), abs=1e-6), case
 
 
 def test_scores_of_a_hand_worked_4x4_mask():
@@ -105,7 +103,9 @@ def test_evaluation_counts_over_the_set_and_over_images_whatever_the_batch_size(
         assert figures["val_iou"] == pytest.approx(32 / 96)         # 32 in both, 64 predicted, 64 true
         assert figures["val_image_iou"] == pytest.approx(0.5)       # mean of 1 and 0
         assert figures["val_image_dice"] == pytest.approx(0.5)
-    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-6)
+        assert figures["class_dice"] == pytest.approx([64 / 128])
+        losses = [train_unet.criterion(logits[k:k + 1, :1], mask[k:k + 1].float(), "BCEDiceLoss") for k in (0, 1)]
+        assert figures["val_loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-6)
 
 
 def test_masks_are_compared_at_the_images_own_size():
@@ -118,8 +118,15 @@ def test_masks_are_compared_at_the_images_own_size():
 
 
 def test_sizes_that_are_no_multiple_of_16_are_padded_and_cropped():
-    image = torch.randn(1, 3, 35, 50)
-    assert torch.equal(train_unet.forward(Copy(), image, None)[-1], image[:, :1])
+    image, seen = torch.randn(1, 3, 35, 50), []
+
+    def net(padded):
+        """Each pixel gets its neighbour's value, to the right and below."""
+        seen.append(padded)
+        return padded[:, :1].roll((-1, -1), (2, 3))
+    logits = train_unet.forward(net, image, None)[-1]
+    assert seen[0].shape == (1, 3, 48, 64) and torch.equal(logits[..., :-1, :-1], image[:, :1, 1:, 1:])
+    assert torch.equal(logits[0, 0, -1, :-1], image[0, 0, -1, 1:])  # borders are replicated
 
 
 # --- Data ---
@@ -150,6 +157,29 @@ def test_image_and_mask_turn_together_and_augmentation_follows_seed_epoch_index(
     for epoch in range(12):
         image, mask, _ = dataset[epoch, 3]
         assert torch.equal(image[0] > image[0].mean(), mask[0] > 0)
+
+
+def test_nothing_is_cut_off_when_a_wide_image_turns_and_its_colours_vary(cells):
+    Image.new("RGB", (60, 20), (90, 130, 170)).save(cells / "images/cell_3.png")
+    mask = np.zeros((20, 60), np.uint8)
+    mask[:, :6] = 255  # a tenth, at one end
+    save_grey(cells / "masks/0/cell_3.png", mask)
+    items, _ = train_unet.find_items(cells, options())
+    dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 40), train=True, augment=True)
+    images, masks, _ = zip(*[dataset[epoch, 3] for epoch in range(40)])
+    assert [mask.mean().item() for mask in masks] == pytest.approx([0.1] * 40, rel=1e-4)
+    assert {(mask[0, 0, -1] > 0.9).item() for mask in masks} == {False, True}
+    grey = torch.stack(images).mean((2, 3)) @ torch.tensor([0.229, 0.224, 0.225]) / 3 + 0.449  # of 0.51
+    assert grey.unique().numel() > 20 and 0.06 < grey.max() / 0.51 - 1 < 0.21 and 0.06 < 1 - grey.min() / 0.51 < 0.21
+
+
+@pytest.mark.parametrize("more", [["--image-size", "48,32"], ["--input_w", 48, "--input_h", 32]])
+def test_sizes_are_width_and_height(cells, tmp_path, monkeypatch, more):
+    forward, seen = train_unet.forward, set()
+    monkeypatch.setattr(train_unet, "forward", lambda model, image, dtype: (
+        seen.add(image.shape[1:]), forward(model, image, dtype))[1])
+    train(cells, tmp_path / "run", "--epochs", 1, "--limit", 2, *more)
+    assert seen == {(3, 32, 48)}
 
 
 def test_masks_shrink_without_a_shift_against_the_image(cells):
@@ -220,7 +250,7 @@ def test_classes_in_folders_may_overlap(cells, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("cat\ncat\n", ["classes cat and cat have one name"]), ("a/b\na_b", ["classes a/b and a_b have one name"]),
-    ("1\n", ["classes 1 and 1 have one name"]), (b"\xff\xfec\0", ["not UTF-8 text; save it as UTF-8"])])
+    ("1\n", ["classes 1 and 1 have one name"]), ("Cat\ncat", ["classes Cat and cat have one name"]), (b"\xff\xfec\0", ["not UTF-8 text; save it as UTF-8"])])
 def test_names_of_classes_that_cannot_be(cells, text, words):
     shutil.copytree(cells / "masks/0", cells / "masks/1")
     (cells / "masks/classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -286,13 +316,47 @@ def test_depth_tests_a_deeply_supervised_net_cut_short(cells, tmp_path):
     ("CosineAnnealingLR", [1e-3, 1e-5 + 99e-5 * (1 + math.cos(math.pi / 4)) / 2, 1e-5 + 99e-5 / 2,
                            1e-5 + 99e-5 * (1 + math.cos(3 * math.pi / 4)) / 2]),
     ("MultiStepLR", [1e-3, 2e-3 / 3, 4e-3 / 9, 4e-3 / 9]), ("ConstantLR", [1e-3] * 4),
-    ("ReduceLROnPlateau", [1e-3, 1e-3, 1e-4, 1e-5])])
+    ("ReduceLROnPlateau", [1e-3, 1e-3, 1e-3, 1e-4])])
 def test_schedules_really_step_and_the_log_shows_the_rate_used(cells, tmp_path, monkeypatch, scheduler, expected):
-    true_evaluate = train_unet.evaluate
-    monkeypatch.setattr(train_unet, "evaluate", lambda *a: {**true_evaluate(*a), "val_loss": 1.0})  # never improves
+    evaluate, losses = train_unet.evaluate, iter([1.0, 0.5, 0.6, 0.7])  # improves, then no more
+    monkeypatch.setattr(train_unet, "evaluate", lambda *args: {**evaluate(*args), "val_loss": next(losses)})
     train(cells, tmp_path / "run", "--scheduler", scheduler, "--epochs", 4, "--patience", 0, "--limit", 2)
     rates = [float(line.split(",")[2]) for line in (tmp_path / "run/log.csv").read_text().splitlines()[1:]]
     assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_optimizers_have_the_options_given():
+    more = ["--lr", 3, "--weight-decay", 0.25, "--momentum", 0.5, "--nesterov", "true"]
+    made = train_unet.create_optimizer(torch.nn.Linear(2, 1), options("--optimizer", "SGD", *more)).defaults
+    assert [made[key] for key in ("lr", "weight_decay", "momentum", "nesterov")] == [3, 0.25, 0.5, True]
+    made = train_unet.create_optimizer(torch.nn.Linear(2, 1), options("--optimizer", "Adam", *more[:4])).defaults
+    assert (made["lr"], made["weight_decay"]) == (3, 0.25)
+
+
+def test_the_iou_in_training_is_of_pixels_covered_by_half(cells, tmp_path, monkeypatch):
+    """A net that calls every pixel a cell has their share."""
+    class Everything(torch.nn.Conv2d):
+        def forward(self, image):
+            return super().forward(image) * 0 + 9
+    monkeypatch.setitem(train_unet.NETS, "UNet", lambda num_classes, input_channels: Everything(3, 1, 1))
+    train(cells, tmp_path / "run", "--epochs", 1, "--overfit", 8, "--image-size", 36)
+    split = json.loads((tmp_path / "run/split.json").read_text())["train"]
+    items = [item for item in train_unet.find_items(cells, options())[0] if item[0] in split]
+    dataset = train_unet.MaskFolders(items, ["0"], options("--image-size", 36), train=True, augment=False)
+    masks = torch.stack([dataset[0, k][1] for k in range(8)])
+    with open(tmp_path / "run/log.csv") as file:
+        logged = next(csv.DictReader(file))["iou"]
+    assert float(logged) == pytest.approx((masks >= 0.5).float().mean().item(), rel=1e-3)
+    assert (masks > 0).float().mean() > 1.02 * (masks >= 0.5).float().mean()
+
+
+def test_the_panel_shows_image_truth_and_prediction(cells, tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr(utils, "save_panel", lambda path, rows, *_: panels.append(rows))
+    train(cells, tmp_path / "run", "--epochs", 1, "--overfit", 8)
+    for name, (image, truth, prediction) in panels[-1].items():
+        mask = utils.read_mask(cells / f"masks/0/{name}.png") > 0
+        assert np.array_equal(truth, train_unet.draw_mask(image, mask[None])) and not np.array_equal(truth, prediction)
 
 
 def test_cosine_does_not_climb_again_when_resumed_with_more_epochs(cells, tmp_path):

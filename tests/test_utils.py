@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import cv2
@@ -602,13 +603,58 @@ def test_floats_a_little_beyond_their_range_are_cut_off(tmp_path, high, mean):
     np.save(tmp_path / "a.npy", np.linspace(0, high, 10_000).reshape(100, 100))
     read = utils.read_image(tmp_path / "a.npy")
     assert read.max() == 255 and read.mean() > mean
+    np.save(tmp_path / "a.npy", np.linspace(-0.3, high, 10_000).reshape(100, 100))
+    assert utils.read_image(tmp_path / "a.npy").min() == 0
 
 
-@pytest.mark.parametrize("high", [1.6, 7.0, 300.0])
-def test_floats_of_an_unknown_range_are_refused(tmp_path, high):
-    np.save(tmp_path / "a.npy", np.linspace(0, high, 100).reshape(10, 10))
-    with pytest.raises(utils.InputError, match="a.npy: floats from 0 to .*; give 0..1 or 0..255"):
+@pytest.mark.parametrize("low, high", [(0, 1.6), (0, 7.0), (0, 15), (0, 300.0), (-0.6, 1)])
+def test_floats_of_an_unknown_range_are_refused(tmp_path, low, high):
+    np.save(tmp_path / "a.npy", np.linspace(low, high, 100).reshape(10, 10))
+    with pytest.raises(utils.InputError, match="a.npy: floats from .* to .*; give 0..1 or 0..255"):
         utils.read_image(tmp_path / "a.npy")
+
+
+def png_of_few_bits(path, bits, values):
+    """A grey PNG of one row with several values in a byte."""
+    row = b"\0" + np.packbits(np.unpackbits(np.array(values, np.uint8)[:, None], axis=1)[:, -bits:]).tobytes()
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(row)),
+             (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+              for kind, data in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def test_files_whose_values_are_not_the_ids_that_were_saved_are_refused(tmp_path):
+    ids = np.array([[0, 3, 15, 255]], np.uint8)
+    Image.fromarray(ids).save(tmp_path / "a.gif")  # the palette has these greys alone
+    Image.fromarray(ids.repeat(16, 0).repeat(16, 1)).save(tmp_path / "a.tif", compression="jpeg")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n4 1\n7\n" + bytes([0, 1, 3, 7]))
+    png_of_few_bits(tmp_path / "four.png", 4, [0, 1, 3, 15])
+    png_of_few_bits(tmp_path / "two.png", 2, [0, 1, 2, 3])
+    for name, words in (("a.gif", "palette has greys other than its indices"), ("a.tif", "compression can change"),
+                        ("a.pgm", "less than 8 bits"), ("four.png", "less than 8 bits"), ("two.png", "less than 8 b")):
+        with pytest.raises(utils.InputError, match=f"{name}: .*{words}.*; save one value per pixel"):
+            utils.read_mask(tmp_path / name)
+    png_of_few_bits(tmp_path / "one.png", 1, [0, 1, 1, 0])
+    assert utils.read_mask(tmp_path / "one.png").tolist() == [[False, True, True, False]]
+    (tmp_path / "b.pgm").write_bytes(b"P5\n4 1\n255\n" + bytes([0, 1, 3, 7]))
+    assert utils.read_mask(tmp_path / "b.pgm").tolist() == [[0, 1, 3, 7]]
+    Image.fromarray(ids).save(tmp_path / "c.tif", compression="tiff_lzw")
+    assert np.array_equal(utils.read_mask(tmp_path / "c.tif"), ids)
+    for palette in ([0, 0, 0, 255, 255, 255], [0, 0, 0, 200, 10, 10], [c for grey in range(256) for c in [grey] * 3]):
+        image = Image.fromarray(np.array([[0, 1, 1]], np.uint8), "L").copy()
+        image = Image.frombytes("P", image.size, image.tobytes())
+        image.putpalette(palette)
+        image.save(tmp_path / "p.png")  # black and white, coloured, and greys that are the indices
+        assert utils.read_mask(tmp_path / "p.png").tolist() == [[0, 1, 1]]
+
+
+def test_an_opaque_alpha_channel_has_no_part_in_the_range_of_a_deep_image(tmp_path):
+    pixels = np.linspace(0, 4095, 48).reshape(4, 4, 3).round().astype(np.uint16)
+    np.save(tmp_path / "a.npy", np.dstack([pixels, np.full((4, 4), 65535, np.uint16)]))
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([pixels[..., ::-1], np.full((4, 4), 65535, np.uint16)]))
+    for name in ("a.npy", "a.png"):
+        assert (utils.read_image(tmp_path / name).min(), utils.read_image(tmp_path / name).max()) == (0, 255)
 
 
 # --- Options and folders that two would use ---

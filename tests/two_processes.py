@@ -1,7 +1,7 @@
 """Started by test_torchrun.py under torchrun, in two processes: python two_processes.py FOLDER, for all scripts.
 
 FOLDER/jobs.json: {script: options}. Of each script FOLDER/SCRIPT gets `whole` (a run that nothing stopped), `stopped`
-(one that a signal to the second process stopped in its third step, then resumed) and figures.json (of --test-only).
+(one that a signal to the second process stopped in its second step, then resumed) and figures.json (of --test-only).
 """
 import json
 import signal
@@ -18,8 +18,8 @@ from test_torchrun import freeze_statistics  # noqa: E402
 finish_gradient = utils.Run.finish_gradient
 
 
-def stop_in_third_step(run, *args, **options):
-    if (run.progress["epoch"], run.progress["step"], run.rank) == (0, 2, 1):
+def stop_in_second_step(run, *args, **options):
+    if (run.progress["epoch"], run.progress["step"], run.rank) == (0, 1, 1):
         utils.remember_signal(signal.SIGTERM, None)
     return finish_gradient(run, *args, **options)
 
@@ -34,11 +34,13 @@ def main(folder):
             line = [*options, "--output-dir", str(folder / name / output), *map(str, more)]
             return script.main(script.get_args_parser().parse_args(line))
         start("whole")
-        utils.Run.finish_gradient = stop_in_third_step
+        utils.Run.finish_gradient = stop_in_second_step
         try:
             start("stopped")
         except utils.Stopped:
             utils._signals.clear()
+        else:
+            raise AssertionError(f"{name}: was not stopped")
         utils.wait_for_ranks()  # until the first has saved
         utils.Run.finish_gradient = finish_gradient
         start("stopped", "--resume", "auto")
