@@ -21,6 +21,7 @@ Parts:  the article's, and here: CustomDataset = VOCObjects; custom_collate = co
 import itertools
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -260,8 +261,8 @@ def list_ids(root, name):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    # IDs may hold spaces, also at their ends; some lists have two columns
-    readings = [(line, line.strip(), line.split()[0]) for line in lines]
+    # IDs may hold spaces, also at their ends; some lists have two columns, the second of -1, 0 or 1
+    readings = [(line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip())) for line in lines]
     known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
     ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))
@@ -380,6 +381,8 @@ def sanity_check(train_set, val_set, args):
               f"image {min(shares):.3%} to {max(shares):.3%}, half below {np.median(shares):.3%}")
         print(f"  {np.mean(void):.2%} of the pixels are void")
         utils.note_small_objects(widths, args.image_size)
+    if not train_set.items:
+        return {"train": 0, "val": len(val_set)}
     rows = {}
     for index in range(min(8, len(train_set))):
         item = train_set.items[index]

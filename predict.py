@@ -241,7 +241,7 @@ def load_model(args):
             raise ValueError("names of other classes than the net's")
         model = net.build(**checkpoint["arch"])
         if checkpoint["net"] == "sam":
-            load_sam(model, path, args.base)
+            load_sam(model, path, args.base, official=not checkpoint["format"])
         else:
             load_weights(model, checkpoint["model"], path)
         model = model.to(device, memory_format=torch.channels_last).eval()
@@ -262,7 +262,7 @@ def official_checkpoint(path, name):
     """Returns an official file, or any bare weights of this net, as a checkpoint of ours."""
     arch, args = {"model": name, "image_size": 1024}, {"image_size": 1024, "preprocess": "official"}
     ours = {"format": 0, "net": "sam", "classes": [], "arch": arch, "args": args}
-    if {path, name} <= sam.WEIGHTS.keys():  # load_sam reads the file
+    if name in sam.WEIGHTS:  # load_sam reads the file
         return ours
     backbone, files = name.removeprefix("deeplabv3_"), {**efficient_sam.WEIGHTS, **sam2.WEIGHTS}
     if backbone in deeplabv3.COCO_WEIGHTS:
@@ -271,8 +271,6 @@ def official_checkpoint(path, name):
     if isinstance(checkpoint, dict) and "format" in checkpoint:
         raise utils.InputError(f"{path}: names its own net; leave --model out")
     state = state_of(checkpoint)
-    if name in sam.WEIGHTS:
-        return ours
     for net, names in (("efficient_sam", efficient_sam.WEIGHTS), ("sam2", sam2.WEIGHTS)):
         if name in names:
             return {**ours, "net": net, "model": state}

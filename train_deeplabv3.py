@@ -18,6 +18,7 @@ Parts:  the article's, and here: SegmentationPresetTrain = scale_flip_crop; Segm
 import functools
 import itertools
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -172,8 +173,8 @@ def list_ids(root, name):
         raise utils.InputError(f"{path}: no such list; write one with one ID per line") from None
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
-    # IDs may hold spaces, also at their ends; some lists have two columns
-    readings = [(line, line.strip(), line.split()[0]) for line in lines]
+    # IDs may hold spaces, also at their ends; some lists have two columns, the second of -1, 0 or 1
+    readings = [(line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip())) for line in lines]
     known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
     ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))
@@ -309,6 +310,8 @@ def sanity_check(train_set, val_set, args):
             share = pixels[k] / pixels.sum()
             print(f"  {k:3} {name}: {share:.2%} of all pixels, in {images[k]} images")
         print(f"  {empty} images have no class but 0")
+    if not train_set.items:
+        return {"train": 0, "val": len(val_set)}
     naive = naive_scores(train_set.items, val_set.items, args.num_classes + 1)
     print("baselines that ignore the image: val_miou {:.4f} by the commonest class everywhere, {:.4f} "
           "by the commonest class of each place".format(*naive))

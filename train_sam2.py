@@ -137,7 +137,7 @@ def get_args_parser():
     add("--weights", help=f"none, a path, {', '.join(WEIGHTS)} (official; default: of --model)")
     add("--freeze", choices=list(PARTS), nargs="+", default=["none"],
         help="parts that are not trained: less memory (%(default)s)")
-    add_switch("--gradient-checkpointing", help="less memory, half more time")
+    add_switch("--gradient-checkpointing", help="less memory, 1.5 times the time")
     add("--drop-path", "--drop-path-rate", type=utils.number(float, 0, 0.99), default=0.1,
         help="share of the image encoder's last block skipped in training (%(default)s)")
     add("--dropout", type=share, default=0.1, help="of the memory attention (%(default)s)")
@@ -846,11 +846,11 @@ def select(list_name, root, known):
     names = utils.read_lines(path)
     if not names:
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
-    known, chosen = {*known}, {}
-    for line in names:  # names may hold spaces, also at their ends; some lists have two columns
-        readings = [line, line.strip(), line.split()[0]]
-        readings += map(utils.nfc, readings)
-        chosen[next((name for name in readings if name in known), line.strip())] = True
+    known, chosen = {utils.nfc(name): name for name in known}, {}
+    for line in map(utils.nfc, names):  # as list_ids of train_deeplabv3.py
+        readings = (line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip()))
+        name = next((text for text in readings if text in known), readings[1])
+        chosen[known.get(name, name)] = True
     return [*chosen]
 
 

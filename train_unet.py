@@ -221,8 +221,8 @@ def name_classes(root, folders):
     files = [utils.nfc(utils.file_part(name)).casefold() for name in names]  # predict.py writes one each
     clashing = [name for name, file in zip(names, files) if files.count(file) > 1]
     if clashing:
-        raise utils.InputError(f"{path}: classes {' and '.join(clashing)} have one name in predict.py's "
-                               "files; give each another")
+        raise utils.InputError(f"{path if path.is_file() else path.parent}: classes {' and '.join(clashing)} "
+                               "have one name in predict.py's files; give each another")
     return names
 
 

@@ -323,20 +323,25 @@ class Run:
             self.lock = lock_folder(self.folder)  # held while this object lives
             prepare_folder(self.args, {"train": [item[0] for item in train_set.items],
                                        "val": [item[0] for item in val_set.items]})
-            if self.checkpoint:
-                self.bring_best()
+            if self.checkpoint and not (self.folder / "last.pth").exists():
+                self.move_here()
         return self.progress
 
-    def bring_best(self):
-        """Copies the best weights so far from the folder of a run that is continued in another."""
-        source = Path(self.args.resume)
-        source = source if source.is_dir() else source.parent
-        best, ours = source / "best.pth", self.folder / "best.pth"
-        if self.args.resume != "auto" and best.exists() and not ours.exists():
-            if load_checkpoint(best)["best"] == self.progress["best"]:
-                for path in (best, *[source / f"{name}.pth" for name in ("model", "decoder", "encoder")]):
-                    if path.exists():
-                        shutil.copyfile(path, self.folder / path.name)
+    def move_here(self):
+        """Writes last.pth and copies the best weights: of a run that is continued in another folder."""
+        self.save_last()
+        source, found = Path(self.args.resume), {}
+        try:
+            for name in ("best.pth", "model.pth", "decoder.pth", "encoder.pth"):
+                path = (source if source.is_dir() else source.parent) / name
+                if path.exists():
+                    found[name] = load_checkpoint(path)
+        except InputError as error:
+            print(f"note: the best weights so far are not copied: {error}")
+        best = found.get("best.pth")
+        if isinstance(best, dict) and best.get("best") == self.progress["best"]:  # not another's
+            for name, state in found.items():
+                save_checkpoint(self.folder / name, state)
 
     def is_over(self):
         """Returns whether --epochs are done or --early-stopping ends the run."""
@@ -779,11 +784,11 @@ def read_mask(path, lossy=False):
             raise InputError(f"{path}: has shape {mask.shape}; a mask is (H, W)")
     else:
         with open_image(path) as image:
+            changed = None if lossy else find_changed_ids(image)
+            if changed:
+                raise InputError(f"{path}: {changed}; save the ids as a grey PNG of 8 or 16 bits")
             mode, mask = image.mode, read_deep(path, image)
             if mask is None:
-                changed = None if lossy else find_changed_ids(image)
-                if changed:
-                    raise InputError(f"{path}: {changed}; {remedy}")
                 mask = np.array(ImageOps.exif_transpose(image))
     if mode == "LA" or (mode != "CMYK" and mask.ndim == 3 and mask.shape[2] == 4):
         if (mask[..., -1] != mask[0, 0, -1]).any():
@@ -801,19 +806,22 @@ def read_mask(path, lossy=False):
 
 
 def find_changed_ids(image):
-    """Returns why an opened 8-bit file's values may not be the ids that were saved; None if they are."""
-    raw = image.tile[0][3] if image.tile else ""  # what PIL decodes from, as "L;4" or ("L", 7)
+    """Returns why an opened file may not have the ids that were saved; None if it has."""
+    raw = image.tile[0][3] if image.tile else ""  # what PIL decodes from, as "L;4" or ("L;4", 0, 1)
+    raw, highest = (raw if isinstance(raw, tuple) and len(raw) > 1 else (raw, 255))[:2]
     if image.format in ("JPEG", "JPEG2000", "MPO", "WEBP"):
         return f"{image.format} can change ids near edges"
     if image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):  # of TIFF
         return "its compression can change ids near edges"
-    if raw in ("L;2", "L;4") or image.format == "PPM" and isinstance(raw, tuple) and raw[1] < 255:
-        return "greys of less than 8 bits are read as multiples of their values"
+    if str(raw).startswith(("L;2", "L;4", "L;I")) or image.format == "PPM" and highest not in (255, 65535):
+        return "its greys are scaled or turned round as they are read"
     if image.mode == "P":
-        used = [k for k, count in enumerate(image.histogram()) if count]
-        colours = [tuple(image.getpalette("RGB")[3 * k:3 * k + 3]) for k in used]
-        greys = {(k, colour[0]) for k, colour in zip(used, colours) if len({*colour}) == 1}
-        if len(greys) == len(used) and any(k != grey for k, grey in greys - {(0, 0), (1, 255)}):
+        palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+        used = [k for k, count in enumerate(image.histogram()[:len(palette)]) if count]
+        used = {(k, *palette[k]) for k in used} - {(0, 0, 0, 0), (1, 255, 255, 255)}
+        if image.format == "GIF" and used:
+            return "GIF can number ids anew"
+        if (palette == palette[:, :1]).all() and any(k != grey for k, grey, *_ in used):
             return "its palette has greys other than its indices: either may be the ids"
     return None
 

@@ -163,16 +163,18 @@ def complete_encoder(model, state, path, decoder=None):
     return {**own, **taken, **state}
 
 
-def load_sam(model, path, base=None):
+def load_sam(model, path, base=None, official=False):
     """Loads a file into a Sam: the whole net, or a decoder alone after its base weights.
 
     base: path or official name of the base weights (default: those that the decoder's checkpoint
-    names). Returns the path or name of the whole net's weights. Position codes of another image size
-    are interpolated.
+    names). official: InputError if it is a checkpoint of ours. Returns the path or name of the whole
+    net's weights. Position codes of another image size are interpolated.
     """
     checkpoint = load_checkpoint(official_file(path, sam.WEIGHTS))
     ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}
     trained_with, arch = ours.get("args", {}), ours.get("arch", {})
+    if ours and official:
+        raise InputError(f"{path}: names its own net; leave --model out")
     check_net(checkpoint, path, {"net": "sam", **arch})
     state = state_of(checkpoint)
     if not state or not all(key.startswith("mask_decoder.") for key in state):  # the whole net

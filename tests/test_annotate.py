@@ -377,6 +377,7 @@ def test_twenty_tabs_and_hostile_requests_at_once_lose_no_click(start, tmp_path,
     saved = json.loads((tmp_path / "out/prompts.json").read_text())
     assert sum(len(entry["points"]) for entries in saved.values() for entry in entries) == 20
     assert len(os.listdir("/proc/self/fd")) <= files + 2  # a thread of the server may be about to end
+    stop(page.server)
     assert "Traceback" not in capfd.readouterr().err  # those who left are no error
 
 

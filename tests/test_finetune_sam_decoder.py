@@ -675,11 +675,13 @@ def test_a_whole_net_is_tested_without_saying_how_it_was_trained(instances, tmp_
     assert train(instances, tmp_path / "x", *more, "--sanity-check")["train"] == 0
 
 
-def test_classes_are_checked_before_training(instances):
+def test_classes_are_checked_before_training(instances, monkeypatch):
     name = voc(instances, "ImageSets/Segmentation/val.txt").read_text().split()[0]
     path = voc(instances, f"SegmentationClass/{name}.png")
     save_grey(path, np.zeros((64, 60), np.uint8))
-    refuses(instances, f"{name}.png: 60x64 pixels, but")
+    for whole in (0, 2000):
+        monkeypatch.setattr(utils, "READ_WHOLE", whole)
+        refuses(instances, f"{name}.png: 60x64 pixels, but")
     utils.save_image(path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     refuses(instances, f"SegmentationClass/{name}.png: colour-coded mask")
 

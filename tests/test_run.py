@@ -117,7 +117,7 @@ def test_resuming_from_bare_weights_or_into_another_run(cells, tmp_path):
     train(cells, tmp_path / "c", "--epochs", 2, "--resume", tmp_path / "a/last.pth")
 
 
-def test_the_best_so_far_comes_along_into_another_folder(cells, tmp_path):
+def test_the_best_so_far_comes_along_into_another_folder(cells, tmp_path, capsys):
     train(cells, tmp_path / "a", "--epochs", 1, "--lr", 0)
     best = torch.load(tmp_path / "a/best.pth", weights_only=True)
     for source in ("a/last.pth", "a"):
@@ -125,9 +125,25 @@ def test_the_best_so_far_comes_along_into_another_folder(cells, tmp_path):
         train(cells, output, "--epochs", 1, "--lr", 0, "--resume", tmp_path / source)
         assert_same(best, torch.load(output / "best.pth", weights_only=True))
         assert (output / "model.pth").read_bytes() == (tmp_path / "a/model.pth").read_bytes()
-    torch.save({**best, "best": 2.0}, tmp_path / "a/best.pth")  # of another run
-    train(cells, tmp_path / "b", "--epochs", 1, "--lr", 0, "--resume", tmp_path / "a")
-    assert not (tmp_path / "b/best.pth").exists()
+    whole = (tmp_path / "a/best.pth").read_bytes()
+    for number, spoilt in enumerate(({**best, "best": 2.0}, best["model"], [1], None)):  # of another run, or damaged
+        (tmp_path / "a/best.pth").write_bytes(whole[:-50])
+        if spoilt:
+            torch.save(spoilt, tmp_path / "a/best.pth")
+        train(cells, tmp_path / f"b{number}", "--epochs", 1, "--lr", 0, "--resume", tmp_path / "a")
+        assert not (tmp_path / f"b{number}/best.pth").exists()
+    assert "best weights so far are not copied: " in capsys.readouterr().out
+
+
+def test_a_run_that_fails_at_once_in_its_new_folder_goes_on_there(cells, tmp_path, monkeypatch):
+    train(cells, tmp_path / "a", "--epochs", 1)
+    more = ["--epochs", 2, "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_unet, "train_one_epoch", lambda *args: 1 / 0)
+        train(cells, tmp_path / "b", *more, tmp_path / "a")
+    train(cells, tmp_path / "b", *more, "auto")
+    train(cells, tmp_path / "a", *more, "auto")
+    assert_same(*[torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in "ab"])
 
 
 def test_a_last_pth_of_format_1_is_refused_in_one_line_and_its_weights_load(cells, tmp_path):

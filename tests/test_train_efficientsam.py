@@ -204,7 +204,8 @@ def test_the_articles_preprocessing_stretches_the_contrast():
     image[:, :, 10:], image[1, :, 20:] = 110, 160
     seen = script_.preprocess(image, 40, "article")
     assert seen.unique().tolist() == pytest.approx([0, 0.5, 1], abs=1e-6) and not seen[:, 20:].any()
-    assert script_.preprocess(image, 40, "official").unique().tolist() == pytest.approx([v / 255 for v in (60, 110, 160)])
+    plain = script_.preprocess(image, 40, "official")
+    assert plain.unique().tolist() == pytest.approx([value / 255 for value in (60, 110, 160)])
     small = script_.preprocess(image, 20, "article")  # linear: it stays between the two
     assert small.min() == 0 and small.max() == 1
 
@@ -343,7 +344,8 @@ def test_weight_decay_is_on_matrices_alone_and_the_cosine_falls():
     assert {p.ndim for p in decayed["params"]}.isdisjoint({0, 1})
     embeddings = [id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     assert {*embeddings} <= {id(p) for p in others["params"]}
-    assert [script_.learning_rate(args, epoch) for epoch in range(4)] == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    rates = [script_.learning_rate(args, epoch) for epoch in range(4)]
+    assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
 
 
 def test_the_rate_falls_by_a_tenth_after_six_epochs_without_a_lower_loss(objects, tmp_path, monkeypatch):

@@ -250,7 +250,8 @@ def test_classes_in_folders_may_overlap(cells, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("cat\ncat\n", ["classes cat and cat have one name"]), ("a/b\na_b", ["classes a/b and a_b have one name"]),
-    ("1\n", ["classes 1 and 1 have one name"]), ("Cat\ncat", ["classes Cat and cat have one name"]), (b"\xff\xfec\0", ["not UTF-8 text; save it as UTF-8"])])
+    ("1\n", ["classes 1 and 1 have one name"]), ("Cat\ncat", ["classes Cat and cat have one name"]),
+    (b"\xff\xfec\0", ["not UTF-8 text; save it as UTF-8"])])
 def test_names_of_classes_that_cannot_be(cells, text, words):
     shutil.copytree(cells / "masks/0", cells / "masks/1")
     (cells / "masks/classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
