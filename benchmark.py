@@ -290,6 +290,7 @@ def decoder(setup, net, size, plain=False, dtype=None):
         return 1
 
     def article_epoch():
+        as_script(plain, setup.device)
         model.train()
         for item in dataset.items:
             utils.raise_if_stopped()
@@ -306,6 +307,7 @@ def decoder(setup, net, size, plain=False, dtype=None):
         return later_epoch()
 
     def later_epoch():
+        as_script(plain, setup.device)
         finetune_sam_decoder.train_one_epoch(model, loader, optimizer, run, args)
         run.progress.update(epoch=run.progress["epoch"] + 1, step=0)
         return 1
@@ -364,6 +366,7 @@ def step_and_inference(setup, item, items, model, optimizer, plain, compute_loss
     run.scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
 
     def step():
+        as_script(plain, setup.device)
         model.train()
         run.buffers = [] if plain else [buffer.clone() for buffer in model.buffers()]
         loss = compute_loss()
@@ -395,16 +398,22 @@ def step_and_inference(setup, item, items, model, optimizer, plain, compute_loss
     return figures
 
 
+def as_script(plain, device):
+    """Asks for deterministic algorithms, as utils.Run does on a CPU, or not, as the articles."""
+    torch.use_deterministic_algorithms(not plain and device.type == "cpu", warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def use_default_kind(optimizer):
     """Lets torch choose how to compute the optimizer, as if fused=True had not been given."""
     for group in optimizer.param_groups:
         group["fused"] = None
 
 
-def written_out_attention(q, k, v, attn_mask=0):
+def written_out_attention(q, k, v):
     """Computes attention as EfficientSAM's authors wrote it: all weights, (N, N), in memory."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    return (scores + attn_mask).softmax(-1) @ v
+    return scores.softmax(-1) @ v
 
 
 def official_passes(model, backbone, videos, clip, args):

@@ -86,7 +86,7 @@ def get_args_parser():
 
 def crop(mask):
     """Returns the window (slices) of what is set in mask (H, W) bool, and that part (h, w)."""
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
     window = np.s_[y:y + height, x:x + width]
     return window, mask[window]
 
@@ -473,8 +473,13 @@ def read_yolo_names(folder, notes):
         parse = parse_lines if path.suffix == ".txt" else parse_yaml
         if path.is_file():
             with reading(path, "number the names 0, 1, 2 ... or list them: [cat, dog]"):
-                names = parse(read_text(path))
+                text = read_text(path)
+                names = parse(text)
+            if path.suffix != ".txt" and re.search(r"^\s*kpt_shape\s*:", text, re.M):
+                raise utils.InputError(f"{path}: labels of keypoints (kpt_shape), whose numbers are no "
+                                       "polygons; export polygons (segmentation)")
             if names:
+                print(f"classes are named by {path}")
                 return number_names(names, notes)
     return []
 
@@ -565,6 +570,10 @@ def find_masks(folder, notes):
     """Returns the names of the classes and {image: [(class, path of its mask)]} of masks/."""
     folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
+    beside = sorted(path for path in folder.iterdir() if path.suffix.lower() in utils.IMAGES)
+    if folders and beside:
+        raise utils.InputError(f"{beside[0]}: lies beside class folders; move the masks into a folder, or "
+                               "the folders away")
     folders = folders or [folder]
     names, layers = [class_name(path.name) for path in folders], {}
     if (folder / "classes.txt").is_file():
@@ -841,8 +850,8 @@ def output_name(path):
     return name.encode()[-200:].decode(errors="ignore").strip(". ") or "image"
 
 
-def check_targets(found, args):
-    """Raises InputError if a folder or file that would be written is there, or is read from."""
+def check_targets(found, classes, args):
+    """Raises InputError if what would be written is there, is read from, or names other classes."""
     read = {Path(args.input).resolve(), Path(args.input, "masks").resolve()}
     for item, *_ in found.values():
         if item.path:
@@ -853,22 +862,34 @@ def check_targets(found, args):
             raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
         if path.exists() and not args.overwrite:
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
+    for path, text in class_files(classes, args).items():
+        others = {mask.stem for mask in path.parent.glob("*/*.png")} - found.keys()  # which stay
+        if others and path.is_file() and not text.startswith(read_text(path).rstrip("}")):
+            raise utils.InputError(f"{path}: masks of other images there have other classes, or in another "
+                                   "order; give --classes their names, new ones last, or another "
+                                   "--output-dir")
+
+
+def class_files(classes, args):
+    """Returns {path: text} of the files that give each class its id."""
+    texts, out = {}, Path(args.output_dir)
+    if "masks" in args.to:
+        texts[out / "masks/classes.txt"] = "".join(f"{name}\n" for name in classes)
+    if "voc" in args.to:
+        ids = {name: class_id for class_id, name in enumerate(["background", *classes])}
+        texts[out / VOC / "class_names.json"] = json.dumps(ids, ensure_ascii=False)
+    return texts
 
 
 def write_lists(out, names, classes, args):
     """Writes the names of the classes and, for voc, of the images."""
-    texts = {}
-    if "masks" in args.to:
-        texts["masks/classes.txt"] = "".join(f"{name}\n" for name in classes)
-    if "voc" in args.to:
-        ids = {name: class_id for class_id, name in enumerate(["background", *classes])}
-        texts[f"{VOC}/class_names.json"] = json.dumps(ids, ensure_ascii=False)
-        for i, name in enumerate(names):
-            part = "val" if math.ceil((i + 1) * args.val) > math.ceil(i * args.val) else "train"
-            path = f"{VOC}/ImageSets/Segmentation/{part}.txt"
-            texts[path] = texts.get(path, "") + f"{name}\n"
-    for path, text in texts.items():
-        write(out / path, Path.write_bytes, text.encode())
+    lists = defaultdict(list)
+    for i, name in enumerate(names if "voc" in args.to else []):
+        part = "val" if math.ceil((i + 1) * args.val) > math.ceil(i * args.val) else "train"
+        lists[out / VOC / f"ImageSets/Segmentation/{part}.txt"].append(f"{name}\n")
+    texts = {path: "".join(lines) for path, lines in lists.items()}
+    for path, text in {**class_files(classes, args), **texts}.items():
+        write(path, Path.write_bytes, text.encode())
 
 
 def main(args):
@@ -877,7 +898,7 @@ def main(args):
     names, items = READERS[args.kind](args, notes)
     classes = choose_classes(names, args)
     found = find_images(items, args, notes)
-    check_targets(found, args)
+    check_targets(found, classes, args)
     out, counts = Path(args.output_dir), Counter(dict.fromkeys(classes, 0))
     for name, (item, file, size, view) in utils.until_stopped(found.items(), "converting"):
         drawn = [*draw_objects(item, size, view, classes, notes)]

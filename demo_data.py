@@ -21,11 +21,16 @@ clips   The layout of train_sam2.py: JPEGImages/NAME/00000.jpg, Annotations/NAME
 Numpy and OpenCV only. Image i of a kind is the same on every machine and for every count.
 """
 import argparse
+import errno
 import json
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+# Files that a demo writes
+WRITTEN = r"/((cell|scene|object|blob|clip)_\d+(\.\w+|/\d+\.\w+)|(train|val)\.txt|class_names\.json)$"
 
 
 def smooth_noise(rng, size, cells):
@@ -119,7 +124,14 @@ def draw_scene(index, size=128):
 
 
 def write(kind, folder, count, **options):
-    """Writes `count` images of this kind in their layout under folder; returns folder."""
+    """Writes `count` images of this kind in their layout under folder; returns folder.
+
+    FileExistsError if the folder holds files of others, which may be replaced.
+    """
+    for path in Path(folder).rglob("*"):
+        ours = path.name[0] == "." or path.is_dir() or re.search(WRITTEN, path.as_posix())
+        if not ours:
+            raise FileExistsError(errno.EEXIST, "is in the way, as no demo wrote it", str(path))
     WRITE[kind](Path(folder), count, **options)
     return Path(folder)
 
@@ -393,7 +405,8 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=WRITE, help="which data set")
     parser.add_argument("--output-dir", required=True, help="folder to write it to")
-    parser.add_argument("--count", type=int, default=60, help="number of images (%(default)s)")
+    parser.add_argument("--count", type=int, choices=range(1, 10**7), metavar="N", default=60,
+        help="number of images (%(default)s)")
     parser.add_argument("--grid", type=int, choices=range(1, 8), default=1,
         help="objects, plain, rings: so many drawings side by side, and below each other, in an image")
     return parser
@@ -405,4 +418,7 @@ if __name__ == "__main__":
     options = {"grid": args.grid} if args.grid > 1 else {}
     if options and args.kind not in ("objects", "plain", "rings"):
         parser.error(f"--grid: is for objects, plain and rings, not for {args.kind}")
-    print(f"{args.count} images in {write(args.kind, args.output_dir, args.count, **options)}")
+    try:
+        print(f"{args.count} images in {write(args.kind, args.output_dir, args.count, **options)}")
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}; give another --output-dir")

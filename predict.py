@@ -815,9 +815,10 @@ def main(args):
                                    "width": width, "height": height})
             except utils.InputError as error:
                 bad.append(str(error))
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, cv2.error) as error:
                 if not utils.is_out_of_memory(error):
                     raise
+                annotations[:] = [found for found in annotations if found["image_id"] <= len(images)]
                 written = {image["file_name"] for image in images}
                 advice = "--everything 16" if loaded.net.encode else "--tile, a smaller -b"
                 bad += [f"{path}: out of memory; try {advice}, or --amp bf16"

@@ -590,6 +590,10 @@ def start(folder, settings, video, prompts, args, device):
             raise utils.InputError(f"{folder}: has an unfinished run of other {', '.join(differing)}; "
                                    "give the same to continue it, --overwrite or another "
                                    "--output-dir")
+    for found in path.parent.glob("*"):
+        if found.suffix not in (".pt", ".pth", ".tmp"):
+            raise utils.InputError(f"{found}: is in the folder of an unfinished run, which is removed; move "
+                                   "it, or give another --output-dir")
     shutil.rmtree(path.parent, ignore_errors=True)
     (folder / "masks").mkdir(exist_ok=True)
     path.parent.mkdir()
@@ -843,7 +847,7 @@ def main(args):
     check_outputs(args, video, truth)
     settings = {
         "image_size": args.image_size, "every": args.every, "direction": args.direction,
-        "amp": args.amp, "frames": video.digest, "prompts": digest_of(prompts),
+        "amp": str(dtype), "frames": video.digest, "prompts": digest_of(prompts),
         "weights": digest_of(model.state_dict())}
     lock = utils.lock_folder(folder)
     state = start(folder, settings, video, prompts, args, device)
@@ -853,7 +857,7 @@ def main(args):
     try:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             track(model.to(device), video, prompts, state, folder, args)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, cv2.error) as error:
         if not utils.is_out_of_memory(error):
             raise
         raise utils.InputError("out of memory; try --image-size 512, fewer objects at a time, or "

@@ -194,7 +194,7 @@ def run(main, parser):
         leave_process_group()
         number = signal.Signals((_signals or [signal.SIGTERM])[0])  # another process may have got it
         parser.exit(128 + number, f"{parser.prog}: stopped by {number.name}\n")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, cv2.error) as error:
         if "RANK" in os.environ and "peer" in str(error):  # Gloo: another process is gone
             rank = os.environ["RANK"]
             parser.exit(1, f"{parser.prog}: rank {rank}: lost another process, see its message\n")
@@ -1069,8 +1069,9 @@ def amp_mode(text):
 
 
 def is_out_of_memory(error):
-    """Returns whether a RuntimeError or MemoryError says that memory, of any device, is full."""
-    words = ("Memory", "of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # cuBLAS, cuDNN
+    """Returns whether an error, of OpenCV too, says that memory, of any device, is full."""
+    words = ("Memory", "of memory", "allocate memory", "enough memory", "Insufficient memory",
+             "ALLOC_FAILED")  # the last of cuBLAS, cuDNN
     return any(word in f"{type(error).__name__} {error}" for word in words)
 
 

@@ -71,4 +71,8 @@ def main(peak, folder, choices=(False, True)):
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), "runs/gpu/table")
+    parser = utils.ArgumentParser(__doc__.splitlines()[0], "%(prog)s PEAK")
+    parser.add_argument("peak", type=utils.number(float, 1), metavar="PEAK", help="TFLOP/s in bf16")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
+    main(parser.parse_args().peak, "runs/gpu/table")

@@ -899,6 +899,39 @@ def test_train_and_val_json_fill_one_voc_folder(tmp_path):
         assert text == "".join(f"{part}{i}\n" for i in range(3))
 
 
+@pytest.mark.parametrize("layout, file", [("voc", f"{VOC}/class_names.json"), ("masks", "masks/classes.txt")])
+def test_what_fills_one_folder_has_one_list_of_classes(tmp_path, layout, file):
+    categories = [(1, "cat"), (2, "dog"), (3, "cow")]
+
+    def fill(part, names, *more):
+        folder = tmp_path / f"{part}{len(names)}"
+        save_images(folder, f"{part}.jpg")
+        chosen = [category for category in categories if category[1] in names]
+        path = coco(folder, [(0, chosen[-1][0], [BOX])], [f"{part}.jpg"], categories=chosen)
+        return convert("coco", path, "--to", layout, "--output-dir", tmp_path / "data", *more)
+    fill("train", ["cat", "dog"])
+    fill("train", ["dog"], "--overwrite")  # all masks are new
+    with pytest.raises(utils.InputError, match=f"{file}: masks of other images there have other classes"):
+        fill("val", ["cat", "dog"], "--overwrite")
+    fill("train", ["cat", "dog"], "--overwrite")
+    before = (tmp_path / "data" / file).read_bytes()
+    with pytest.raises(utils.InputError, match="give --classes their names, new ones last"):
+        fill("val", ["dog"], "--overwrite")
+    assert (tmp_path / "data" / file).read_bytes() == before
+    fill("val", ["cat", "dog", "cow"], "--overwrite")
+    assert (tmp_path / "data" / file).read_bytes().startswith(before.rstrip(b"}"))
+
+
+def test_labels_of_keypoints_and_masks_beside_folders_are_refused(tmp_path):
+    source = yolo(tmp_path / "set", ["0 .5 .5 .4 .4 .3 .3 .7 .3"], "names: [cat]\nkpt_shape: [2, 2]\n")
+    with pytest.raises(utils.InputError, match="data.yaml: labels of keypoints .*; export polygons"):
+        convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+    for name in ("masks/p0.png", "masks/backup/p0.png"):
+        save_images(tmp_path / "in", "images/p0.png", name)
+    with pytest.raises(utils.InputError, match="masks/p0.png: lies beside class folders"):
+        convert("masks", tmp_path / "in", "--to", "voc", "--output-dir", tmp_path / "data")
+
+
 def test_names_agree_with_spaces_folders_backslashes_and_equal_stems(tmp_path):
     files = ["a b.png", "sub/a b.png", "sub/x.jpg", "other/x.jpg", "x.JPG", "x.bmp", "深 度.png", "x_2.png",
              "v1.2.png", "V1.2.tif"]

@@ -1,8 +1,13 @@
 """demo_data.py: deterministic pictures in the scripts' layouts, and baselines that mean what they say."""
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 from PIL import Image
 
 import demo_data
+from conftest import ROOT
 
 
 def test_a_picture_depends_on_its_index_alone(tmp_path):
@@ -37,3 +42,24 @@ def test_a_grid_holds_the_drawings_side_by_side_each_object_with_its_own_id():
         assert np.array_equal(image[tile], drawn)
         shifted = [(k + 4 * i if 0 < k < 255 else k) for k in np.unique(drawn_ids).tolist()]
         assert np.unique(ids[tile]).tolist() == shifted and np.array_equal(ids[tile] > 0, drawn_ids > 0)
+
+
+def test_files_of_others_are_never_replaced(tmp_path):
+    script = [sys.executable, ROOT / "demo_data.py", "scenes", "--output-dir", tmp_path / "data", "--count"]
+    assert subprocess.run([*script, "3"], capture_output=True, text=True).stdout == f"3 images in {tmp_path}/data\n"
+    demo_data.write("scenes", tmp_path / "data", 4)  # its own are
+    theirs = tmp_path / "data/VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg"
+    theirs.touch()
+    before = (theirs.parents[1] / "ImageSets/Segmentation/train.txt").read_text()
+    found = subprocess.run([*script, "9"], capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.splitlines()[-1] == (
+        f"demo_data.py: error: {theirs}: is in the way, as no demo wrote it; give another --output-dir")
+    assert (theirs.parents[1] / "ImageSets/Segmentation/train.txt").read_text() == before
+    for count in ("0", "-3"):
+        assert subprocess.run([*script, count], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("kind", demo_data.WRITE)
+def test_every_kind_knows_its_own_files(tmp_path, kind):
+    for _ in range(2):
+        demo_data.write(kind, tmp_path, 2)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -784,6 +785,28 @@ def test_a_file_that_vanishes_or_is_too_large_is_one_of_the_errors_and_many_are_
     assert "p00.png: no such file; " in lines and "decompression bomb" in lines and "; and " in lines
     assert lines.endswith("p13.png") and lines.count(".png: ") == 10 and lines.count(".png") == 14 and "\n" not in lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["areas.csv"]
+
+
+def test_annotations_of_an_image_that_fails_are_left_out(objects_run, tmp_path, monkeypatch):
+    """OpenCV has an error of its own for lack of memory; it comes after the first annotation."""
+    for k in range(3):
+        Image.fromarray(noise(40, 40)).save(tmp_path / f"p{k}.png")
+    overlay, done = utils.overlay, []
+
+    def fail_once(image, mask):
+        done.append(1)
+        if len(done) == 2:
+            raise cv2.error("OpenCV: (-4:Insufficient memory) Failed to allocate 9 bytes")
+        return overlay(image, mask)
+    monkeypatch.setattr(utils, "overlay", fail_once)
+    monkeypatch.setattr(predict, "each_object", lambda parts: (
+        (np.ones((3, 40, 40), bool), [1.0] * 3, 0) for _ in parts))
+    with pytest.raises(utils.InputError, match="p1.png: out of memory"):
+        run("--weights", objects_run[0] / "run/last.pth", *[tmp_path / f"p{k}.png" for k in range(3)], "--box",
+            "2,2,20,20", "--coco", "rle", "--output-dir", tmp_path / "out")
+    found = json.loads((tmp_path / "out/annotations.json").read_text())
+    assert [image["file_name"][-6:] for image in found["images"]] == ["p0.png", "p2.png"]
+    assert [annotation["image_id"] for annotation in found["annotations"]] == [1, 2]
 
 
 def test_what_is_done_is_listed_however_the_run_ends(tiny, tmp_path, monkeypatch):

@@ -630,8 +630,18 @@ def test_an_unfinished_run_of_other_settings_is_not_continued(straight, run, mod
         other.no_obj_ptr.data += 1
         patch.setattr(predict_video, "create_model", lambda args: setattr(args, "image_size", 64) or other)
         refuses("--box", BOX, words=["unfinished run of other weights"], out="out")
+    with monkeypatch.context() as patch:  # as on another device, whose --amp auto is bf16
+        patch.setattr(utils, "pick_precision", lambda amp, device: (torch.bfloat16, None))
+        refuses("--box", BOX, words=["unfinished run of other amp"], out="out")
     run(*PROMPTS, "--overwrite")
     assert files(tmp_path / "out") == straight
+
+
+def test_a_folder_of_the_users_own_called_unfinished_is_not_removed(run, refuses, tmp_path):
+    (tmp_path / "out/unfinished").mkdir(parents=True)
+    (tmp_path / "out/unfinished/notes.txt").write_text("mine")
+    refuses("--box", BOX, words=["unfinished/notes.txt: is in the folder of an unfinished run"], out="out")
+    assert (tmp_path / "out/unfinished/notes.txt").read_text() == "mine"
 
 
 def test_state_does_not_grow_with_frames(data, run, tmp_path, monkeypatch):

@@ -648,6 +648,14 @@ def test_weights_of_other_classes_start_all_but_the_last_layer(cells, tmp_path, 
     train(cells, tmp_path / "b", "--epochs", 1, "--num-classes", 2, "--weights", tmp_path / "a" / name)
 
 
+def test_all_heads_of_a_deeply_supervised_net_start_fresh_for_other_classes(tmp_path, capsys):
+    more = ["--arch", "NestedUNet", "--deep-supervision", "--num-classes"]
+    torch.save(train_unet.create_model(options(*more, 1))[0].state_dict(), tmp_path / "one.pth")
+    train_unet.create_model(options(*more, 2, "--weights", tmp_path / "one.pth"))
+    said = capsys.readouterr().out
+    assert all(f"final{k}.weight, final{k}.bias" in said for k in range(1, 5))
+
+
 def test_real_nuclei_pass_the_sanity_check(real_data, tmp_path, capsys):
     train(real_data / "nuclei", tmp_path / "run", "--sanity-check")
     printed = capsys.readouterr().out
