@@ -328,7 +328,8 @@ def test_tables_of_another_size_are_resized():
     distance, place = torch.arange(31.0) - 15, torch.arange(16.0)
     state["image_encoder.blocks.1.attn.rel_pos_h"] = distance[:, None].expand(31, 16)
     ramp = place[:, None] + 100 * place
-    state["image_encoder.pos_embed"] = ramp[None, :, :, None].expand(1, 16, 16, 64)
+    state["image_encoder.pos_embed"] = ramp[None, :, :, None].repeat(1, 1, 1, 64)
+    state["image_encoder.pos_embed"][..., 5] = (place**2)[:, None]
     resized = resize_positions(state, model)
     model.load_state_dict(resized, strict=True)
     changed = {name for name in state if resized[name] is not state[name]}
@@ -340,6 +341,8 @@ def test_tables_of_another_size_are_resized():
     check("rel_pos", table[1:-1, 5], distance[1:-1], 1e-4)
     table, ramp = resized["image_encoder.pos_embed"], place[:, None] + 100 * place
     check("pos_embed", table[0, 2:-2, 2:-2, 3], ramp[2:-2, 2:-2], 1e-2)
+    low = 2 * torch.arange(8.0)  # half way between k and k + 1 a cubic gives k^2 + k + 0.125, a line + 0.5
+    check("pos_embed", table[0, 2:-2, 3, 5], (low**2 + low + 0.125)[2:-2], 1e-2)
     with torch.no_grad():
         assert model.image_encoder(torch.rand(1, 3, 128, 128)).shape == (1, 256, 8, 8)
 

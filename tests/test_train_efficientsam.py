@@ -199,6 +199,21 @@ def test_masks_are_enlarged_bicubically_as_by_the_official_class():
         assert 1.05 < large.max() < 1.3  # beside an edge it overshoots, which linear interpolation does not
 
 
+def test_training_enlarges_masks_as_prediction_does(monkeypatch):
+    edge, seen = torch.nn.Linear(1, 8), []
+    edge.bias.data = torch.tensor([-1.0, -1, -1, -1, 1, 1, 1, 1])
+    model = torch.nn.Module()
+    model.forward = lambda *_: (edge.bias.expand(1, 2, 3, 8, 8), torch.zeros(1, 2, 3))
+    monkeypatch.setattr(script_, "criterion", lambda logits, *_: seen.append(logits.max().item()) or logits.sum())
+    run = SimpleNamespace(steps=lambda loader: loader, device=torch.device("cpu"), pinned=False, dtype=None,
+                          scaler=torch.amp.GradScaler("cpu", enabled=False), finish_gradient=lambda *_: False)
+    batch = [torch.zeros(1, 3, 32, 32), None, None, torch.zeros(1, 2, 32, 32), torch.ones(1, 2).bool()]
+    batch[1:3] = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2)
+    optimizer = torch.optim.SGD(edge.parameters(), 1)
+    script_.train_one_epoch(model, [[[*batch, (0,)]]], optimizer, run, options())
+    assert 1.05 < seen[0] < 1.3
+
+
 def test_the_articles_preprocessing_stretches_the_contrast():
     image = torch.full((3, 20, 40), 60, dtype=torch.uint8)
     image[:, :, 10:], image[1, :, 20:] = 110, 160
