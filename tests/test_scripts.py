@@ -37,6 +37,19 @@ DIFFERING = {"get_args_parser", "find_items", "read_item", "check_item", "create
              "sanity_check", "create_model", "criterion", "count_pixels", "scores", "evaluate", "draw_samples",
              "print_table", "create_optimizer", "learning_rate", "set_learning_rate", "train_one_epoch", "main",
              "prepare_demo", "read_image", "mask_iou", "draw_prompts", "encode", "count_trained"}
+ARTICLES = {  # their defaults; SAM 2's are in docs/sam2_options.md
+    "train_unet": dict(epochs=100, batch_size=16, model="NestedUNet", deep_supervision=False, image_size=(96, 96),
+                       input_channels=3, num_classes=1, loss="BCEDiceLoss", optimizer="SGD", lr=1e-3, momentum=0.9,
+                       weight_decay=1e-4, nesterov=False, scheduler="CosineAnnealingLR", min_lr=1e-5, factor=0.1,
+                       patience=2, milestones=(1, 2), gamma=2 / 3, early_stopping=-1, seed=41),
+    "train_deeplabv3": dict(num_classes=20, aux=True, batch_size=4, epochs=30, lr=1e-4, momentum=0.9,
+                            weight_decay=1e-4, base_size=520, crop_size=480),
+    "train_efficientsam": dict(epochs=10, batch_size=4, bbox_shift=5, lr=5e-5, weight_decay=0.01, image_size=1024,
+                               iou_loss_weight=1, seg_loss_weight=1, ce_loss_weight=1, scheduler="plateau"),
+    "train_efficientsam_ddp": dict(epochs=1000, batch_size=4, bbox_shift=10, lr=5e-4, weight_decay=0.01,
+                                   image_size=1024, bucket_cap_mb=25),
+    "finetune_sam_decoder": dict(year="2007", epochs=100, batch_size=1, lr=1e-4, min_lr=1e-7, weight_decay=5e-4,
+                                 points=1, point_prompt=True, box_prompt=True, model="vit_b", image_size=1024)}
 RECIPE = ["--data-path", "--weights", "--epochs", "--batch-size", "--accumulate", "--lr", "--weight-decay"]
 STORY = ["utils.Run", "create_loaders", "sanity_check", "create_model", "run.describe", "run.check_test",
          "create_optimizer", "run.start", "run.saved_when_stopped", "run.is_over", "train_one_epoch", "evaluate",
@@ -58,6 +71,12 @@ def actions(name):
     parser = import_module(name).get_args_parser()
     return {option: action for action in parser._actions for option in action.option_strings}
 
+
+
+@pytest.mark.parametrize("name", ARTICLES)
+def test_defaults_are_the_articles(name):
+    args = vars(import_module(name).get_args_parser().parse_args([]))
+    assert {key: args[key] for key in ARTICLES[name]} == ARTICLES[name]
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_sections_stand_in_order(name):
