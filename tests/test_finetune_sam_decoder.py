@@ -700,10 +700,14 @@ def test_two_hundred_objects_of_an_image_are_judged_eight_at_a_time(monkeypatch)
     loader, counts = Loader([(torch.zeros(1, 4, 4, 4).half(), ids[None], [0])]), []
     loader.dataset = dataset
     monkeypatch.setattr(script_, "judge", lambda model, embedding, ids, numbers, dtype: counts.append(len(numbers))
-                        or {"val_box_iou": torch.zeros(len(numbers))})
+                        or {"val_box_iou": numbers / 200})
     run = SimpleNamespace(device=torch.device("cpu"), dtype=None, pinned=False)
     figures = script_.evaluate(SimpleNamespace(eval=lambda: None), loader, run, None)
-    assert counts == [8] * 25 and figures["class_box_iou"] == {}
+    assert counts == [8] * 25 and figures == {"val_box_iou": pytest.approx(100.5 / 200), "class_box_iou": {}}
+    monkeypatch.setattr(script_, "classes_of", lambda item, ids, numbers: [5 + (k > 150) for k in numbers.tolist()])
+    dataset.class_names[5] = "cat"
+    per_class = script_.evaluate(SimpleNamespace(eval=lambda: None), loader, run, None)["class_box_iou"]
+    assert per_class == {"cat": (pytest.approx(75.5 / 200), 150), "6": (pytest.approx(175.5 / 200), 50)}
 
 
 def test_the_articles_command_line_runs(instances, tmp_path, monkeypatch):
