@@ -29,6 +29,7 @@ area, a missing image ...) is counted at the end, and the first two are named.
 import base64
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -473,11 +474,12 @@ def read_yolo_names(folder, notes):
         parse = parse_lines if path.suffix == ".txt" else parse_yaml
         if path.is_file():
             with reading(path, "number the names 0, 1, 2 ... or list them: [cat, dog]"):
-                text = read_text(path)
-                names = parse(text)
-            if path.suffix != ".txt" and re.search(r"^\s*kpt_shape\s*:", text, re.M):
-                raise utils.InputError(f"{path}: labels of keypoints (kpt_shape), whose numbers are no "
-                                       "polygons; export polygons (segmentation)")
+                names = parse(read_text(path))
+            for other in {path, folder / "data.yaml"} if names else ():
+                is_yaml = other.suffix != ".txt" and other.is_file()
+                if is_yaml and re.search("^[ \t]*kpt_shape", read_text(other), re.M):
+                    raise utils.InputError(f"{other}: labels of keypoints (kpt_shape), whose numbers are no "
+                                           "polygons; export polygons (segmentation)")
             if names:
                 print(f"classes are named by {path}")
                 return number_names(names, notes)
@@ -570,10 +572,10 @@ def find_masks(folder, notes):
     """Returns the names of the classes and {image: [(class, path of its mask)]} of masks/."""
     folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
-    beside = sorted(path for path in folder.iterdir() if path.suffix.lower() in utils.IMAGES)
+    beside = utils.list_images(folder)
     if folders and beside:
-        raise utils.InputError(f"{beside[0]}: lies beside class folders; move the masks into a folder, or "
-                               "the folders away")
+        raise utils.InputError(f"{next(iter(beside.values()))}: lies beside class folders; move these masks "
+                               "into masks/0, or move the folders away")
     folders = folders or [folder]
     names, layers = [class_name(path.name) for path in folders], {}
     if (folder / "classes.txt").is_file():
@@ -784,7 +786,8 @@ def choose_classes(names, args):
     if args.classes is not None:
         classes = [class_name(name) for name in args.classes if name.strip()]
     classes = [*dict.fromkeys(classes)]
-    unknown = [name for name in classes if name not in names]
+    known = {*names, *itertools.chain(*earlier_classes(args).values())}
+    unknown = [name for name in classes if name not in known]
     if unknown and (args.kind != "labelme" or len(unknown) == len(classes)):  # a part may lack some
         known = short(", ".join(names) or "none", 200)
         raise utils.InputError(f"--classes: {', '.join(unknown)}: no class of {args.input}, which "
@@ -862,12 +865,28 @@ def check_targets(found, classes, args):
             raise utils.InputError(f"{path}: would be written, and is read; give another --output-dir")
         if path.exists() and not args.overwrite:
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
-    for path, text in class_files(classes, args).items():
-        others = {mask.stem for mask in path.parent.glob("*/*.png")} - found.keys()  # which stay
-        if others and path.is_file() and not text.startswith(read_text(path).rstrip("}")):
-            raise utils.InputError(f"{path}: masks of other images there have other classes, or in another "
-                                   "order; give --classes their names, new ones last, or another "
-                                   "--output-dir")
+    for path, earlier in earlier_classes(args).items():
+        of_others = {mask.stem for mask in path.parent.glob("*/*.png")} - found.keys()  # they stay
+        new = [] if path.suffix == ".txt" else classes[len(earlier):]  # each folder has all images
+        if of_others and classes != earlier + new:
+            raise utils.InputError(f"{path}: the masks already there have other classes, or another order "
+                                   f"of them; give --classes {','.join(earlier)}, or another --output-dir")
+    for path in Path(args.output_dir, "masks").glob("*"):
+        if "masks" in args.to and path.name.isdigit() and int(path.name) >= len(classes):
+            raise utils.InputError(f"{path}: is of a class that is converted no more; remove it, or give "
+                                   "another --output-dir")
+
+
+def earlier_classes(args):
+    """Returns {path: names} of the files that an earlier conversion into the same folder has left."""
+    found = {path: [] for path in class_files([], args) if path.is_file()}
+    for path in found:
+        with reading(path, "remove it, or give another --output-dir"):
+            names = parse_lines(read_text(path)) if path.suffix == ".txt" else read_json(path)
+            if path.suffix != ".txt":
+                names = sorted(names, key=names.get)
+        found[path] = [name for name in names if name != "background"]
+    return found
 
 
 def class_files(classes, args):

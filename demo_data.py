@@ -126,12 +126,13 @@ def draw_scene(index, size=128):
 def write(kind, folder, count, **options):
     """Writes `count` images of this kind in their layout under folder; returns folder.
 
-    FileExistsError if the folder holds files of others, which may be replaced.
+    FileExistsError if the folder holds files with other names than a demo gives: its lists and
+    classes might be of a data set that somebody uses.
     """
     for path in Path(folder).rglob("*"):
-        ours = path.name[0] == "." or path.is_dir() or re.search(WRITTEN, path.as_posix())
-        if not ours:
-            raise FileExistsError(errno.EEXIST, "is in the way, as no demo wrote it", str(path))
+        hidden = "/." in f"/{path.relative_to(folder).as_posix()}" or path.name in ("Thumbs.db", "desktop.ini")
+        if not hidden and path.is_file() and not re.search(WRITTEN, path.as_posix()):
+            raise FileExistsError(errno.EEXIST, "was not written by a demo, and might be replaced", str(path))
     WRITE[kind](Path(folder), count, **options)
     return Path(folder)
 
@@ -405,8 +406,7 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=WRITE, help="which data set")
     parser.add_argument("--output-dir", required=True, help="folder to write it to")
-    parser.add_argument("--count", type=int, choices=range(1, 10**7), metavar="N", default=60,
-        help="number of images (%(default)s)")
+    parser.add_argument("--count", type=int, default=60, help="number of images (%(default)s)")
     parser.add_argument("--grid", type=int, choices=range(1, 8), default=1,
         help="objects, plain, rings: so many drawings side by side, and below each other, in an image")
     return parser
@@ -418,7 +418,9 @@ if __name__ == "__main__":
     options = {"grid": args.grid} if args.grid > 1 else {}
     if options and args.kind not in ("objects", "plain", "rings"):
         parser.error(f"--grid: is for objects, plain and rings, not for {args.kind}")
+    if args.count < 1:
+        parser.error(f"--count: {args.count} must be at least 1")
     try:
         print(f"{args.count} images in {write(args.kind, args.output_dir, args.count, **options)}")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}; give another --output-dir")
+        parser.error(f"{error.filename or args.output_dir}: {error.strerror}; give another --output-dir")

@@ -262,7 +262,7 @@ def list_ids(root, name):
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
     # IDs may hold spaces, also at their ends; some lists have two columns, the second of -1, 0 or 1
-    readings = [(line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip())) for line in lines]
+    readings = [(line, line.strip(), re.sub(r"(?<!\s)\s+-?[01]$", "", line.strip())) for line in lines]
     known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
     ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))
@@ -516,8 +516,8 @@ def evaluate(model, loader, run, args):
                         for numbers in torch.arange(1, ids.max() + 1).split(8)]  # to limit memory
     parts = list(itertools.chain(*utils.merge_over_ranks(found).values()))
     if not parts:
-        raise utils.InputError(f"{loader.dataset.items[0][2].parent}: no mask of a validation image has an "
-                               "object; look at them")
+        folder = loader.dataset.items[0][2].parent
+        raise utils.InputError(f"{folder}: no mask of a validation image has an object; look at them")
     rows = {name: torch.cat([figures[name] for figures, _ in parts]).double() for name in parts[0][0]}
     classes = itertools.chain(*[classes for _, classes in parts])
     per_class = defaultdict(list)

@@ -818,11 +818,12 @@ def main(args):
             except (RuntimeError, MemoryError, cv2.error) as error:
                 if not utils.is_out_of_memory(error):
                     raise
-                annotations[:] = [found for found in annotations if found["image_id"] <= len(images)]
                 written = {image["file_name"] for image in images}
                 advice = "--everything 16" if loaded.net.encode else "--tile, a smaller -b"
                 bad += [f"{path}: out of memory; try {advice}, or --amp bf16"
                         for _, path, _ in batch if path.as_posix() not in written]
+            finally:  # of an image that failed after its first object
+                annotations[:] = [found for found in annotations if found["image_id"] <= len(images)]
     finally:  # however it ends: what has been written is listed
         write_tables(output_dir, areas, images, annotations, loaded, coco)
     if len(paths) == 1:

@@ -590,8 +590,8 @@ def start(folder, settings, video, prompts, args, device):
             raise utils.InputError(f"{folder}: has an unfinished run of other {', '.join(differing)}; "
                                    "give the same to continue it, --overwrite or another "
                                    "--output-dir")
-    for found in path.parent.glob("*"):
-        if found.suffix not in (".pt", ".pth", ".tmp"):
+    for found in path.parent.glob("[!.]*"):
+        if not path.exists() or found.suffix != ".pt" and not found.name.startswith("state.pth"):
             raise utils.InputError(f"{found}: is in the folder of an unfinished run, which is removed; move "
                                    "it, or give another --output-dir")
     shutil.rmtree(path.parent, ignore_errors=True)

@@ -174,7 +174,7 @@ def list_ids(root, name):
     if not lines:
         raise utils.InputError(f"{path}: lists nothing; write one ID per line")
     # IDs may hold spaces, also at their ends; some lists have two columns, the second of -1, 0 or 1
-    readings = [(line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip())) for line in lines]
+    readings = [(line, line.strip(), re.sub(r"(?<!\s)\s+-?[01]$", "", line.strip())) for line in lines]
     known = utils.list_images(root / "JPEGImages", wanted={*itertools.chain(*readings)})
     ids = [next((text for text in texts if text in known), texts[1]) for texts in readings]
     repeated = len(ids) - len(set(ids))

@@ -848,7 +848,7 @@ def select(list_name, root, known):
         raise utils.InputError(f"{path}: lists nothing; write one video per line")
     known, chosen = {utils.nfc(name): name for name in known}, {}
     for line in map(utils.nfc, names):  # as list_ids of train_deeplabv3.py
-        readings = (line, line.strip(), re.sub(r"\s+-?[01]$", "", line.strip()))
+        readings = (line, line.strip(), re.sub(r"(?<!\s)\s+-?[01]$", "", line.strip()))
         name = next((text for text in readings if text in known), readings[1])
         chosen[known.get(name, name)] = True
     return [*chosen]

@@ -330,18 +330,16 @@ class Run:
     def move_here(self):
         """Writes last.pth and copies the best weights: of a run that is continued in another folder."""
         self.save_last()
-        source, found = Path(self.args.resume), {}
+        source = Path(self.args.resume)
+        source = source if source.is_dir() else source.parent
         try:
-            for name in ("best.pth", "model.pth", "decoder.pth", "encoder.pth"):
-                path = (source if source.is_dir() else source.parent) / name
-                if path.exists():
-                    found[name] = load_checkpoint(path)
+            best = load_checkpoint(source / "best.pth") if (source / "best.pth").exists() else {}
+            if isinstance(best, dict) and best.get("best") == self.progress["best"]:  # not another's
+                for name in ("best.pth", "model.pth", "decoder.pth", "encoder.pth"):
+                    if (source / name).exists():
+                        save_checkpoint(self.folder / name, load_checkpoint(source / name))
         except InputError as error:
-            print(f"note: the best weights so far are not copied: {error}")
-        best = found.get("best.pth")
-        if isinstance(best, dict) and best.get("best") == self.progress["best"]:  # not another's
-            for name, state in found.items():
-                save_checkpoint(self.folder / name, state)
+            print(f"note: the best weights so far are not all copied from {source}: {error}")
 
     def is_over(self):
         """Returns whether --epochs are done or --early-stopping ends the run."""
@@ -814,13 +812,13 @@ def find_changed_ids(image):
     if image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):  # of TIFF
         return "its compression can change ids near edges"
     if str(raw).startswith(("L;2", "L;4", "L;I")) or image.format == "PPM" and highest not in (255, 65535):
-        return "its greys are scaled or turned round as they are read"
+        return "its grey values are scaled or inverted when read"
     if image.mode == "P":
         palette = np.reshape(image.getpalette("RGB"), (-1, 3))
         used = [k for k, count in enumerate(image.histogram()[:len(palette)]) if count]
         used = {(k, *palette[k]) for k in used} - {(0, 0, 0, 0), (1, 255, 255, 255)}
         if image.format == "GIF" and used:
-            return "GIF can number ids anew"
+            return "GIF can renumber ids"
         if (palette == palette[:, :1]).all() and any(k != grey for k, grey, *_ in used):
             return "its palette has greys other than its indices: either may be the ids"
     return None

@@ -167,8 +167,9 @@ def load_sam(model, path, base=None, official=False):
     """Loads a file into a Sam: the whole net, or a decoder alone after its base weights.
 
     base: path or official name of the base weights (default: those that the decoder's checkpoint
-    names). official: InputError if it is a checkpoint of ours. Returns the path or name of the whole
-    net's weights. Position codes of another image size are interpolated.
+    names). official: path must be of an official file; InputError if it is a checkpoint of ours.
+    Returns the path or name of the whole net's weights. Position codes of another image size are
+    interpolated.
     """
     checkpoint = load_checkpoint(official_file(path, sam.WEIGHTS))
     ours = checkpoint if isinstance(checkpoint, dict) and "format" in checkpoint else {}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -669,7 +670,10 @@ def test_a_class_that_has_only_boxes_is_refused(tmp_path, kind):
     words = [kind, source, "--to", "masks", "--output-dir", tmp_path / "data"]
     with pytest.raises(utils.InputError, match=": cat, cow: has only boxes, .* leave the class out with --classes$"):
         convert(*words)
-    assert convert(*words, "--classes", "dog,x", "--overwrite")["objects"] == {"dog": 1, "x": 0}
+    with pytest.raises(utils.InputError, match="masks/[23]: is of a class that is converted no more; remove it"):
+        convert(*words, "--classes", "dog,x", "--overwrite")
+    shutil.rmtree(tmp_path / "data")
+    assert convert(*words, "--classes", "dog,x")["objects"] == {"dog": 1, "x": 0}
 
 
 # --- A folder per image ---
@@ -909,23 +913,35 @@ def test_what_fills_one_folder_has_one_list_of_classes(tmp_path, layout, file):
         chosen = [category for category in categories if category[1] in names]
         path = coco(folder, [(0, chosen[-1][0], [BOX])], [f"{part}.jpg"], categories=chosen)
         return convert("coco", path, "--to", layout, "--output-dir", tmp_path / "data", *more)
-    fill("train", ["cat", "dog"])
-    fill("train", ["dog"], "--overwrite")  # all masks are new
-    with pytest.raises(utils.InputError, match=f"{file}: masks of other images there have other classes"):
+    fill("train", ["dog"])
+    with pytest.raises(utils.InputError, match=f"{file}: the masks already there have other classes"):
         fill("val", ["cat", "dog"], "--overwrite")
-    fill("train", ["cat", "dog"], "--overwrite")
+    fill("train", ["cat", "dog"], "--overwrite")  # all masks are new
     before = (tmp_path / "data" / file).read_bytes()
-    with pytest.raises(utils.InputError, match="give --classes their names, new ones last"):
+    (tmp_path / "data" / file).write_bytes(before.replace(b"\n", b"\r\n").replace(b"{", b"{\r\n "))  # by an editor
+    with pytest.raises(utils.InputError, match="give --classes cat,dog, or another"):
         fill("val", ["dog"], "--overwrite")
+    fill("val", ["dog"], "--overwrite", "--classes", "cat,dog")
     assert (tmp_path / "data" / file).read_bytes() == before
-    fill("val", ["cat", "dog", "cow"], "--overwrite")
-    assert (tmp_path / "data" / file).read_bytes().startswith(before.rstrip(b"}"))
+    if layout == "masks":
+        with pytest.raises(utils.InputError, match="the masks already there have other classes"):
+            fill("val", ["cat", "dog", "cow"], "--overwrite")  # masks/2 would lack train.png
+        shutil.rmtree(tmp_path / "data/images")
+        for number in "01":
+            (tmp_path / f"data/masks/{number}/val.png").unlink()
+        with pytest.raises(utils.InputError, match="masks/1: is of a class that is converted no more; remove it"):
+            fill("train", ["dog"], "--overwrite")
+    else:
+        fill("val", ["cat", "dog", "cow"], "--overwrite")
+        assert (tmp_path / "data" / file).read_bytes().startswith(before.rstrip(b"}"))
 
 
 def test_labels_of_keypoints_and_masks_beside_folders_are_refused(tmp_path):
     source = yolo(tmp_path / "set", ["0 .5 .5 .4 .4 .3 .3 .7 .3"], "names: [cat]\nkpt_shape: [2, 2]\n")
-    with pytest.raises(utils.InputError, match="data.yaml: labels of keypoints .*; export polygons"):
-        convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+    for _ in range(2):
+        with pytest.raises(utils.InputError, match="data.yaml: labels of keypoints .*; export polygons"):
+            convert("yolo", source, "--to", "masks", "--output-dir", tmp_path / "data")
+        (source / "classes.txt").write_text("cat\n")
     for name in ("masks/p0.png", "masks/backup/p0.png"):
         save_images(tmp_path / "in", "images/p0.png", name)
     with pytest.raises(utils.InputError, match="masks/p0.png: lies beside class folders"):

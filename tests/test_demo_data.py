@@ -44,19 +44,21 @@ def test_a_grid_holds_the_drawings_side_by_side_each_object_with_its_own_id():
         assert np.unique(ids[tile]).tolist() == shifted and np.array_equal(ids[tile] > 0, drawn_ids > 0)
 
 
-def test_files_of_others_are_never_replaced(tmp_path):
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path):
     script = [sys.executable, ROOT / "demo_data.py", "scenes", "--output-dir", tmp_path / "data", "--count"]
     assert subprocess.run([*script, "3"], capture_output=True, text=True).stdout == f"3 images in {tmp_path}/data\n"
+    (tmp_path / "data/.hidden").mkdir()
+    (tmp_path / "data/.hidden/cell-checkpoint.png").touch()
     demo_data.write("scenes", tmp_path / "data", 4)  # its own are
     theirs = tmp_path / "data/VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg"
     theirs.touch()
     before = (theirs.parents[1] / "ImageSets/Segmentation/train.txt").read_text()
     found = subprocess.run([*script, "9"], capture_output=True, text=True)
     assert found.returncode == 2 and found.stderr.splitlines()[-1] == (
-        f"demo_data.py: error: {theirs}: is in the way, as no demo wrote it; give another --output-dir")
+        f"demo_data.py: error: {theirs}: was not written by a demo, and might be replaced; give another --output-dir")
     assert (theirs.parents[1] / "ImageSets/Segmentation/train.txt").read_text() == before
-    for count in ("0", "-3"):
-        assert subprocess.run([*script, count], capture_output=True).returncode == 2
+    found = subprocess.run([*script, "0"], capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.endswith("error: --count: 0 must be at least 1\n")
 
 
 @pytest.mark.parametrize("kind", demo_data.WRITE)

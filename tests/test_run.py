@@ -132,7 +132,7 @@ def test_the_best_so_far_comes_along_into_another_folder(cells, tmp_path, capsys
             torch.save(spoilt, tmp_path / "a/best.pth")
         train(cells, tmp_path / f"b{number}", "--epochs", 1, "--lr", 0, "--resume", tmp_path / "a")
         assert not (tmp_path / f"b{number}/best.pth").exists()
-    assert "best weights so far are not copied: " in capsys.readouterr().out
+    assert "best weights so far are not all copied from " in capsys.readouterr().out
 
 
 def test_a_run_that_fails_at_once_in_its_new_folder_goes_on_there(cells, tmp_path, monkeypatch):

@@ -637,9 +637,9 @@ def test_files_whose_values_are_not_the_ids_that_were_saved_are_refused(tmp_path
     image = Image.frombytes("P", (4, 1), bytes([0, 1, 2, 3]))
     image.putpalette([0, 0, 0, 3, 3, 3, 15, 15, 15, 255, 255, 255])
     image.save(tmp_path / "grey.png")
-    for name, words in (("a.gif", "GIF can number"), ("grey.png", "palette has greys other than its indices"),
+    for name, words in (("a.gif", "GIF can renumber"), ("grey.png", "palette has greys other than its indices"),
                         ("a.tif", "compression can change"), ("a.pgm", "scaled"), ("b.pgm", "scaled"),
-                        ("four.png", "scaled"), ("two.png", "scaled"), ("white.tif", "turned round")):
+                        ("four.png", "scaled"), ("two.png", "scaled"), ("white.tif", "inverted")):
         with pytest.raises(utils.InputError, match=f"{name}: .*{words}.*; save the ids as a grey PNG"):
             utils.read_mask(tmp_path / name)
     png_of_few_bits(tmp_path / "one.png", 1, [0, 1, 1, 0])
