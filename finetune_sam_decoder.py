@@ -517,7 +517,7 @@ def evaluate(model, loader, run, args):
     parts = list(itertools.chain(*utils.merge_over_ranks(found).values()))
     if not parts:
         folder = loader.dataset.items[0][2].parent
-        raise utils.InputError(f"{folder}: no mask of a validation image has an object; look at them")
+        raise utils.InputError(f"{folder}: no validation mask has an object; look at them")
     rows = {name: torch.cat([figures[name] for figures, _ in parts]).double() for name in parts[0][0]}
     classes = itertools.chain(*[classes for _, classes in parts])
     per_class = defaultdict(list)

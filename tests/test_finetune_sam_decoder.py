@@ -663,7 +663,7 @@ def test_validation_images_without_an_object_found_later_count_for_nothing(insta
         assert figures == train(instances, tmp_path / "x", *more[:2], 1, *more[3:])
     monkeypatch.setattr(utils, "READ_WHOLE", 0)
     save_grey(voc(instances, f"SegmentationObject/{first}.png"), np.zeros((64, 64), np.uint8))
-    with pytest.raises(utils.InputError, match="no mask of a validation image has an object"):
+    with pytest.raises(utils.InputError, match="no validation mask has an object"):
         train(instances, tmp_path / "x", *more)
 
 
