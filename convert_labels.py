@@ -873,7 +873,7 @@ def check_targets(found, classes, args):
                                    f"of them; give --classes {','.join(earlier)}, or another --output-dir")
     for path in Path(args.output_dir, "masks").glob("*"):
         if "masks" in args.to and path.name.isdigit() and int(path.name) >= len(classes):
-            raise utils.InputError(f"{path}: is of a class that is converted no more; remove it, or give "
+            raise utils.InputError(f"{path}: is left from an earlier conversion with more classes; remove it, or give "
                                    "another --output-dir")
 
 

@@ -201,8 +201,8 @@ def cover(ids, objects, args):
     """ids (H, W), numbers (Q,) -> masks (Q, M, M) in 0..1, weight (M, M), as the decoder's masks.
 
     masks: the fraction of a pixel's labelled part that is object, so that edges stay in place; void
-    and padding weigh 0. The values of a small object, which covers no pixel by half, are scaled up
-    to a highest of 1.
+    and padding weigh 0. A small object, which covers no pixel by half, is divided by its highest
+    value.
     """
     height, width = resized_size(*ids.shape, args.image_size)
     parts = torch.cat([ids[None] == objects[:, None, None], ids[None] >= 0]).float()

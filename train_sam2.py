@@ -878,7 +878,7 @@ def keep_usable(items, part, num_frames, args):
         late = f"videos show objects only where no clip of {num_frames} frames begins ({remedy})"
     else:
         remedy = "give others by --val-set or --val-path"
-        late = "videos show objects only on their last two frames, which have no figure,"
+        late = "videos show objects only on their last two frames, which are not scored,"
     frames = [(image, mask, item.images[0]) for item in enough
               for image, mask in zip(item.images, item.masks)]
     found = iter(utils.check_items(check_item, frames, args))

@@ -258,7 +258,7 @@ def create_loaders(args):
 
 
 def count_trained(num_images, args):
-    """Returns how many images an epoch trains on: as many in each process, all if they can be."""
+    """Returns how many images an epoch trains on: the most that the processes share equally."""
     world_size = utils.ranks()[1]
     left_out = num_images % world_size
     if left_out and not (args.test_only or args.sanity_check):

@@ -230,8 +230,8 @@ class Run:
 
     device; dtype of autocast, None for float32; scaler: a GradScaler; pinned: whether copies to the
     device may be non_blocking; checkpoint: what --resume continues, or None. progress: epoch, step,
-    best ... and the sums of the running epoch over all processes: images, loss, count (what the mean
-    loss is over), skipped steps, and those that the script adds. Every checkpoint holds it.
+    best ... and the sums of the running epoch over all processes: images, loss, count (by
+    which the mean loss divides), skipped steps, and those that the script adds. Every checkpoint holds it.
     A data set has `classes` (names) and `items`: tuples that begin with a name and the image's path
     (of a video: its frames' paths). It is indexed by (epoch, index); what it returns ends with index.
     """
@@ -389,7 +389,7 @@ class Run:
         """Divides the gradient of loss_sum by count; returns whether to take the step.
 
         loss_sum, count (of images, labelled pixels, objects ...): of this process's batches of the
-        step; gradient and mean are those of all processes. averaged: DistributedDataParallel has made
+        step; they and the gradient are added over all processes first. averaged: DistributedDataParallel has made
         the gradients their mean over processes. If loss or gradient is not finite, the weights would
         be ruined: batch statistics are restored, the step is counted, ten in a row end the run.
         """
@@ -773,7 +773,7 @@ def read_image(path):
 def read_mask(path, lossy=False):
     """Reads a mask (H, W) as stored: palette indices, 8- or 16-bit values, bool of 1-bit files, .npy.
 
-    InputError if it is colour-coded, transparent or, without lossy, of a format that changes ids.
+    InputError if it is colour-coded, transparent or, unless lossy, of a format that may change ids.
     """
     mode, remedy = None, "save one value per pixel (grey or palette PNG)"
     if Path(path).suffix.lower() == ".npy":

@@ -1554,7 +1554,7 @@ def test_videos_with_objects_on_the_last_frames_only_are_left_out_with_a_remedy(
     assert [item.name for item in videos.items] == ["clip_0002", "clip_0003", "clip_0004"]
     assert "note: 1 of 4 training videos show objects only where no clip of 3 frames begins (give fewer " \
         "--num-frames or a smaller --stride) and are left out" in said
-    assert "note: 1 of 2 validation videos show objects only on their last two frames, which have no figure" in said
+    assert "note: 1 of 2 validation videos show objects only on their last two frames, which are not scored" in said
     for epoch in range(20):
         for index in range(3):
             assert videos[epoch, index][0].masks[0].any()
