@@ -574,8 +574,8 @@ def find_masks(folder, notes):
     folders.sort(key=lambda path: path.name.zfill(9) if path.name.isdigit() else path.name)
     beside = utils.list_images(folder)
     if folders and beside:
-        raise utils.InputError(f"{next(iter(beside.values()))}: lies beside class folders; move these masks "
-                               "into masks/0, or move the folders away")
+        raise utils.InputError(f"{next(iter(beside.values()))}: lies beside class folders; move these masks, "
+                               "or the folders, out of masks/")
     folders = folders or [folder]
     names, layers = [class_name(path.name) for path in folders], {}
     if (folder / "classes.txt").is_file():
@@ -867,25 +867,34 @@ def check_targets(found, classes, args):
             raise utils.InputError(f"{path}: exists; give --overwrite or another --output-dir")
     for path, earlier in earlier_classes(args).items():
         of_others = {mask.stem for mask in path.parent.glob("*/*.png")} - found.keys()  # they stay
-        new = [] if path.suffix == ".txt" else classes[len(earlier):]  # each folder has all images
-        if of_others and classes != earlier + new:
+        new = [name for name in classes if name not in earlier]
+        wanted = earlier if path.suffix == ".txt" else earlier + new  # a folder has masks of all images
+        if of_others and (not earlier or classes != wanted):
+            advice = "" if "," in "".join(wanted) or not earlier else f'--classes "{",".join(wanted)}", or '
             raise utils.InputError(f"{path}: the masks already there have other classes, or another order "
-                                   f"of them; give --classes {','.join(earlier)}, or another --output-dir")
-    for path in Path(args.output_dir, "masks").glob("*"):
-        if "masks" in args.to and path.name.isdigit() and int(path.name) >= len(classes):
-            raise utils.InputError(f"{path}: is left from an earlier conversion with more classes; remove it, or give "
-                                   "another --output-dir")
+                                   f"of them; give {advice}another --output-dir")
+    folders = [path for path in Path(args.output_dir, "masks").glob("*") if path.name.isdecimal()]
+    folders = sorted(path for path in folders if int(path.name) >= len(classes))
+    if folders and "masks" in args.to:
+        raise utils.InputError(f"{folders[0]} and {len(folders) - 1} other folders there would have no "
+                               "class; move them away, or give another --output-dir")
 
 
 def earlier_classes(args):
-    """Returns {path: names} of the files that an earlier conversion into the same folder has left."""
+    """Returns {path: names by id} of the files that an earlier conversion into the same folder left.
+
+    There are no names if it is not a file of ours, with ids from 1 on, or cannot be read.
+    """
     found = {path: [] for path in class_files([], args) if path.is_file()}
     for path in found:
-        with reading(path, "remove it, or give another --output-dir"):
-            names = parse_lines(read_text(path)) if path.suffix == ".txt" else read_json(path)
-            if path.suffix != ".txt":
-                names = sorted(names, key=names.get)
-        found[path] = [name for name in names if name != "background"]
+        with contextlib.suppress(*BAD_VALUES, OSError, RecursionError):
+            text = path.read_bytes().decode("utf-8-sig")
+            if path.suffix == ".txt":
+                found[path] = number_names(parse_lines(text), defaultdict(list))
+                continue
+            ids = {name: k for name, k in json.loads(text).items() if name != "background"}
+            if sorted(ids.values()) == [*range(1, len(ids) + 1)]:
+                found[path] = sorted(ids, key=ids.get)
     return found
 
 

@@ -423,4 +423,4 @@ if __name__ == "__main__":
     try:
         print(f"{args.count} images in {write(args.kind, args.output_dir, args.count, **options)}")
     except OSError as error:
-        parser.error(f"{error.filename or args.output_dir}: {error.strerror}; give another --output-dir")
+        parser.error(f"{error.filename or args.output_dir}: {error.strerror or error}; give another --output-dir")

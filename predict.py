@@ -823,7 +823,8 @@ def main(args):
                 bad += [f"{path}: out of memory; try {advice}, or --amp bf16"
                         for _, path, _ in batch if path.as_posix() not in written]
             finally:  # of an image that failed after its first object
-                annotations[:] = [found for found in annotations if found["image_id"] <= len(images)]
+                while annotations and annotations[-1]["image_id"] > len(images):
+                    annotations.pop()
     finally:  # however it ends: what has been written is listed
         write_tables(output_dir, areas, images, annotations, loaded, coco)
     if len(paths) == 1:

@@ -591,7 +591,7 @@ def start(folder, settings, video, prompts, args, device):
                                    "give the same to continue it, --overwrite or another "
                                    "--output-dir")
     for found in path.parent.glob("[!.]*"):
-        if not path.exists() or found.suffix != ".pt" and not found.name.startswith("state.pth"):
+        if not re.search(r"\.(pt|pth)(\.\d+\.tmp)?$", found.name):
             raise utils.InputError(f"{found}: is in the folder of an unfinished run, which is removed; move "
                                    "it, or give another --output-dir")
     shutil.rmtree(path.parent, ignore_errors=True)

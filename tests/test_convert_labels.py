@@ -670,7 +670,7 @@ def test_a_class_that_has_only_boxes_is_refused(tmp_path, kind):
     words = [kind, source, "--to", "masks", "--output-dir", tmp_path / "data"]
     with pytest.raises(utils.InputError, match=": cat, cow: has only boxes, .* leave the class out with --classes$"):
         convert(*words)
-    with pytest.raises(utils.InputError, match="masks/[23]: is left from an earlier conversion with more classes"):
+    with pytest.raises(utils.InputError, match="masks/2 and 1 other folders there would have no class; move them away"):
         convert(*words, "--classes", "dog,x", "--overwrite")
     shutil.rmtree(tmp_path / "data")
     assert convert(*words, "--classes", "dog,x")["objects"] == {"dog": 1, "x": 0}
@@ -919,7 +919,7 @@ def test_what_fills_one_folder_has_one_list_of_classes(tmp_path, layout, file):
     fill("train", ["cat", "dog"], "--overwrite")  # all masks are new
     before = (tmp_path / "data" / file).read_bytes()
     (tmp_path / "data" / file).write_bytes(before.replace(b"\n", b"\r\n").replace(b"{", b"{\r\n "))  # by an editor
-    with pytest.raises(utils.InputError, match="give --classes cat,dog, or another"):
+    with pytest.raises(utils.InputError, match='give --classes "cat,dog", or another'):
         fill("val", ["dog"], "--overwrite")
     fill("val", ["dog"], "--overwrite", "--classes", "cat,dog")
     assert (tmp_path / "data" / file).read_bytes() == before
@@ -929,9 +929,16 @@ def test_what_fills_one_folder_has_one_list_of_classes(tmp_path, layout, file):
         shutil.rmtree(tmp_path / "data/images")
         for number in "01":
             (tmp_path / f"data/masks/{number}/val.png").unlink()
-        with pytest.raises(utils.InputError, match="masks/1: is left from an earlier conversion with more classes"):
+        with pytest.raises(utils.InputError, match="masks/1 and 0 other folders there would have no class"):
             fill("train", ["dog"], "--overwrite")
     else:
+        for text in ('{"background": 0, "cat": 1, "dog": 3}', '{"cat": 0, "dog": 1}', "", '["cat"]'):
+            (tmp_path / "data" / file).write_text(text)
+            with pytest.raises(utils.InputError, match="already there have other classes, .*; give another --output"):
+                fill("val", ["cat", "dog"], "--overwrite")
+        (tmp_path / "data" / file).write_bytes(before)
+        with pytest.raises(utils.InputError, match='give --classes "cat,dog,cow", or another'):
+            fill("val", ["cow"], "--overwrite")
         fill("val", ["cat", "dog", "cow"], "--overwrite")
         assert (tmp_path / "data" / file).read_bytes().startswith(before.rstrip(b"}"))
 
