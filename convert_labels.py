@@ -873,11 +873,12 @@ def check_targets(found, classes, args):
             advice = "" if "," in "".join(wanted) or not earlier else f'--classes "{",".join(wanted)}", or '
             raise utils.InputError(f"{path}: the masks already there have other classes, or another order "
                                    f"of them; give {advice}another --output-dir")
-    folders = [path for path in Path(args.output_dir, "masks").glob("*") if path.name.isdecimal()]
-    folders = sorted(path for path in folders if int(path.name) >= len(classes))
-    if folders and "masks" in args.to:
-        raise utils.InputError(f"{folders[0]} and {len(folders) - 1} other folders there would have no "
-                               "class; move them away, or give another --output-dir")
+    folder = Path(args.output_dir, "masks")
+    numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    numbers = [number for number in numbers if number >= len(classes)]
+    if numbers and "masks" in args.to:
+        raise utils.InputError(f"{folder}: no class would belong to the folders {short(numbers)}; move "
+                               "them away, or give another --output-dir")
 
 
 def earlier_classes(args):

@@ -230,8 +230,8 @@ class Run:
 
     device; dtype of autocast, None for float32; scaler: a GradScaler; pinned: whether copies to the
     device may be non_blocking; checkpoint: what --resume continues, or None. progress: epoch, step,
-    best ... and the sums of the running epoch over all processes: images, loss, count (by
-    which the mean loss divides), skipped steps, and those that the script adds. Every checkpoint holds it.
+    best ... and the sums of the running epoch over all processes: images, loss, count (by which the
+    mean loss divides), skipped steps, and those that the script adds. Every checkpoint holds it.
     A data set has `classes` (names) and `items`: tuples that begin with a name and the image's path
     (of a video: its frames' paths). It is indexed by (epoch, index); what it returns ends with index.
     """
@@ -389,9 +389,10 @@ class Run:
         """Divides the gradient of loss_sum by count; returns whether to take the step.
 
         loss_sum, count (of images, labelled pixels, objects ...): of this process's batches of the
-        step; they and the gradient are added over all processes first. averaged: DistributedDataParallel has made
-        the gradients their mean over processes. If loss or gradient is not finite, the weights would
-        be ruined: batch statistics are restored, the step is counted, ten in a row end the run.
+        step. They are added over all processes first, and so is the gradient, unless averaged: then
+        DistributedDataParallel has made it the mean over processes. If loss or gradient is not
+        finite, the weights would be ruined: batch statistics are restored, the step is counted, ten
+        in a row end the run.
         """
         model, progress, world_size = self.parts["model"], self.progress, self.args.world_size
         trained = [p for p in model.parameters() if p.requires_grad]
